@@ -1,0 +1,55 @@
+# `make` alone prints the documented targets.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTO_BIN := .venv-proto/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test lint format proto proto-check wheel clean
+
+help:  ## print this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# pip must not let a newer torch in: an unpinned one brings gigabytes of CUDA packages.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,client,dev]'
+	@touch $@
+
+setup: $(STAMP)  ## install everything into .venv
+
+demo: $(STAMP)  ## run a whole federation on this machine (MODEL=, STRATEGY=, ROUNDS=)
+	$(BIN)/python demo/run.py $(if $(MODEL),--model '$(MODEL)') $(if $(STRATEGY),--strategy '$(STRATEGY)') $(if $(ROUNDS),--rounds '$(ROUNDS)')
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest -q -n auto
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The generator is pinned low, in a venv of its own: it sets the lowest protobuf and grpcio that can run the stubs.
+.venv-proto/.installed: Makefile
+	$(PYTHON) -m venv .venv-proto
+	$(PROTO_BIN)/pip install --quiet --disable-pip-version-check grpcio-tools==1.76.0 mypy-protobuf==5.1.0 'setuptools<81'
+	@touch $@
+
+proto: .venv-proto/.installed  ## regenerate common/fedhds/v1 from proto/
+	PATH="$(CURDIR)/$(PROTO_BIN):$$PATH" $(PROTO_BIN)/python -m grpc_tools.protoc -I proto --python_out=common \
+	  --grpc_python_out=common --mypy_out=quiet:common $$(find proto -name '*.proto' | sort)
+
+proto-check: proto  ## fail when the committed stubs are not what proto/ gives
+	@git diff --exit-code --stat -- common/fedhds/v1 && test -z "$$(git status --porcelain -- common/fedhds/v1)" \
+	  || { echo 'proto-check: common/fedhds/v1 is out of date; run `make proto` and commit'; exit 1; }
+
+wheel: $(STAMP)  ## build the wheel into dist/
+	$(BIN)/python -m build --wheel --outdir dist
+
+clean:  ## remove environments, caches and demo runs
+	rm -rf $(VENV) .venv-proto build dist demo/run .mypy_cache .pytest_cache .ruff_cache

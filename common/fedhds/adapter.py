@@ -1,0 +1,245 @@
+"""Adapter tensors: manifest, safetensors codec, first values and validation, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from fedhds.errors import AdapterError
+from fedhds.runspec import RunSpec, WireDtype
+from fedhds.v1 import federation_pb2 as pb
+
+FloatArray = npt.NDArray[np.float32]
+
+_SAFETENSORS_NAMES: dict[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_NUMPY_TYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
+# A header lists names and offsets only; adapters of the largest models stay far below this.
+_LARGEST_HEADER = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """Bytes named by what they hold: `digest` is their SHA-256 in hexadecimal, `size` their length in bytes."""
+
+    digest: str
+    size: int
+
+    def to_proto(self) -> pb.ArtifactRef:
+        """The same reference as a wire message."""
+        return pb.ArtifactRef(digest=self.digest, size=self.size)
+
+    @classmethod
+    def from_proto(cls, message: pb.ArtifactRef) -> Self:
+        """Reads a wire message; raises AdapterError for a digest that is none."""
+        if len(message.digest) != 64 or set(message.digest) - set("0123456789abcdef"):
+            raise AdapterError("artifact digest is not 64 lower-case hexadecimal digits")
+        return cls(message.digest, message.size)
+
+    @classmethod
+    def of_file(cls, path: Path) -> Self:
+        """Hashes a file."""
+        with path.open("rb") as file:
+            return cls(hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name and shape of one tensor, named as PEFT saves it."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterManifest:
+    """All tensors of a run's adapter, sorted by name, and the modules that carry it."""
+
+    tensors: tuple[TensorSpec, ...]
+    target_modules: tuple[str, ...]
+
+    def to_proto(self) -> pb.AdapterManifest:
+        """The same manifest as a wire message."""
+        return pb.AdapterManifest(
+            tensors=[pb.TensorSpec(name=tensor.name, shape=tensor.shape) for tensor in self.tensors],
+            target_modules=self.target_modules,
+        )
+
+    @classmethod
+    def from_proto(cls, message: pb.AdapterManifest) -> Self:
+        """Reads a wire message; raises AdapterError for a manifest that describes no LoRA adapter."""
+        tensors = tuple(TensorSpec(tensor.name, tuple(tensor.shape)) for tensor in message.tensors)
+        names = [tensor.name for tensor in tensors]
+        if not names or names != sorted(set(names)):
+            raise AdapterError("the manifest must name at least one tensor, each once, sorted by name")
+        for tensor in tensors:
+            if not tensor.name.endswith((".lora_A.weight", ".lora_B.weight")):
+                raise AdapterError(f"the manifest names {tensor.name!r}, which is no LoRA factor")
+            if len(tensor.shape) != 2 or not all(tensor.shape):
+                raise AdapterError(f"the manifest gives {tensor.name!r} the shape {tensor.shape}, not a matrix's")
+        return cls(tensors, tuple(message.target_modules))
+
+
+def write_adapter(
+    path: Path, manifest: AdapterManifest, tensor: Callable[[TensorSpec], FloatArray], dtype: WireDtype
+) -> Artifact:
+    """Writes a safetensors file durably, asking `tensor` for one float32 array after the other.
+
+    The bytes depend on nothing but manifest, values and dtype, so equal adapters have equal digests. The file
+    appears under `path` only when it is complete. Raises AdapterError when an array has another shape.
+    """
+    stored = _SAFETENSORS_NAMES[dtype]
+    item = _NUMPY_TYPES[stored].itemsize
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in manifest.tensors:
+        length = item * int(np.prod(spec.shape))
+        header[spec.name] = {
+            "dtype": stored,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + length],
+        }
+        offset += length
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    digest = hashlib.sha256()
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        for part in (struct.pack("<Q", len(encoded)), encoded):
+            digest.update(part)
+            file.write(part)
+        for spec in manifest.tensors:
+            values = tensor(spec)
+            if values.shape != spec.shape:
+                raise AdapterError(f"{spec.name} has shape {values.shape}, the manifest says {spec.shape}")
+            data = memoryview(
+                np.ascontiguousarray(values.astype(_NUMPY_TYPES[stored], copy=False)).view(np.uint8)
+            ).cast("B")
+            digest.update(data)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return Artifact(digest.hexdigest(), 8 + len(encoded) + offset)
+
+
+class AdapterReader:
+    """A safetensors adapter on disk, memory-mapped; a context manager.
+
+    Opening checks the header against `manifest`; `tensor` checks the values. Nothing else is trusted: the file
+    may come from a faulty or hostile site. Raises AdapterError, naming the tensor at fault.
+    """
+
+    def __init__(self, path: Path, manifest: AdapterManifest) -> None:
+        self._file = path.open("rb")
+        try:
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError as error:
+            self._file.close()
+            raise AdapterError("the adapter file is empty") from error
+        try:
+            self._start, self._entries = _checked_header(self._map, manifest)
+        except AdapterError:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Releases the file."""
+        self._map.close()
+        self._file.close()
+
+    def tensor(self, spec: TensorSpec) -> FloatArray:
+        """One tensor as float32, a copy; raises AdapterError when it holds a value that is not finite."""
+        stored, begin, end = self._entries[spec.name]
+        raw = self._map[self._start + begin : self._start + end]
+        values = np.frombuffer(raw, dtype=_NUMPY_TYPES[stored]).astype(np.float32).reshape(spec.shape)
+        if not np.isfinite(values).all():
+            raise AdapterError(f"{spec.name} holds values that are not finite")
+        return values
+
+
+def _checked_header(data: mmap.mmap, manifest: AdapterManifest) -> tuple[int, dict[str, tuple[str, int, int]]]:
+    """Start of the tensor bytes, and per tensor its stored type and byte range after that start."""
+    if len(data) < 8:
+        raise AdapterError("the adapter file is shorter than a safetensors header")
+    (length,) = struct.unpack("<Q", data[:8])
+    if length > min(_LARGEST_HEADER, len(data) - 8):
+        raise AdapterError("the adapter file's header is longer than the file or than any adapter needs")
+    try:
+        header = json.loads(data[8 : 8 + length])
+    except (ValueError, RecursionError) as error:
+        raise AdapterError("the adapter file's header is not JSON") from error
+    if not isinstance(header, dict):
+        raise AdapterError("the adapter file's header is not a JSON object")
+    header.pop("__metadata__", None)
+    expected = {spec.name: spec.shape for spec in manifest.tensors}
+    if header.keys() != expected.keys():
+        odd = sorted(set(header) ^ set(expected))
+        raise AdapterError(f"tensors differ from the run's manifest, {len(odd)} of them; the first is {odd[0]!r}")
+    entries: dict[str, tuple[str, int, int]] = {}
+    payload = len(data) - 8 - length
+    for name, shape in expected.items():
+        entry = header[name]
+        match entry:
+            case {"dtype": str(stored), "shape": list(found), "data_offsets": [int(begin), int(end)]}:
+                pass
+            case _:
+                raise AdapterError(f"the header's entry for {name} is malformed")
+        if tuple(found) != shape:
+            raise AdapterError(f"{name} has shape {tuple(found)}, the run's manifest says {shape}")
+        if stored not in _NUMPY_TYPES:
+            raise AdapterError(f"{name} has type {stored}; adapters travel as F32, BF16 or F16")
+        if not 0 <= begin <= end <= payload or end - begin != _NUMPY_TYPES[stored].itemsize * int(np.prod(shape)):
+            raise AdapterError(f"{name} has byte offsets that do not fit its shape or the file")
+        entries[name] = (stored, begin, end)
+    return 8 + length, entries
+
+
+def initial_tensor(spec: TensorSpec, seed: int) -> FloatArray:
+    """First value of one LoRA factor: B is zero, A uniform within 1/sqrt(in), as PEFT's Kaiming start.
+
+    Drawn from the run's seed and the tensor's name, so that it depends on neither order nor process.
+    """
+    if spec.name.endswith(".lora_B.weight"):
+        return np.zeros(spec.shape, dtype=np.float32)
+    name = int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:8], "little")
+    bound = 1 / np.sqrt(spec.shape[1])
+    return np.random.default_rng([seed, name]).uniform(-bound, bound, spec.shape).astype(np.float32)
+
+
+def peft_config(spec: RunSpec, manifest: AdapterManifest) -> str:
+    """PEFT's adapter_config.json for a run's adapter: what PeftModel.from_pretrained needs to load it."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": spec.model,
+        "revision": spec.model_revision or None,
+        "r": spec.lora_rank,
+        "lora_alpha": spec.lora_alpha,
+        "lora_dropout": spec.lora_dropout,
+        "target_modules": sorted(manifest.target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"

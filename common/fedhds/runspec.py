@@ -1,0 +1,241 @@
+"""What a run is: the one frozen, typed specification that the coordinator fixes and every site follows."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, Literal, Self
+
+from google.protobuf import json_format
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fedhds.v1 import runspec_pb2
+
+WireDtype = Literal["float32", "bfloat16", "float16"]
+PromptFormat = Literal["auto", "chat", "alpaca"]
+Strategy = Literal["full", "random", "fedhds"]
+Schedule = Literal["one-shot", "per-round"]
+Fusion = Literal["tsne", "pca", "none"]
+
+
+def budget_rows(budget: str, pool: int) -> int | None:
+    """Rows that `budget` allows of `pool` rows: a count as it is, a share rounded up; None for "auto"."""
+    if budget == "auto":
+        return None
+    if budget.endswith("%"):
+        # A share is met by the next whole row; the small slack keeps 1.5 % of 200 at 3 despite binary floats.
+        return min(pool, math.ceil(pool * float(budget[:-1]) / 100 - 1e-9))
+    return min(pool, int(budget))
+
+
+class RunSpec(BaseModel):
+    """The specification of one run. Descriptions are the reference that `--help` and the docs are made from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: Annotated[str, Field(min_length=1)] = Field(
+        description="Base model: a hub id or a local path. Sites may load the same weights from elsewhere.",
+        json_schema_extra={"group": "Model"},
+    )
+    model_revision: str = Field(
+        "",
+        description="Revision of a hub model (branch, tag or commit).",
+        json_schema_extra={"group": "Model"},
+    )
+    model_licence: str = Field(
+        "not declared",
+        description="Licence of the base model, for the model card.",
+        json_schema_extra={"group": "Model"},
+    )
+    data_licence: str = Field(
+        "not declared",
+        description="Licence of the sites' data, for the model card.",
+        json_schema_extra={"group": "Model"},
+    )
+    prompt_format: PromptFormat = Field(
+        "auto",
+        description="How a row becomes a prompt: the tokenizer's chat template, the Alpaca template, or auto: "
+        "the former when there is one.",
+        json_schema_extra={"group": "Model"},
+    )
+    max_length: int = Field(
+        1024,
+        ge=16,
+        description="Longest row in tokens; longer rows are truncated, counted and said. The model's own limit "
+        "applies when it is smaller.",
+        json_schema_extra={"group": "Model"},
+    )
+
+    lora_rank: int = Field(8, ge=1, le=1024, description="LoRA rank.", json_schema_extra={"group": "Adapter"})
+    lora_alpha: float = Field(
+        16.0,
+        gt=0,
+        description="LoRA scale numerator (the scale is alpha / rank).",
+        json_schema_extra={"group": "Adapter"},
+    )
+    lora_dropout: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="Dropout on the adapter's input.",
+        json_schema_extra={"group": "Adapter"},
+    )
+    lora_targets: tuple[str, ...] = Field(
+        ("all-linear",),
+        min_length=1,
+        description="Modules that get an adapter, by the last part of their name, or all-linear.",
+        json_schema_extra={"group": "Adapter"},
+    )
+    wire_dtype: WireDtype = Field(
+        "float32", description="Tensor type of adapters on the wire.", json_schema_extra={"group": "Adapter"}
+    )
+
+    rounds: int = Field(ge=1, description="Number of aggregation rounds.", json_schema_extra={"group": "Training"})
+    cohort_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the enrolled training sites drawn into each round (at least one).",
+        json_schema_extra={"group": "Training"},
+    )
+    learning_rate: float = Field(
+        3e-4, gt=0, description="Adam's learning rate.", json_schema_extra={"group": "Training"}
+    )
+    local_epochs: int = Field(
+        1, ge=1, description="Passes over the coreset in one round.", json_schema_extra={"group": "Training"}
+    )
+    batch_size: int = Field(
+        4, ge=1, description="Rows per optimiser step.", json_schema_extra={"group": "Training"}
+    )
+    max_grad_norm: float = Field(
+        1.0,
+        ge=0,
+        description="Largest gradient norm, 0 for no limit.",
+        json_schema_extra={"group": "Training"},
+    )
+    seed: int = Field(
+        42,
+        ge=0,
+        lt=2**63,
+        description="Seed of cohorts, initial adapter, data order and dropout; never of privacy noise.",
+        json_schema_extra={"group": "Training"},
+    )
+
+    strategy: Strategy = Field(
+        "fedhds",
+        description="Which rows train: full (FedIT, all), random (a uniform draw of --budget rows) or fedhds "
+        "(the paper's two layers of clustering).",
+        json_schema_extra={"group": "Selection"},
+    )
+    schedule: Schedule = Field(
+        "one-shot",
+        description="Select once before the first round, or anew in every round for its cohort.",
+        json_schema_extra={"group": "Selection"},
+    )
+    budget: str = Field(
+        "auto",
+        description="Rows to train on, of all enrolled sites' rows (per-round: of the cohort's): a count, a share "
+        "such as 1.5%, or auto: what the strategy itself gives (random: 1.5%).",
+        json_schema_extra={"group": "Selection"},
+    )
+    fusion: Fusion = Field(
+        "tsne",
+        description="Reduction of the all-layer features before a site clusters them.",
+        json_schema_extra={"group": "Selection"},
+    )
+    min_cluster_size: int = Field(
+        2, ge=2, description="Smallest cluster at a site, in rows.", json_schema_extra={"group": "Selection"}
+    )
+
+    clip_norm: float = Field(
+        0.0,
+        ge=0,
+        description="Clip every released centroid to this L2 norm, 0 for no clipping; noise needs it.",
+        json_schema_extra={"group": "Privacy"},
+    )
+    noise_multiplier: float = Field(
+        0.0,
+        ge=0,
+        description="Noise on released centroids: standard deviation over the release's L2 sensitivity.",
+        json_schema_extra={"group": "Privacy"},
+    )
+    delta: float = Field(
+        1e-5,
+        gt=0,
+        lt=1,
+        description="Delta of the client-level guarantee.",
+        json_schema_extra={"group": "Privacy"},
+    )
+    released_centroids: int = Field(
+        16,
+        ge=1,
+        description="Under noise, every site releases exactly this many centroids (padded).",
+        json_schema_extra={"group": "Privacy"},
+    )
+
+    min_sites: int = Field(
+        2,
+        ge=1,
+        description="Training sites that must be enrolled before the run starts.",
+        json_schema_extra={"group": "Rounds"},
+    )
+    min_evaluators: int = Field(
+        0,
+        ge=0,
+        description="Evaluators that must be enrolled before the run starts.",
+        json_schema_extra={"group": "Rounds"},
+    )
+    quorum: int = Field(
+        0,
+        ge=0,
+        description="Updates without which a round does not close, 0 for all of its cohort that lives.",
+        json_schema_extra={"group": "Rounds"},
+    )
+    patience: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds without any sign of life after which a site is taken for lost.",
+        json_schema_extra={"group": "Rounds"},
+    )
+    evaluate_every: int = Field(
+        5,
+        ge=0,
+        description="Evaluate every so many rounds, besides before the first and after the last; 0: only these.",
+        json_schema_extra={"group": "Rounds"},
+    )
+    max_new_tokens: int = Field(
+        128,
+        ge=1,
+        description="Most tokens generated per row in an evaluation.",
+        json_schema_extra={"group": "Rounds"},
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        match = re.fullmatch(r"auto|[1-9]\d*|(\d+(?:\.\d+)?)%", self.budget)
+        if not match or (match[1] and not 0 < float(match[1]) <= 100):
+            raise ValueError(f"budget: {self.budget!r} is neither auto, a count from 1, nor a share up to 100%")
+        if self.noise_multiplier and not self.clip_norm:
+            raise ValueError("clip_norm: noise needs a clipping norm, else its guarantee is void; set it above 0")
+        if self.strategy == "full" and self.budget != "auto":
+            raise ValueError(f"budget: the strategy full trains on all rows; drop the budget {self.budget!r}")
+        if self.strategy == "fedhds" and self.budget != "auto":
+            raise ValueError("budget: the strategy fedhds takes what its clusters give; leave the budget at auto")
+        return self
+
+    @property
+    def noised(self) -> bool:
+        """Whether centroids are noised before they leave a site."""
+        return self.noise_multiplier > 0
+
+    def to_proto(self) -> runspec_pb2.RunSpec:
+        """The same specification as a wire message."""
+        return json_format.ParseDict(self.model_dump(mode="json"), runspec_pb2.RunSpec())
+
+    @classmethod
+    def from_proto(cls, message: runspec_pb2.RunSpec) -> RunSpec:
+        """Reads a wire message; raises pydantic.ValidationError for values outside their range."""
+        fields: dict[str, Any] = json_format.MessageToDict(
+            message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        )
+        return cls.model_validate(fields)

@@ -1,0 +1,1 @@
+"""The coordinator: it runs the rounds and never sees a row of anybody's data."""
