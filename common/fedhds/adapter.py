@@ -126,9 +126,7 @@ def write_adapter(
             values = tensor(spec)
             if values.shape != spec.shape:
                 raise AdapterError(f"{spec.name} has shape {values.shape}, the manifest says {spec.shape}")
-            data = memoryview(
-                np.ascontiguousarray(values.astype(_NUMPY_TYPES[stored], copy=False)).view(np.uint8)
-            ).cast("B")
+            data = values.astype(_NUMPY_TYPES[stored], copy=False).tobytes()
             digest.update(data)
             file.write(data)
         file.flush()

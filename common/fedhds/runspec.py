@@ -104,9 +104,7 @@ class RunSpec(BaseModel):
     local_epochs: int = Field(
         1, ge=1, description="Passes over the coreset in one round.", json_schema_extra={"group": "Training"}
     )
-    batch_size: int = Field(
-        4, ge=1, description="Rows per optimiser step.", json_schema_extra={"group": "Training"}
-    )
+    batch_size: int = Field(4, ge=1, description="Rows per optimiser step.", json_schema_extra={"group": "Training"})
     max_grad_norm: float = Field(
         1.0,
         ge=0,
@@ -183,12 +181,6 @@ class RunSpec(BaseModel):
         0,
         ge=0,
         description="Evaluators that must be enrolled before the run starts.",
-        json_schema_extra={"group": "Rounds"},
-    )
-    quorum: int = Field(
-        0,
-        ge=0,
-        description="Updates without which a round does not close, 0 for all of its cohort that lives.",
         json_schema_extra={"group": "Rounds"},
     )
     patience: float = Field(

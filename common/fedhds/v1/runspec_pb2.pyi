@@ -55,7 +55,6 @@ class RunSpec(_message.Message):
     RELEASED_CENTROIDS_FIELD_NUMBER: _builtins.int
     MIN_SITES_FIELD_NUMBER: _builtins.int
     MIN_EVALUATORS_FIELD_NUMBER: _builtins.int
-    QUORUM_FIELD_NUMBER: _builtins.int
     PATIENCE_FIELD_NUMBER: _builtins.int
     EVALUATE_EVERY_FIELD_NUMBER: _builtins.int
     MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
@@ -115,8 +114,6 @@ class RunSpec(_message.Message):
     """Training sites that must be enrolled before the run starts."""
     min_evaluators: _builtins.int
     """Evaluators that must be enrolled before the run starts."""
-    quorum: _builtins.int
-    """Updates without which a round does not close; 0: all of its cohort that lives."""
     patience: _builtins.float
     """Seconds without any progress after which a site is taken for lost."""
     evaluate_every: _builtins.int
@@ -159,14 +156,13 @@ class RunSpec(_message.Message):
         released_centroids: _builtins.int = ...,
         min_sites: _builtins.int = ...,
         min_evaluators: _builtins.int = ...,
-        quorum: _builtins.int = ...,
         patience: _builtins.float = ...,
         evaluate_every: _builtins.int = ...,
         max_new_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "budget", b"budget", "clip_norm", b"clip_norm", "cohort_fraction", b"cohort_fraction", "data_licence", b"data_licence", "delta", b"delta", "evaluate_every", b"evaluate_every", "fusion", b"fusion", "learning_rate", b"learning_rate", "local_epochs", b"local_epochs", "lora_alpha", b"lora_alpha", "lora_dropout", b"lora_dropout", "lora_rank", b"lora_rank", "lora_targets", b"lora_targets", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_new_tokens", b"max_new_tokens", "min_cluster_size", b"min_cluster_size", "min_evaluators", b"min_evaluators", "min_sites", b"min_sites", "model", b"model", "model_licence", b"model_licence", "model_revision", b"model_revision", "noise_multiplier", b"noise_multiplier", "patience", b"patience", "prompt_format", b"prompt_format", "quorum", b"quorum", "released_centroids", b"released_centroids", "rounds", b"rounds", "schedule", b"schedule", "seed", b"seed", "strategy", b"strategy", "wire_dtype", b"wire_dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "budget", b"budget", "clip_norm", b"clip_norm", "cohort_fraction", b"cohort_fraction", "data_licence", b"data_licence", "delta", b"delta", "evaluate_every", b"evaluate_every", "fusion", b"fusion", "learning_rate", b"learning_rate", "local_epochs", b"local_epochs", "lora_alpha", b"lora_alpha", "lora_dropout", b"lora_dropout", "lora_rank", b"lora_rank", "lora_targets", b"lora_targets", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_new_tokens", b"max_new_tokens", "min_cluster_size", b"min_cluster_size", "min_evaluators", b"min_evaluators", "min_sites", b"min_sites", "model", b"model", "model_licence", b"model_licence", "model_revision", b"model_revision", "noise_multiplier", b"noise_multiplier", "patience", b"patience", "prompt_format", b"prompt_format", "released_centroids", b"released_centroids", "rounds", b"rounds", "schedule", b"schedule", "seed", b"seed", "strategy", b"strategy", "wire_dtype", b"wire_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,40 @@
+"""`fedhds-client`: flags to settings to a running site."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from fedhds import settings
+from fedhds.telemetry import configure_logging
+from fedhds_client.settings import ClientSettings
+
+_DESCRIPTION = (
+    "A site of a federation: it reads its own instruction data, selects, trains and evaluates under the coordinator's "
+    "direction, and sends only cluster centroids, adapter tensors and sums. It dials out; nothing dials in."
+)
+
+
+def main() -> None:
+    """Console entry point."""
+    settings.run_main("fedhds-client", _run)
+
+
+def _run() -> int:
+    chosen = settings.load(
+        ClientSettings,
+        program="fedhds-client",
+        description=_DESCRIPTION,
+        arguments=sys.argv[1:],
+        environment=os.environ,
+    )
+    configure_logging(chosen.log_level)
+    # gRPC's own log repeats every broken connection at error level; what matters is logged by the daemons.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # No telemetry: a site talks to the coordinator and, for a hub model, to the hub.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import asyncio
+
+    from fedhds_client.daemon import run_sites
+
+    return asyncio.run(run_sites(chosen))

@@ -1,0 +1,260 @@
+"""A process of one or more sites: enrol, work through tasks, deliver, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from fedhds import __version__
+from fedhds.errors import CoordinatorUnreachable, EnrolmentRefused, FedhdsError, SessionLost
+from fedhds.runspec import RunSpec
+from fedhds.security.credentials import TlsFiles
+from fedhds.signals import on_signal
+from fedhds.v1 import federation_pb2 as pb
+from fedhds_client.delivery import write_adapter_folder
+from fedhds_client.link import CoordinatorLink
+from fedhds_client.settings import ClientSettings
+from fedhds_client.site import Site, open_sites
+from fedhds_client.training import Cancelled
+from fedhds_client.workbench import Workbench
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+PROTOCOL_VERSIONS = (1,)
+_POLL_S = 25.0
+# A process that ends tells the coordinator, but does not wait for one that is gone.
+_FAREWELL_S = 2.0
+_ENDS = (SessionLost, CoordinatorUnreachable, EnrolmentRefused)
+
+
+@dataclass
+class Control:
+    """What the event loop and a computation in the worker thread tell each other."""
+
+    progress: float = 0.0
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def report(self, share: float) -> None:
+        """Notes the share that is done, 0 to 1."""
+        self.progress = share
+
+    def cancel(self) -> None:
+        """Asks the computation to stop at its next step."""
+        self._cancelled.set()
+
+    def cancelled(self) -> bool:
+        """Whether the computation is to stop."""
+        return self._cancelled.is_set()
+
+
+async def run_sites(chosen: ClientSettings) -> int:
+    """Runs all sites of this process to the end of the run; returns the exit status."""
+    tls = TlsFiles.from_settings(chosen.tls_ca, chosen.tls_cert, chosen.tls_key)
+    with ExitStack() as stack:
+        sites = open_sites(chosen, tls, stack)
+        link = CoordinatorLink(chosen.server, tls, patience=chosen.patience)
+        # One thread: all sites share one model, and their computations take turns.
+        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+        workbench = Workbench(chosen)
+        loops = [SiteLoop(site, link, workbench, worker, chosen) for site in sites]
+        tasks = [asyncio.create_task(loop.run()) for loop in loops]
+
+        def stop() -> None:
+            for task in tasks:
+                task.cancel()
+
+        exit_status = on_signal(stop)
+        try:
+            outcomes = await asyncio.gather(*tasks)
+        except asyncio.CancelledError:
+            logger.info("stopped; start again to go on")
+            return exit_status()
+        finally:
+            for loop in loops:
+                loop.abandon()
+            stop()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*(loop.farewell() for loop in loops))
+            await link.close()
+            worker.shutdown()
+            logger.info("sent %.2f MB", link.bytes_sent / 1e6)
+        return 0 if all(outcomes) else 1
+
+
+class SiteLoop:
+    """One site's life: enrol, attest, then task after task until the run is over."""
+
+    def __init__(
+        self,
+        site: Site,
+        link: CoordinatorLink,
+        workbench: Workbench,
+        worker: ThreadPoolExecutor,
+        chosen: ClientSettings,
+    ) -> None:
+        self._site = site
+        self._link = link
+        self._workbench = workbench
+        self._worker = worker
+        self._chosen = chosen
+        self._session = ""
+        self._lease_s = 60.0
+        self._run_id = ""
+        self._control: Control | None = None
+
+    async def run(self) -> bool:
+        """Whether the run completed; raises FedhdsError when the site cannot go on."""
+        await self._enrol()
+        reason = ""
+        while True:
+            request = pb.NextTaskRequest(session=self._session, wait_s=_POLL_S)
+            task = await self._link.call(self._link.federation.NextTask, request, wait_s=_POLL_S)
+            match task.WhichOneof("task"):
+                case "wait":
+                    if task.wait.reason != reason:
+                        reason = task.wait.reason
+                        logger.info("%s: %s", self._site.name, reason or "waiting")
+                case "done":
+                    return await self._finish(task)
+                case "select" | "train" | "evaluate" as kind:
+                    reason = ""
+                    await self._work(task, kind)
+                case other:
+                    raise FedhdsError(f"the coordinator gave a task that this version does not know ({other})")
+
+    def abandon(self) -> None:
+        """Asks a running computation to stop."""
+        if self._control:
+            self._control.cancel()
+
+    async def farewell(self) -> None:
+        """Tells the coordinator that the site stops, if it can be reached at once."""
+        if not self._session:
+            return
+        request = pb.LeaveRequest(session=self._session)
+        try:
+            await self._link.federation.Leave(request, timeout=_FAREWELL_S)
+        except Exception as error:  # noqa: BLE001 - nothing depends on it: the lease ends by itself
+            logger.debug("no farewell: %s", type(error).__name__)
+
+    async def _enrol(self) -> None:
+        request = pb.EnrollRequest(
+            site=self._site.name,
+            protocol_versions=PROTOCOL_VERSIONS,
+            fedhds_version=__version__,
+            previous_session=self._site.session(),
+        )
+        answer = await self._link.call(self._link.federation.Enroll, request)
+        self._session, self._lease_s, self._run_id = answer.session, answer.lease_s, answer.run_id
+        self._site.keep_session(answer.session)
+        spec = RunSpec.from_proto(answer.run)
+        logger.info(
+            "%s: enrolled in run %s (%s, %d rounds of %s)",
+            self._site.name,
+            self._run_id,
+            spec.model,
+            spec.rounds,
+            spec.strategy,
+        )
+        fingerprint, manifest = await self._beating("", lambda _: self._workbench.prepare(spec))
+        attestation = pb.AttestRequest(
+            session=self._session,
+            fingerprint=fingerprint,
+            manifest=manifest.to_proto(),
+            rows=self._site.rows,
+            evaluates=self._site.evaluates,
+        )
+        await self._link.call(self._link.federation.Attest, attestation)
+
+    async def _work(self, task: pb.NextTaskResponse, kind: str) -> None:
+        try:
+            answer = await self._result(task, kind)
+        except _ENDS:
+            raise
+        except Cancelled:
+            logger.info("%s: %s task of round %d is no longer wanted", self._site.name, kind, task.round)
+        except FedhdsError as error:
+            logger.error("%s: %s task of round %d failed: %s", self._site.name, kind, task.round, error)
+            await self._fail(task, type(error).__name__, str(error))
+        except Exception as error:
+            # Whatever a library throws must not end the site, nor leave it: its text could hold data.
+            logger.exception("%s: %s task of round %d failed", self._site.name, kind, task.round)
+            await self._fail(task, type(error).__name__, "the site's log has the details")
+        else:
+            if not answer.accepted:
+                logger.warning("%s: the coordinator did not take the result: %s", self._site.name, answer.reason)
+
+    async def _result(self, task: pb.NextTaskResponse, kind: str) -> pb.CompleteTaskResponse:
+        request = pb.CompleteTaskRequest(session=self._session, task_id=task.task_id)
+        adapter = await self._workbench.fetch(self._link, self._session, getattr(task, kind).adapter)
+        run_id, site = self._run_id, self._site
+        match kind:
+            case "select":
+                report = await self._beating(
+                    task.task_id, lambda control: self._workbench.select(site, run_id, task.task_id, adapter, control)
+                )
+                request.clusters.CopyFrom(report)
+            case "train":
+                trained = await self._beating(
+                    task.task_id, lambda control: self._workbench.train(site, run_id, task, adapter, control)
+                )
+                await self._link.upload(self._session, trained.path, trained.artifact)
+                request.train.CopyFrom(trained.result())
+            case "evaluate":
+                sums = await self._beating(
+                    task.task_id, lambda control: self._workbench.evaluate(site, task.round, adapter, control)
+                )
+                request.evaluation.CopyFrom(sums)
+        answer = await self._link.call(self._link.federation.CompleteTask, request)
+        if kind == "train":
+            trained.path.unlink(missing_ok=True)
+        return answer
+
+    async def _finish(self, task: pb.NextTaskResponse) -> bool:
+        done = task.done
+        if done.HasField("adapter"):
+            adapter = await self._workbench.fetch(self._link, self._session, done.adapter)
+            await asyncio.to_thread(
+                write_adapter_folder, self._chosen.out, adapter, done.adapter_config, done.model_card
+            )
+            logger.info("%s: the final adapter is in %s", self._site.name, self._chosen.out)
+        request = pb.CompleteTaskRequest(session=self._session, task_id=task.task_id, delivered=pb.Delivered())
+        await self._link.call(self._link.federation.CompleteTask, request)
+        completed = done.outcome == "completed"
+        logger.log(
+            logging.INFO if completed else logging.ERROR,
+            "%s: the run %s: %s",
+            self._site.name,
+            done.outcome,
+            done.message,
+        )
+        return completed
+
+    async def _fail(self, task: pb.NextTaskResponse, kind: str, reason: str) -> None:
+        request = pb.FailTaskRequest(session=self._session, task_id=task.task_id, kind=kind, reason=reason)
+        await self._link.call(self._link.federation.FailTask, request)
+
+    async def _beating(self, task_id: str, compute: Callable[[Control], Result]) -> Result:
+        """Computes in the worker thread and meanwhile gives signs of life."""
+        control = self._control = Control()
+        future = asyncio.get_running_loop().run_in_executor(self._worker, compute, control)
+        try:
+            while True:
+                done, _ = await asyncio.wait([future], timeout=self._lease_s / 3)
+                if done:
+                    return future.result()
+                beat = pb.HeartbeatRequest(session=self._session, task_id=task_id, progress=control.progress)
+                answer = await self._link.call(self._link.federation.Heartbeat, beat)
+                if answer.withdrawn:
+                    control.cancel()
+        finally:
+            self._control = None
+            control.cancel()

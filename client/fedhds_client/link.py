@@ -1,0 +1,169 @@
+"""The gRPC side of a site: calls that are repeated until they are answered, uploads and downloads that resume."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+
+from fedhds.adapter import Artifact
+from fedhds.errors import ArtifactError, CoordinatorUnreachable, FedhdsError, StorageError
+from fedhds.security.credentials import TlsFiles, channel_credentials, diagnose_handshake
+from fedhds.status import error_of
+from fedhds.v1 import federation_pb2 as pb
+from fedhds.v1 import federation_pb2_grpc as rpc
+
+logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+CHUNK_SIZE = 1 << 20
+# First and longest pause between two tries; doubling from one to the other spreads a thousand sites that lost their
+# coordinator at the same instant over its first seconds back.
+_FIRST_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 5.0
+_TRANSIENT = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+)
+# The coordinator allows pings every 10 s; 20 s notices a dead link well before a long poll of 30 s ends.
+_OPTIONS = (
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+)
+# A call that is not a long poll is answered in milliseconds; beyond this the link is dead whatever TCP believes.
+_ANSWER_S = 60.0
+
+
+class CoordinatorLink:
+    """One channel to the coordinator, shared by all sites of a process; counts the payload bytes it sends.
+
+    Every call is repeated while the coordinator cannot be reached, until `patience` seconds have passed without any
+    answer; then CoordinatorUnreachable. Domain errors of the coordinator are raised as what they are.
+    """
+
+    def __init__(self, target: str, tls: TlsFiles | None, *, patience: float) -> None:
+        self._target = target
+        self._tls = tls
+        self._patience = patience
+        self.bytes_sent = 0
+        if tls:
+            self._channel = grpc.aio.secure_channel(target, channel_credentials(tls), options=_OPTIONS)
+        else:
+            self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
+        self.federation: Any = rpc.FederationStub(self._channel)
+
+    async def close(self) -> None:
+        """Closes the channel."""
+        await self._channel.close()
+
+    async def call(self, method: Any, request: Any, *, wait_s: float = 0.0) -> Any:
+        """One unary call; `wait_s` is how long the coordinator may hold it."""
+
+        async def attempt() -> Any:
+            self.bytes_sent += request.ByteSize()
+            return await method(request, timeout=_ANSWER_S + wait_s)
+
+        return await self._repeated(attempt)
+
+    async def upload(self, session: str, path: Path, artifact: Artifact) -> None:
+        """Sends a file; after a broken link it goes on where the coordinator says it stands."""
+
+        async def attempt() -> None:
+            request = pb.GetUploadRequest(session=session, artifact=artifact.to_proto())
+            held = await self.federation.GetUpload(request, timeout=_ANSWER_S)
+            if held.offset < artifact.size:
+                await self.federation.Upload(self._parts(session, path, artifact, held.offset))
+
+        await self._repeated(attempt)
+
+    async def _parts(
+        self, session: str, path: Path, artifact: Artifact, offset: int
+    ) -> AsyncIterator[pb.UploadRequest]:
+        header = pb.UploadHeader(session=session, artifact=artifact.to_proto(), offset=offset)
+        yield pb.UploadRequest(header=header)
+        with path.open("rb") as file:
+            file.seek(offset)
+            while chunk := await asyncio.to_thread(file.read, CHUNK_SIZE):
+                self.bytes_sent += len(chunk)
+                yield pb.UploadRequest(chunk=chunk)
+
+    async def download(self, session: str, artifact: Artifact, path: Path) -> None:
+        """Fetches an artifact to `path`, resuming a partial file beside it; the bytes are those of its digest."""
+        partial = path.with_name(path.name + ".partial")
+
+        async def attempt() -> None:
+            offset = partial.stat().st_size if partial.exists() else 0
+            with partial.open("ab") as file:
+                if offset > artifact.size:
+                    file.truncate(0)
+                    offset = 0
+                request = pb.DownloadRequest(session=session, artifact=artifact.to_proto(), offset=offset)
+                async for message in self.federation.Download(request):
+                    await asyncio.to_thread(file.write, message.chunk)
+            found = await asyncio.to_thread(Artifact.of_file, partial)
+            if found != artifact:
+                partial.unlink()
+                raise ArtifactError(f"the download of {artifact.digest[:12]} has another digest; it is fetched anew")
+
+        for last in (False, True):
+            try:
+                await self._repeated(attempt)
+                break
+            except ArtifactError:
+                if last:
+                    raise
+        partial.replace(path)
+
+    async def _repeated(self, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
+        started = time.monotonic()
+        pause, told = _FIRST_PAUSE_S, False
+        while True:
+            try:
+                answer = await attempt()
+            except grpc.aio.AioRpcError as failure:
+                error = error_of(failure)
+                if error is not None and not isinstance(error, StorageError):
+                    raise error from None
+                if error is None and failure.code() not in _TRANSIENT:
+                    raise FedhdsError(
+                        f"the coordinator at {self._target} answered {failure.code().name}: {failure.details()}"
+                    ) from None
+                reason = str(error) if error else failure.details() or failure.code().name
+            else:
+                if told:
+                    logger.info("the coordinator answers again")
+                return answer
+            remaining = self._patience - (time.monotonic() - started)
+            if not told or remaining <= 0:
+                reason = await self._diagnosis() or reason
+            if remaining <= 0:
+                raise CoordinatorUnreachable(
+                    f"no answer from the coordinator at {self._target} for {self._patience:g} s: {reason}; "
+                    "check --server and that fedhds-server runs there"
+                )
+            if not told:
+                logger.warning("cannot reach %s: %s; trying again for %.0f s", self._target, reason, remaining)
+                told = True
+            await asyncio.sleep(min(pause, max(remaining, 0.05)))
+            pause = min(pause * 2, _LONGEST_PAUSE_S)
+
+    async def _diagnosis(self) -> str | None:
+        # gRPC says UNAVAILABLE for everything between a typing error and an expired certificate.
+        return await asyncio.to_thread(diagnose_handshake, self._target, self._tls, 3.0)
+
+
+def file_key(text: str) -> str:
+    """A file name for any text: its SHA-256, shortened; names of sites and tasks hold slashes."""
+    return hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -1,0 +1,107 @@
+"""A site's settings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def default_state_folder() -> Path:
+    """Where a user's programs keep what must survive, by the XDG base directory specification."""
+    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(base).expanduser() / "fedhds"
+
+
+class ClientSettings(BaseModel):
+    """Settings of `fedhds-client`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: tuple[Path, ...] = Field(
+        (),
+        description="Training shards (.jsonl, .jsonl.gz, .json, .parquet); several make several sites in this process.",
+        json_schema_extra={"group": "Data"},
+    )
+    eval_data: Path | None = Field(
+        None,
+        description="Held-out rows: the site (also) evaluates; with several shards, the first one's site does.",
+        json_schema_extra={"group": "Data"},
+    )
+    skip_bad_rows: bool = Field(
+        False, description="Count rows that cannot be used, and go on.", json_schema_extra={"group": "Data"}
+    )
+    out: Path = Field(
+        Path("fedhds-adapter"),
+        description="Folder that the final adapter is written to.",
+        json_schema_extra={"group": "Data"},
+    )
+    server: str = Field(
+        "localhost:8470", description="The coordinator's HOST:PORT.", json_schema_extra={"group": "Link"}
+    )
+    name: str | None = Field(
+        None,
+        description="The site's name (default: with TLS the certificate's, else host name and shard's name). With "
+        "several shards each site is NAME/SHARD.",
+        json_schema_extra={"group": "Link"},
+    )
+    patience: float = Field(
+        300.0,
+        gt=0,
+        description="Seconds without an answer from the coordinator after which the site gives up.",
+        json_schema_extra={"group": "Link"},
+    )
+    tls_ca: Path | None = Field(
+        None, description="CA that the coordinator's certificate must come from.", json_schema_extra={"group": "Link"}
+    )
+    tls_cert: Path | None = Field(None, description="The site's certificate.", json_schema_extra={"group": "Link"})
+    tls_key: Path | None = Field(
+        None, description="Key of the site's certificate.", json_schema_extra={"group": "Link"}
+    )
+    model: str | None = Field(
+        None,
+        description="Load the base model from here (path or hub id) in place of what the run names; it must be the "
+        "same.",
+        json_schema_extra={"group": "Compute"},
+    )
+    device: Device = Field(
+        "auto", description="Where to compute; auto: a GPU when there is one.", json_schema_extra={"group": "Compute"}
+    )
+    inference_batch_size: int = Field(
+        16,
+        ge=1,
+        description="Rows per batch when features are taken and when answers are generated.",
+        json_schema_extra={"group": "Compute"},
+    )
+    max_epsilon: float | None = Field(
+        None,
+        gt=0,
+        description="Largest client-level epsilon that this site's releases of centroids may cost, ever; more is "
+        "refused whatever the coordinator asks.",
+        json_schema_extra={"group": "Policy"},
+    )
+    state: Path = Field(
+        default_factory=default_state_folder,
+        description="Folder for what must survive a restart: session, ledger, clusters (default "
+        "~/.local/state/fedhds).",
+        json_schema_extra={"group": "Policy"},
+    )
+    log_level: LogLevel = Field("INFO", description="Least level to log.", json_schema_extra={"group": "Policy"})
+
+    @model_validator(mode="after")
+    def _usable(self) -> Self:
+        if not self.data and not self.eval_data:
+            raise ValueError("data: give the training shard with --data, or held-out rows with --eval-data")
+        names = [path.name for path in self.data]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"data: two shards are called {twice}; sites are named after them, rename one")
+        host, _, port = self.server.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) <= 65535:
+            raise ValueError(f"server: {self.server!r} is not HOST:PORT")
+        return self

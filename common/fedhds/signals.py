@@ -1,0 +1,34 @@
+"""Ctrl-C and SIGTERM: the first sets an event for a clean stop, the second kills."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+
+def on_signal(stop: Callable[[], None]) -> Callable[[], int]:
+    """Calls `stop` at the first SIGINT or SIGTERM and kills the process at the second.
+
+    Must run within the event loop. Returns a function that gives the exit status: 128 + the signal, 0 without one.
+    """
+    loop = asyncio.get_running_loop()
+    received: list[int] = []
+
+    def handle(number: int) -> None:
+        if received:
+            # The default action, so that the exit status tells the truth; nothing durable is in memory only.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        received.append(number)
+        logger.info("stopping; once more kills")
+        stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, handle, number)
+    return lambda: 128 + received[0] if received else 0

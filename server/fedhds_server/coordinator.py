@@ -1,0 +1,308 @@
+"""The I/O shell of the state machine: feeds it events, makes its state durable, carries out its instructions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fedhds import adapter as adapters
+from fedhds.adapter import Artifact
+from fedhds.errors import FedhdsError, SessionLost, StorageError
+from fedhds.runspec import budget_rows
+from fedhds_server.aggregation.base import Aggregator, Update
+from fedhds_server.artifacts import ArtifactStore
+from fedhds_server.checkpoint import write_checkpoint
+from fedhds_server.enrolment import session_digest
+from fedhds_server.report import run_card
+from fedhds_server.rounds import RunMachine
+from fedhds_server.selection.base import InterClientSelection, Report, Selection, SelectionContext
+from fedhds_server.state import (
+    AdapterDrawn,
+    Aggregate,
+    DrawAdapter,
+    Event,
+    Instruction,
+    Record,
+    RoundAggregated,
+    RunState,
+    Select,
+    SelectionMade,
+    Site,
+    SiteConnected,
+    SiteHeard,
+    SiteSilent,
+    Task,
+    Wake,
+    WriteCheckpoint,
+)
+from fedhds_server.store.base import JournalEntry, Store
+
+logger = logging.getLogger(__name__)
+
+# Decides on the state at the instant at which the event is applied, so that checks cannot be overtaken.
+Decision = Callable[[RunState], Event | None]
+
+# A full disk is mended by people, in minutes: often enough to go on soon, seldom enough to keep the log readable.
+_STORAGE_RETRY_S = 5.0
+
+
+class Coordinator:
+    """Runs one `RunState` over a store and an artifact folder.
+
+    `post` returns when the event's effect is durable. Events that arrive together share one transaction.
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        *,
+        store: Store,
+        artifacts: ArtifactStore,
+        folder: Path,
+        strategy: InterClientSelection,
+        aggregator: Aggregator,
+    ) -> None:
+        self._store = store
+        self._artifacts = artifacts
+        self._folder = folder
+        self._strategy = strategy
+        self._aggregator = aggregator
+        self._machine = RunMachine(state, needs_reports=strategy.needs_reports)
+        self._inbox: asyncio.Queue[tuple[Decision, asyncio.Future[None]]] = asyncio.Queue()
+        self._work: asyncio.Queue[Instruction] = asyncio.Queue()
+        self._waiting: dict[str, asyncio.Event] = {}
+        self._heard: dict[str, float] = {name: time.monotonic() for name in state.sites}
+        self._sessions = {site.session: name for name, site in state.sites.items()}
+        self._settled = asyncio.Event()
+
+    @property
+    def state(self) -> RunState:
+        """The run; to be read, not changed."""
+        return self._machine.state
+
+    @property
+    def checkpoint(self) -> Path:
+        """The PEFT folder of the last global adapter."""
+        return self._folder / "checkpoint"
+
+    async def run(self) -> None:
+        """Works until the run is over and every live site has the final adapter, or until cancelled."""
+        for instruction in self._machine.pending():
+            self._work.put_nowait(instruction)
+        self._settle()
+        tasks = [asyncio.create_task(body()) for body in (self._apply_events, self._perform_work, self._watch_silence)]
+        waiter = asyncio.create_task(self._settled.wait())
+        try:
+            done, _ = await asyncio.wait([waiter, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            await self._work.join()
+        finally:
+            for task in [waiter, *tasks]:
+                task.cancel()
+            await asyncio.gather(waiter, *tasks, return_exceptions=True)
+
+    async def post(self, decision: Decision | Event) -> None:
+        """Applies an event and returns when its effect is durable; raises what the decision raises."""
+        decide: Decision = decision if callable(decision) else lambda _: decision
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._inbox.put_nowait((decide, future))
+        await future
+
+    async def site_of(self, session: str) -> Site:
+        """The site that holds `session`, noted as alive; raises SessionLost."""
+        name = self._sessions.get(session_digest(session))
+        if name is None:
+            raise SessionLost("the session is unknown, or another process of this site has taken over; enrol again")
+        self._heard[name] = time.monotonic()
+        site = self.state.sites[name]
+        if not site.live:
+            await self.post(SiteHeard(time.time(), name))
+        return site
+
+    async def next_task(self, site: Site, wait_s: float) -> Task | None:
+        """The site's open task; None when it has none for `wait_s` seconds or the run is over."""
+        deadline = time.monotonic() + wait_s
+        while not self.state.phase.over:
+            task = self._machine.next_task(site.name)
+            remaining = deadline - time.monotonic()
+            if task or remaining <= 0:
+                return task
+            event = self._waiting.setdefault(site.name, asyncio.Event())
+            try:
+                await asyncio.wait_for(event.wait(), remaining)
+            except TimeoutError:
+                return None
+            finally:
+                self._waiting.pop(site.name, None)
+        return None
+
+    # Events.
+
+    async def _apply_events(self) -> None:
+        while True:
+            batch = [await self._inbox.get()]
+            while not self._inbox.empty():
+                batch.append(self._inbox.get_nowait())
+            instructions: list[Instruction] = []
+            applied: list[asyncio.Future[None]] = []
+            for decide, future in batch:
+                try:
+                    event = decide(self.state)
+                    instructions += self._machine.handle(event) if event else []
+                except FedhdsError as error:
+                    _fail(future, error)
+                else:
+                    applied.append(future)
+                    if isinstance(event, SiteConnected):
+                        self._heard[event.site] = time.monotonic()
+            await self._commit(instructions, applied)
+
+    async def _commit(self, instructions: list[Instruction], applied: list[asyncio.Future[None]]) -> None:
+        records = [instruction for instruction in instructions if isinstance(instruction, Record)]
+        entries = [JournalEntry(time.time(), record.message, record.trouble) for record in records]
+        try:
+            await asyncio.to_thread(self._store.save, self.state, entries)
+        except StorageError as error:
+            logger.error("%s", error)
+            # What is not durable has not happened: back to the saved state, and whoever asked is told.
+            self._machine.state = await self._reloaded()
+            for future in applied:
+                _fail(future, error)
+            return
+        self._sessions = {site.session: name for name, site in self.state.sites.items()}
+        for record in records:
+            logger.log(logging.WARNING if record.trouble else logging.INFO, "%s", record.message)
+        for future in applied:
+            if not future.done():
+                future.set_result(None)
+        for instruction in instructions:
+            if isinstance(instruction, Wake):
+                self._wake()
+            elif not isinstance(instruction, Record):
+                self._work.put_nowait(instruction)
+        self._settle()
+
+    async def _reloaded(self) -> RunState:
+        while True:
+            try:
+                saved = await asyncio.to_thread(self._store.load)
+            except StorageError as error:
+                logger.error("%s; trying again", error)
+            else:
+                if saved is None:
+                    raise StorageError("the run's state has vanished from the store; restore a backup")
+                return saved
+            await asyncio.sleep(_STORAGE_RETRY_S)
+
+    def _wake(self) -> None:
+        busy = {task.site for task in self.state.tasks.values()}
+        for site, event in self._waiting.items():
+            if site in busy or self.state.phase.over:
+                event.set()
+
+    def _settle(self) -> None:
+        """Ends `run` when nothing is left to do for anybody who is there."""
+        done = all(site.delivered or not site.live for site in self.state.sites.values())
+        if self.state.phase.over and done:
+            self._settled.set()
+
+    async def _watch_silence(self) -> None:
+        patience = self.state.spec.patience
+        while True:
+            await asyncio.sleep(min(1.0, patience / 5))
+            now = time.monotonic()
+            for site in list(self.state.sites.values()):
+                if site.live and now - self._heard.setdefault(site.name, now) > patience:
+                    await self.post(SiteSilent(time.time(), site.name))
+
+    # Instructions.
+
+    async def _perform_work(self) -> None:
+        while True:
+            instruction = await self._work.get()
+            while True:
+                try:
+                    await self._perform(instruction)
+                    break
+                except StorageError as error:
+                    logger.error("%s; trying again in %.0f s", error, _STORAGE_RETRY_S)
+                    await asyncio.sleep(_STORAGE_RETRY_S)
+            self._work.task_done()
+
+    async def _perform(self, instruction: Instruction) -> None:
+        match instruction:
+            case DrawAdapter():
+                artifact = await asyncio.to_thread(self._draw_adapter)
+                await self.post(AdapterDrawn(time.time(), artifact))
+            case Select():
+                selection = await asyncio.to_thread(self._select, instruction)
+                await self.post(
+                    SelectionMade(time.time(), instruction.round, dict(selection.coresets), tuple(selection.notes))
+                )
+            case Aggregate() if instruction.round == self.state.round:
+                await self._aggregate()
+            case WriteCheckpoint() if self.state.adapters:
+                await asyncio.to_thread(self._write_checkpoint)
+
+    def _draw_adapter(self) -> Artifact:
+        manifest, spec = self.state.adapter_manifest, self.state.spec
+        path = self._artifacts.scratch("initial")
+        artifact = adapters.write_adapter(
+            path, manifest, lambda tensor: adapters.initial_tensor(tensor, spec.seed), spec.wire_dtype
+        )
+        self._artifacts.adopt(path, artifact)
+        return artifact
+
+    def _select(self, instruction: Select) -> Selection:
+        state = self.state
+        rows = {site: state.sites[site].rows for site in instruction.sites}
+        budget = budget_rows(state.spec.budget, sum(rows.values()))
+        context = SelectionContext(
+            seed=state.spec.seed, round=instruction.round, rows=rows, budget=budget, spec=state.spec
+        )
+        reports = {
+            site: Report(state.report_tasks[site], state.report_of(site))
+            for site in instruction.sites
+            if site in state.report_tasks
+        }
+        return self._strategy.select(context, reports)
+
+    async def _aggregate(self) -> None:
+        state = self.state
+        spent = [update.artifact for update in state.updates.values()]
+        before = set(state.adapters.values())
+        artifact = await asyncio.to_thread(self._fold)
+        await self.post(RoundAggregated(time.time(), artifact))
+        kept = set(self.state.adapters.values())
+        for old in {*spent, *before} - kept:
+            await asyncio.to_thread(self._artifacts.delete, old)
+
+    def _fold(self) -> Artifact:
+        state = self.state
+        current = state.adapters[max(state.adapters)]
+        updates = [
+            Update(site=site, path=self._artifacts.path(update.artifact), weight=float(update.samples))
+            for site, update in sorted(state.updates.items())
+        ]
+        path = self._artifacts.scratch("aggregate")
+        artifact = self._aggregator.aggregate(
+            state.adapter_manifest, self._artifacts.path(current), updates, path, state.spec.wire_dtype
+        )
+        self._artifacts.adopt(path, artifact)
+        return artifact
+
+    def _write_checkpoint(self) -> None:
+        state = self.state
+        newest = state.adapters[max(state.adapters)]
+        write_checkpoint(
+            self._folder, self._artifacts.path(newest), state.adapter_manifest, state.spec, run_card(state)
+        )
+
+
+def _fail(future: asyncio.Future[None], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

@@ -1,0 +1,77 @@
+"""What the coordinator tells people about a run: the status message and the model card's facts."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from fedhds import __version__
+from fedhds.v1 import federation_pb2 as pb
+from fedhds_server.checkpoint import EvaluationFacts, RunFacts, model_card
+from fedhds_server.state import Evaluation, RunState
+
+
+def mean_evaluations(state: RunState) -> dict[int, tuple[int, float, float]]:
+    """Per round: rows, mean loss per response token in nats, mean Rouge-L F1, over all evaluators' sums."""
+    means = {}
+    for number, sums in sorted(state.evaluations.items()):
+        parts: list[Evaluation] = list(sums.values())
+        rows, tokens = sum(part.rows for part in parts), sum(part.tokens for part in parts)
+        loss, rouge = sum(part.loss_sum for part in parts), sum(part.rouge_l_sum for part in parts)
+        means[number] = (rows, loss / max(tokens, 1), rouge / max(rows, 1))
+    return means
+
+
+def run_status(state: RunState, checkpoint: Path) -> pb.GetStatusResponse:
+    """The run at this instant."""
+    status = pb.GetStatusResponse(
+        run_id=state.run_id,
+        phase=state.phase.value,
+        round=state.round,
+        message=state.message,
+        run=state.spec.to_proto(),
+        running_s=(state.ended_at or time.time()) - state.started_at if state.started_at else 0.0,
+        bytes_received=sum(site.bytes_received for site in state.sites.values()),
+        checkpoint=str(checkpoint) if checkpoint.exists() else "",
+    )
+    for name, site in sorted(state.sites.items()):
+        task = next((task.kind.value for task in state.tasks.values() if task.site == name), "")
+        status.sites.add(
+            site=name,
+            state=site.state.value,
+            rows=site.rows,
+            evaluates=site.evaluates,
+            task=task,
+            last_error=site.last_error,
+            bytes_received=site.bytes_received,
+            delivered=site.delivered,
+        )
+    for closed in state.closed_rounds:
+        status.closed_rounds.add(
+            round=closed.round,
+            contributors=closed.contributors,
+            samples=closed.samples,
+            loss=closed.loss,
+            seconds=closed.seconds,
+        )
+    for number, (rows, loss, rouge) in mean_evaluations(state).items():
+        status.evaluations.add(round=number, rows=rows, loss=loss, rouge_l=rouge)
+    return status
+
+
+def run_card(state: RunState) -> str:
+    """The model card of the last global adapter."""
+    contributors = {site for closed in state.closed_rounds for site in closed.contributors}
+    facts = RunFacts(
+        rounds=state.round if state.closed_rounds else 0,
+        sites=len(contributors),
+        rows=sum(site.rows for site in state.sites.values()),
+        samples=sum(closed.samples for closed in state.closed_rounds),
+        fingerprint=state.fingerprint,
+        version=__version__,
+        evaluations=tuple(
+            EvaluationFacts(round=number, rows=rows, loss=loss, rouge_l=rouge)
+            for number, (rows, loss, rouge) in mean_evaluations(state).items()
+        ),
+    )
+    return model_card(state.spec, facts)

@@ -1,0 +1,427 @@
+"""The run as a pure state machine: events in, instructions out; no I/O and no clock of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+from fedhds.runspec import RunSpec
+from fedhds_server.state import (
+    AdapterDrawn,
+    Aggregate,
+    ClosedRound,
+    DrawAdapter,
+    EvaluationReceived,
+    Event,
+    FinalDelivered,
+    Instruction,
+    Phase,
+    Record,
+    ReportReceived,
+    RoundAggregated,
+    RunState,
+    Select,
+    SelectionMade,
+    Site,
+    SiteAttested,
+    SiteConnected,
+    SiteHeard,
+    SiteLeft,
+    SiteSilent,
+    SiteState,
+    Task,
+    TaskFailed,
+    TaskKind,
+    Update,
+    UpdateReceived,
+    Wake,
+    WriteCheckpoint,
+    packed,
+)
+
+# A round whose every task failed leaves the adapter as it is. One may be bad luck (a full disk, a GPU that another
+# job holds); three in a row mean that the run cannot make progress and that somebody should look.
+_FUTILE_ROUNDS = 3
+
+
+def draw_cohort(sites: list[str], fraction: float, *, seed: int, round_number: int) -> list[str]:
+    """The round's cohort: max(1, round(fraction * n)) of `sites`, uniformly, in name order.
+
+    Sites are ranked by a hash of seed, round and name, so that the draw depends on no order, library or version.
+    """
+    size = min(len(sites), max(1, math.floor(fraction * len(sites) + 0.5)))
+    ranked = sorted(sites, key=lambda site: hashlib.sha256(f"{seed}/{round_number}/{site}".encode()).digest())
+    return sorted(ranked[:size])
+
+
+class RunMachine:
+    """Drives one `RunState`. `handle` changes the state and says what is to be done about it.
+
+    A result that comes too late, twice, or from a site that the round no longer counts changes nothing.
+    """
+
+    def __init__(self, state: RunState, *, needs_reports: bool) -> None:
+        self.state = state
+        self._needs_reports = needs_reports
+
+    @property
+    def spec(self) -> RunSpec:
+        """The run's specification."""
+        return self.state.spec
+
+    def next_task(self, site: str) -> Task | None:
+        """The open task that `site` should do now."""
+        order = list(TaskKind)
+        mine = [task for task in self.state.tasks.values() if task.site == site]
+        return min(mine, key=lambda task: (order.index(task.kind), task.round), default=None)
+
+    def evaluation_rounds(self) -> list[int]:
+        """Rounds whose adapters are evaluated, of those that have one now."""
+        every = self.spec.evaluate_every
+        return sorted(
+            number
+            for number in self.state.adapters
+            if number in (0, self.spec.rounds) or (every and number % every == 0) or self._is_last(number)
+        )
+
+    def pending(self) -> list[Instruction]:
+        """Instructions whose answers the state still waits for, after a restart."""
+        state = self.state
+        if state.manifest and 0 not in state.adapters and not state.phase.over:
+            return [DrawAdapter()]
+        if state.phase is Phase.SELECTING and not self._open(TaskKind.SELECT):
+            return [self._selection()]
+        if state.phase is Phase.AGGREGATING:
+            return [Aggregate(state.round)]
+        if state.adapters:
+            return [WriteCheckpoint()]
+        return []
+
+    def handle(self, event: Event) -> list[Instruction]:
+        """Applies one event."""
+        match event:
+            case SiteConnected():
+                return self._connected(event)
+            case SiteAttested():
+                return self._attested(event)
+            case SiteSilent() | SiteLeft():
+                return self._gone(event)
+            case SiteHeard():
+                return self._heard(event)
+            case AdapterDrawn():
+                self.state.adapters[0] = event.adapter
+                return self._start_if_ready(event.at)
+            case ReportReceived():
+                return self._reported(event)
+            case SelectionMade():
+                return self._selected(event)
+            case UpdateReceived():
+                return self._updated(event)
+            case EvaluationReceived():
+                return self._evaluated(event)
+            case TaskFailed():
+                return self._failed(event)
+            case RoundAggregated():
+                return self._aggregated(event)
+            case FinalDelivered():
+                self.state.sites[event.site].delivered = True
+                return [Wake()]
+
+    # Who takes part.
+
+    def _connected(self, event: SiteConnected) -> list[Instruction]:
+        site = self.state.sites.setdefault(event.site, Site(name=event.site))
+        site.key = site.key or event.key
+        site.session = event.session
+        site.state = SiteState.CONNECTING
+        return [Wake()]
+
+    def _attested(self, event: SiteAttested) -> list[Instruction]:
+        state = self.state
+        site = state.sites[event.site]
+        known = site.state is SiteState.ENROLLED
+        site.rows, site.evaluates = event.rows, event.evaluates
+        site.state, site.last_error = SiteState.ENROLLED, ""
+        instructions: list[Instruction] = []
+        if not known:
+            brings = [f"{event.rows} rows"] * bool(event.rows) + ["held-out rows"] * event.evaluates
+            instructions.append(Record(f"site {event.site} enrolled with {' and '.join(brings)}"))
+            if event.rows and self.spec.schedule == "one-shot" and state.round and event.site not in state.coresets:
+                instructions.append(
+                    Record(f"site {event.site} came after the selection: it gets the final adapter but trains no round")
+                )
+        if not state.manifest:
+            state.fingerprint = event.fingerprint
+            state.manifest = packed(event.manifest.to_proto())
+            instructions.append(DrawAdapter())
+        self._add_evaluations()
+        return [*instructions, *self._start_if_ready(event.at), *self._reopen(event.at), Wake()]
+
+    def _gone(self, event: SiteSilent | SiteLeft) -> list[Instruction]:
+        site = self.state.sites[event.site]
+        if not site.live:
+            return []
+        silent = isinstance(event, SiteSilent)
+        site.state = SiteState.LOST if silent else SiteState.LEFT
+        if isinstance(event, SiteLeft):
+            site.last_error = event.reason or site.last_error
+            # Nothing more can come from a site that said goodbye; a lost one may yet return to its task.
+            self.state.tasks = {key: task for key, task in self.state.tasks.items() if task.site != event.site}
+        because = f": {event.reason}" if isinstance(event, SiteLeft) and event.reason else ""
+        message = f"site {event.site} {'is lost (no sign of life)' if silent else 'left'}{because}"
+        over = self.state.phase.over
+        return [Record(message, trouble=not over), *self._start_if_ready(event.at), *self._advance(event.at), Wake()]
+
+    def _heard(self, event: SiteHeard) -> list[Instruction]:
+        site = self.state.sites[event.site]
+        if site.state is not SiteState.LOST:
+            return []
+        site.state = SiteState.ENROLLED if site.rows or site.evaluates else SiteState.CONNECTING
+        self._add_evaluations()
+        return [Record(f"site {event.site} is back"), *self._start_if_ready(event.at), *self._reopen(event.at), Wake()]
+
+    def _trainers(self) -> list[str]:
+        return sorted(s.name for s in self.state.sites.values() if s.state is SiteState.ENROLLED and s.rows)
+
+    def _evaluators(self) -> list[str]:
+        return sorted(s.name for s in self.state.sites.values() if s.state is SiteState.ENROLLED and s.evaluates)
+
+    # From enrolment to the first round.
+
+    def _start_if_ready(self, at: float) -> list[Instruction]:
+        state = self.state
+        if state.phase is not Phase.ENROLLING:
+            return []
+        sites = self.spec.min_sites - len(self._trainers())
+        evaluators = self.spec.min_evaluators - len(self._evaluators())
+        missing = [f"{sites} more site{'s' * (sites > 1)}"] if sites > 0 else []
+        missing += [f"{evaluators} more evaluator{'s' * (evaluators > 1)}"] if evaluators > 0 else []
+        if missing or 0 not in state.adapters:
+            state.message = f"waiting for {' and '.join(missing) or 'the initial adapter'}"
+            return []
+        state.started_at = at
+        pool = sum(state.sites[name].rows for name in self._trainers())
+        note = Record(f"the run starts with {len(self._trainers())} sites that hold {pool} rows")
+        self._add_evaluations()
+        first = self._open_selection() if self.spec.schedule == "one-shot" else self._open_round(at)
+        return [note, WriteCheckpoint(), *first, Wake()]
+
+    # Selection.
+
+    def _open_selection(self) -> list[Instruction]:
+        """Asks the trainers (one-shot) or the round's cohort (per-round) for reports, if the strategy needs any."""
+        state = self.state
+        state.phase = Phase.SELECTING
+        state.reports, state.report_tasks, state.coresets = {}, {}, {}
+        sites = self._trainers()
+        if self.spec.schedule == "per-round":
+            sites = draw_cohort(sites, self.spec.cohort_fraction, seed=self.spec.seed, round_number=state.round)
+        if not self._needs_reports:
+            state.reports = dict.fromkeys(sites, "")
+            return [self._selection()]
+        for site in sites:
+            self._add_task(TaskKind.SELECT, state.round, site)
+        state.message = f"selecting: waiting for the clusters of {len(sites)} sites"
+        return []
+
+    def _selection(self) -> Select:
+        return Select(self.state.round, tuple(sorted(self.state.reports)))
+
+    def _reported(self, event: ReportReceived) -> list[Instruction]:
+        task = self.state.tasks.pop(event.task_id, None)
+        if task is None:
+            return []
+        self.state.reports[task.site] = packed(event.report)
+        self.state.report_tasks[task.site] = task.id
+        return self._advance(event.at)
+
+    def _selected(self, event: SelectionMade) -> list[Instruction]:
+        state = self.state
+        if state.phase is not Phase.SELECTING or event.round != state.round:
+            return []
+        state.coresets = {site: packed(coreset) for site, coreset in sorted(event.coresets.items())}
+        notes: list[Instruction] = [Record(note) for note in event.notes]
+        notes.append(Record(f"selection: {len(state.coresets)} of {len(state.reports)} sites have rows to train on"))
+        state.reports = {}
+        if self.spec.schedule == "per-round":
+            return [*notes, *self._issue_training(sorted(state.coresets), event.at), Wake()]
+        if not state.coresets:
+            return [*notes, *self._end(Phase.FAILED, "the selection chose no row of any site", event.at)]
+        return [*notes, *self._open_round(event.at), Wake()]
+
+    # Rounds.
+
+    def _open_round(self, at: float) -> list[Instruction]:
+        state = self.state
+        state.round += 1
+        return self._fill_round(at)
+
+    def _fill_round(self, at: float) -> list[Instruction]:
+        """Draws the cohort of the open round; waits, with a message, while nobody lives who could be in it."""
+        state = self.state
+        state.phase = Phase.TRAINING
+        state.round_opened_at = at
+        state.cohort, state.updates = [], {}
+        per_round = self.spec.schedule == "per-round"
+        eligible = self._trainers() if per_round else [site for site in self._trainers() if site in state.coresets]
+        if not eligible:
+            state.message = f"round {state.round} waits: no site that could train is connected"
+            return [Record(state.message, trouble=True)]
+        if per_round:
+            return self._open_selection()
+        cohort = draw_cohort(eligible, self.spec.cohort_fraction, seed=self.spec.seed, round_number=state.round)
+        return self._issue_training(cohort, at)
+
+    def _issue_training(self, cohort: list[str], at: float) -> list[Instruction]:
+        state = self.state
+        state.phase = Phase.TRAINING
+        state.cohort = cohort
+        for site in cohort:
+            self._add_task(TaskKind.TRAIN, state.round, site)
+        if not cohort:
+            return [Record(f"round {state.round}: no row was selected, the adapter stays as it is"), *self._close(at)]
+        state.message = f"round {state.round} of {self.spec.rounds}: waiting for {len(cohort)} updates"
+        return [Record(f"round {state.round} of {self.spec.rounds} opens with {', '.join(cohort)}")]
+
+    def _updated(self, event: UpdateReceived) -> list[Instruction]:
+        state = self.state
+        task = state.tasks.get(event.task_id)
+        if task is None:
+            return []
+        del state.tasks[task.id]
+        state.updates[task.site] = Update(artifact=event.artifact, samples=event.samples, loss=event.loss)
+        return self._advance(event.at)
+
+    def _failed(self, event: TaskFailed) -> list[Instruction]:
+        task = self.state.tasks.pop(event.task_id, None)
+        if task is None:
+            return []
+        self.state.sites[task.site].last_error = event.reason
+        note = Record(f"site {task.site} failed its {task.kind} task: {event.reason}", trouble=True)
+        return [note, *self._advance(event.at)]
+
+    def _close(self, at: float) -> list[Instruction]:
+        state = self.state
+        state.phase = Phase.AGGREGATING
+        state.message = f"round {state.round}: folding {len(state.updates)} updates"
+        return [Aggregate(state.round)]
+
+    def _aggregated(self, event: RoundAggregated) -> list[Instruction]:
+        state = self.state
+        if state.phase is not Phase.AGGREGATING:
+            return []
+        samples = sum(update.samples for update in state.updates.values())
+        loss = sum(update.samples * update.loss for update in state.updates.values())
+        closed = ClosedRound(
+            round=state.round,
+            cohort=state.cohort,
+            contributors=sorted(state.updates),
+            samples=samples,
+            loss=loss / samples if samples else 0.0,
+            seconds=event.at - state.round_opened_at,
+        )
+        state.closed_rounds.append(closed)
+        state.adapters[state.round] = event.adapter
+        state.updates = {}
+        kept = {*self.evaluation_rounds(), state.round}
+        state.adapters = {number: adapter for number, adapter in state.adapters.items() if number in kept}
+        self._add_evaluations()
+        note = Record(
+            f"round {state.round} closed with {len(closed.contributors)} updates over {samples} samples"
+            + (f", training loss {closed.loss:.4f}" if samples else "")
+        )
+        return [note, WriteCheckpoint(), *self._after_round(event.at), Wake()]
+
+    def _after_round(self, at: float) -> list[Instruction]:
+        state = self.state
+        recent = state.closed_rounds[-_FUTILE_ROUNDS:]
+        # Per-round selection may rightly choose nobody; a round is futile only when tasks were given and all failed.
+        if len(recent) == _FUTILE_ROUNDS and all(closed.cohort and not closed.contributors for closed in recent):
+            return self._end(Phase.FAILED, f"no site delivered an update in {_FUTILE_ROUNDS} rounds running", at)
+        if state.round < self.spec.rounds:
+            return self._open_round(at)
+        state.phase = Phase.FINISHING
+        state.message = "waiting for the last evaluations"
+        return self._advance(at)
+
+    # Evaluation.
+
+    def _add_evaluations(self) -> None:
+        state = self.state
+        if not state.started_at or state.phase.over:
+            return
+        for site in self._evaluators():
+            for number in self.evaluation_rounds():
+                if site not in state.evaluations.get(number, {}):
+                    self._add_task(TaskKind.EVALUATE, number, site)
+
+    def _evaluated(self, event: EvaluationReceived) -> list[Instruction]:
+        state = self.state
+        task = state.tasks.pop(event.task_id, None)
+        if task is None:
+            return []
+        state.evaluations.setdefault(task.round, {})[task.site] = event.evaluation
+        rows = max(event.evaluation.rows, 1)
+        loss = event.evaluation.loss_sum / max(event.evaluation.tokens, 1)
+        note = Record(
+            f"{'before the first round' if task.round == 0 else f'after round {task.round}'}, {task.site} measures "
+            f"loss {loss:.4f} and Rouge-L {event.evaluation.rouge_l_sum / rows:.4f} on {event.evaluation.rows} rows"
+        )
+        return [note, *self._advance(event.at)]
+
+    # What follows from what has come in.
+
+    def _advance(self, at: float) -> list[Instruction]:
+        """Moves on when nothing that the phase waits for can still come from a live site."""
+        state = self.state
+        match state.phase:
+            case Phase.SELECTING if not self._open(TaskKind.SELECT):
+                return [] if self._awaits_lost(TaskKind.SELECT, bool(state.reports)) else self._selection_closed()
+            case Phase.TRAINING if state.cohort and not self._open(TaskKind.TRAIN):
+                if self._awaits_lost(TaskKind.TRAIN, bool(state.updates)):
+                    return []
+                self._withdraw(TaskKind.TRAIN)
+                return [*self._close(at), Wake()]
+            case Phase.FINISHING if not self._open(TaskKind.EVALUATE):
+                self._withdraw(TaskKind.EVALUATE)
+                return self._end(Phase.COMPLETED, f"{self.spec.rounds} rounds are done", at)
+        return []
+
+    def _selection_closed(self) -> list[Instruction]:
+        self._withdraw(TaskKind.SELECT)
+        return [self._selection(), Wake()]
+
+    def _awaits_lost(self, kind: TaskKind, some_came: bool) -> bool:
+        """True when nothing has come yet and only lost sites could still deliver: then their return is awaited."""
+        waiting = [task.site for task in self.state.tasks.values() if task.kind is kind]
+        if some_came or not waiting:
+            return False
+        self.state.message = f"round {self.state.round} waits: all of its sites are lost ({', '.join(waiting)})"
+        return True
+
+    def _reopen(self, at: float) -> list[Instruction]:
+        """Draws anew for a round that had found nobody to train."""
+        if self.state.phase is Phase.TRAINING and not self.state.cohort:
+            return self._fill_round(at)
+        return []
+
+    def _end(self, phase: Phase, message: str, at: float) -> list[Instruction]:
+        state = self.state
+        state.phase, state.message, state.ended_at = phase, message, at
+        state.tasks = {}
+        note = Record(f"the run {'is complete' if phase is Phase.COMPLETED else 'failed'}: {message}")
+        return [note, WriteCheckpoint(), Wake()]
+
+    def _open(self, kind: TaskKind) -> bool:
+        """Whether a live site still has a task of this kind."""
+        return any(task.kind is kind and self.state.sites[task.site].live for task in self.state.tasks.values())
+
+    def _withdraw(self, kind: TaskKind) -> None:
+        self.state.tasks = {key: task for key, task in self.state.tasks.items() if task.kind is not kind}
+
+    def _add_task(self, kind: TaskKind, number: int, site: str) -> None:
+        task = Task(id=f"{kind}/{number}/{site}", kind=kind, round=number, site=site)
+        self.state.tasks.setdefault(task.id, task)
+
+    def _is_last(self, number: int) -> bool:
+        return self.state.phase is Phase.FINISHING and number == self.state.round

@@ -1,0 +1,283 @@
+"""The RPC methods: unpack, call, pack."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from fedhds.adapter import AdapterManifest, Artifact, peft_config
+from fedhds.errors import AdapterError, ArtifactError, EnrolmentRefused, FedhdsError, TaskError
+from fedhds.security.identity import identity_of
+from fedhds.status import abort, answers
+from fedhds.v1 import federation_pb2 as pb
+from fedhds.v1 import federation_pb2_grpc as rpc
+from fedhds_server.aggregation.base import validate_update
+from fedhds_server.artifacts import ArtifactStore
+from fedhds_server.coordinator import Coordinator
+from fedhds_server.enrolment import admit, check_attestation, negotiate, session_digest
+from fedhds_server.report import run_card, run_status
+from fedhds_server.state import (
+    Evaluation,
+    EvaluationReceived,
+    FinalDelivered,
+    Phase,
+    ReportReceived,
+    RunState,
+    Site,
+    SiteAttested,
+    SiteConnected,
+    SiteLeft,
+    Task,
+    TaskFailed,
+    TaskKind,
+    UpdateReceived,
+)
+
+logger = logging.getLogger(__name__)
+
+# Longest time for which a long poll is held; below the idle limits of common proxies (60 s).
+_LONGEST_POLL_S = 30.0
+_DONE = "done"
+
+
+class FederationServicer(rpc.FederationServicer):
+    """What sites call; every method's contract stands in proto/fedhds/v1/federation.proto."""
+
+    def __init__(self, coordinator: Coordinator, artifacts: ArtifactStore) -> None:
+        self._coordinator = coordinator
+        self._artifacts = artifacts
+
+    @answers
+    async def Enroll(self, request: pb.EnrollRequest, context: grpc.aio.ServicerContext) -> pb.EnrollResponse:
+        version = negotiate(list(request.protocol_versions))
+        peer = identity_of(context.auth_context())
+        session = secrets.token_hex(32)
+
+        def decide(state: RunState) -> SiteConnected:
+            key = admit(state, request.site, peer, request.previous_session)
+            return SiteConnected(request.site, key, session_digest(session))
+
+        await self._coordinator.post(decide)
+        state = self._coordinator.state
+        return pb.EnrollResponse(
+            session=session,
+            protocol_version=version,
+            run=state.spec.to_proto(),
+            run_id=state.run_id,
+            lease_s=state.spec.patience,
+        )
+
+    @answers
+    async def Attest(self, request: pb.AttestRequest, context: grpc.aio.ServicerContext) -> pb.AttestResponse:
+        site = await self._caller(request)
+        fingerprint = {
+            "weights": request.fingerprint.weights,
+            "config": request.fingerprint.config,
+            "tokenizer": request.fingerprint.tokenizer,
+            "template": request.fingerprint.template,
+        }
+        manifest = AdapterManifest.from_proto(request.manifest)
+
+        def decide(state: RunState) -> SiteAttested:
+            check_attestation(state, fingerprint, manifest, request.rows, request.evaluates)
+            return SiteAttested(time.time(), site.name, request.rows, request.evaluates, fingerprint, manifest)
+
+        try:
+            await self._coordinator.post(decide)
+        except EnrolmentRefused as error:
+            await self._coordinator.post(SiteLeft(time.time(), site.name, str(error)))
+            raise
+        return pb.AttestResponse()
+
+    @answers
+    async def NextTask(self, request: pb.NextTaskRequest, context: grpc.aio.ServicerContext) -> pb.NextTaskResponse:
+        site = await self._caller(request)
+        wait_s = request.wait_s if math.isfinite(request.wait_s) else 0.0
+        task = await self._coordinator.next_task(site, min(max(wait_s, 0.0), _LONGEST_POLL_S))
+        # Asked again: during a long poll another process of the site may have taken the session over.
+        await self._coordinator.site_of(request.session)
+        state = self._coordinator.state
+        if state.phase.over:
+            return pb.NextTaskResponse(task_id=_DONE, round=state.round, done=_done_task(state))
+        if task is None:
+            return pb.NextTaskResponse(round=state.round, wait=pb.WaitTask(reason=state.message))
+        return _task_message(state, task)
+
+    @answers
+    async def Heartbeat(self, request: pb.HeartbeatRequest, context: grpc.aio.ServicerContext) -> pb.HeartbeatResponse:
+        await self._caller(request)
+        return pb.HeartbeatResponse(
+            withdrawn=bool(request.task_id)
+            and request.task_id != _DONE
+            and request.task_id not in self._coordinator.state.tasks
+        )
+
+    @answers
+    async def CompleteTask(
+        self, request: pb.CompleteTaskRequest, context: grpc.aio.ServicerContext
+    ) -> pb.CompleteTaskResponse:
+        site = await self._caller(request)
+        result = request.WhichOneof("result")
+        if result == "delivered":
+            if not self._coordinator.state.phase.over:
+                raise TaskError("the run is not over, there is no final adapter yet")
+            await self._coordinator.post(FinalDelivered(site.name))
+            return pb.CompleteTaskResponse(accepted=True)
+        task = self._open_task(site, request.task_id)
+        if task is None:
+            if result == "train":
+                await self._discard(Artifact.from_proto(request.train.update))
+            return pb.CompleteTaskResponse(reason="the task is closed; its result came too late to count")
+        now = time.time()
+        match task.kind, result:
+            case TaskKind.SELECT, "clusters":
+                await self._coordinator.post(ReportReceived(now, task.id, request.clusters))
+            case TaskKind.EVALUATE, "evaluation":
+                await self._coordinator.post(EvaluationReceived(now, task.id, _evaluation(request.evaluation)))
+            case TaskKind.TRAIN, "train":
+                return await self._take_update(task, request.train)
+            case _:
+                raise TaskError(f"a {task.kind} task cannot be completed by a result of kind {result!r}")
+        return pb.CompleteTaskResponse(accepted=True)
+
+    async def _take_update(self, task: Task, result: pb.TrainResult) -> pb.CompleteTaskResponse:
+        artifact = Artifact.from_proto(result.update)
+        if not self._artifacts.has(artifact):
+            raise ArtifactError("the update is not here; upload it before completing its task")
+        reason = "" if math.isfinite(result.loss) else "the training loss is not finite"
+        try:
+            manifest = self._coordinator.state.adapter_manifest
+            path = self._artifacts.path(artifact)
+            await asyncio.to_thread(validate_update, path, manifest, largest_norm=None)
+        except AdapterError as error:
+            reason = f"the update is rejected: {error}"
+        rows = self._coordinator.state.sites[task.site].rows
+        if not 0 < result.samples <= rows:
+            reason = f"the update claims {result.samples} samples, the site declared {rows} rows"
+        if reason:
+            await self._coordinator.post(TaskFailed(time.time(), task.id, reason))
+            await self._discard(artifact)
+            return pb.CompleteTaskResponse(reason=reason)
+        await self._coordinator.post(UpdateReceived(time.time(), task.id, artifact, result.samples, result.loss))
+        return pb.CompleteTaskResponse(accepted=True)
+
+    @answers
+    async def FailTask(self, request: pb.FailTaskRequest, context: grpc.aio.ServicerContext) -> pb.FailTaskResponse:
+        site = await self._caller(request)
+        task = self._open_task(site, request.task_id)
+        if task:
+            reason = f"{request.kind}: {request.reason}"[:500]
+            await self._coordinator.post(TaskFailed(time.time(), task.id, reason))
+        return pb.FailTaskResponse()
+
+    @answers
+    async def GetUpload(self, request: pb.GetUploadRequest, context: grpc.aio.ServicerContext) -> pb.GetUploadResponse:
+        await self._caller(request)
+        artifact = Artifact.from_proto(request.artifact)
+        return pb.GetUploadResponse(offset=await asyncio.to_thread(self._artifacts.received, artifact))
+
+    @answers
+    async def Upload(
+        self, requests: AsyncIterator[pb.UploadRequest], context: grpc.aio.ServicerContext
+    ) -> pb.UploadResponse:
+        first = await anext(aiter(requests), pb.UploadRequest())
+        if first.WhichOneof("part") != "header":
+            raise ArtifactError("an upload starts with its header")
+        site = await self._caller(first.header)
+        artifact, offset = Artifact.from_proto(first.header.artifact), first.header.offset
+        async for message in requests:
+            await self._caller(first.header)
+            await asyncio.to_thread(self._artifacts.append, artifact, offset, message.chunk)
+            offset += len(message.chunk)
+            site.bytes_received += message.ByteSize()
+        await asyncio.to_thread(self._artifacts.finish, artifact)
+        return pb.UploadResponse()
+
+    async def Download(
+        self, request: pb.DownloadRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.DownloadResponse]:
+        try:
+            await self._caller(request)
+            artifact = Artifact.from_proto(request.artifact)
+            if artifact not in self._coordinator.state.adapters.values():
+                raise ArtifactError("there is no such global adapter (any more); ask for the task again")
+            chunks = self._artifacts.open_chunks(artifact, request.offset)
+            while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+                yield pb.DownloadResponse(chunk=chunk)
+        except FedhdsError as error:
+            await abort(context, error)
+
+    @answers
+    async def Leave(self, request: pb.LeaveRequest, context: grpc.aio.ServicerContext) -> pb.LeaveResponse:
+        site = await self._caller(request)
+        await self._coordinator.post(SiteLeft(time.time(), site.name))
+        return pb.LeaveResponse()
+
+    async def _caller(self, request: Any) -> Site:
+        site = await self._coordinator.site_of(request.session)
+        site.bytes_received += request.ByteSize()
+        return site
+
+    def _open_task(self, site: Site, task_id: str) -> Task | None:
+        task = self._coordinator.state.tasks.get(task_id)
+        if task is not None and task.site != site.name:
+            raise TaskError(f"the task {task_id!r} is not this site's")
+        return task
+
+    async def _discard(self, artifact: Artifact) -> None:
+        """Deletes an upload that does not count, unless something else names the same bytes."""
+        state = self._coordinator.state
+        named = {*state.adapters.values(), *(update.artifact for update in state.updates.values())}
+        if artifact not in named:
+            await asyncio.to_thread(self._artifacts.delete, artifact)
+
+
+class OperationsServicer(rpc.OperationsServicer):
+    """What operators call."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    @answers
+    async def GetStatus(self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext) -> pb.GetStatusResponse:
+        return run_status(self._coordinator.state, self._coordinator.checkpoint)
+
+
+def _evaluation(result: pb.EvaluationResult) -> Evaluation:
+    sums = (result.loss_sum, result.rouge_l_sum)
+    if not result.rows or not result.tokens or not all(math.isfinite(value) for value in sums):
+        raise TaskError("an evaluation needs rows, tokens and finite sums")
+    if not 0 <= result.rouge_l_sum <= result.rows:
+        raise TaskError("the sum of Rouge-L F1 lies outside 0 to the number of rows")
+    return Evaluation(rows=result.rows, tokens=result.tokens, loss_sum=result.loss_sum, rouge_l_sum=result.rouge_l_sum)
+
+
+def _task_message(state: RunState, task: Task) -> pb.NextTaskResponse:
+    message = pb.NextTaskResponse(task_id=task.id, round=task.round)
+    newest = state.adapters[max(state.adapters)]
+    match task.kind:
+        case TaskKind.SELECT:
+            message.select.adapter.CopyFrom(newest.to_proto())
+        case TaskKind.TRAIN:
+            message.train.adapter.CopyFrom(newest.to_proto())
+            message.train.coreset.CopyFrom(state.coreset_of(task.site))
+        case TaskKind.EVALUATE:
+            message.evaluate.adapter.CopyFrom(state.adapters[task.round].to_proto())
+    return message
+
+
+def _done_task(state: RunState) -> pb.DoneTask:
+    outcome = "completed" if state.phase is Phase.COMPLETED else "failed"
+    done = pb.DoneTask(outcome=outcome, message=state.message)
+    if state.adapters:
+        done.adapter.CopyFrom(state.adapters[max(state.adapters)].to_proto())
+        done.adapter_config = peft_config(state.spec, state.adapter_manifest)
+        done.model_card = run_card(state)
+    return done

@@ -1,0 +1,88 @@
+"""The coordinator's settings: the run's specification, and where and how it is served."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from fedhds.runspec import RunSpec
+
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether connections to `host` stay on this machine; a name other than localhost counts as outside."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class ServerSettings(RunSpec):
+    """Settings of `fedhds-server`."""
+
+    epsilon: float | None = Field(
+        None,
+        gt=0,
+        description="Choose the noise so that a site's releases in the whole run cost at most this client-level "
+        "epsilon at --delta, in place of --noise-multiplier.",
+        json_schema_extra={"group": "Privacy"},
+    )
+    listen: str = Field(
+        "127.0.0.1:8470",
+        description="Address to listen on; port 0 takes a free one. Beyond loopback it needs TLS.",
+        json_schema_extra={"group": "Server"},
+    )
+    run_folder: Path = Field(
+        Path("fedhds-run"),
+        description="Folder of the run: state, artifacts, checkpoint. The same folder continues the same run.",
+        json_schema_extra={"group": "Server"},
+    )
+    tls_ca: Path | None = Field(
+        None,
+        description="CA certificate that sites' certificates must come from.",
+        json_schema_extra={"group": "Server"},
+    )
+    tls_cert: Path | None = Field(
+        None, description="The coordinator's certificate.", json_schema_extra={"group": "Server"}
+    )
+    tls_key: Path | None = Field(
+        None, description="Key of the coordinator's certificate.", json_schema_extra={"group": "Server"}
+    )
+    insecure: bool = Field(
+        False,
+        description="Listen beyond loopback without TLS: anybody who reaches the port can join.",
+        json_schema_extra={"group": "Server"},
+    )
+    log_level: LogLevel = Field("INFO", description="Least level to log.", json_schema_extra={"group": "Server"})
+
+    @model_validator(mode="after")
+    def _servable(self) -> Self:
+        host, _, port = self.listen.rpartition(":")
+        if not host or not port.isdigit() or int(port) > 65535:
+            raise ValueError(f"listen: {self.listen!r} is not HOST:PORT")
+        if not is_loopback(host) and not self.tls_cert and not self.insecure:
+            raise ValueError(
+                f"listen: {host} is reachable from other machines and there is no TLS; give --tls-ca, --tls-cert and "
+                "--tls-key (see fedhds certs), or say --insecure"
+            )
+        if self.epsilon is not None and self.noise_multiplier:
+            raise ValueError("epsilon: it sets the noise itself; drop --noise-multiplier")
+        if self.epsilon is not None and not self.clip_norm:
+            raise ValueError("clip_norm: an epsilon needs a clipping norm; set it above 0")
+        return self
+
+    def run_spec(self) -> RunSpec:
+        """The part that every site gets."""
+        fields = {name: getattr(self, name) for name in RunSpec.model_fields}
+        if self.epsilon is not None:
+            from fedhds.privacy.mechanisms import calibrate_noise
+
+            releases = 1 if self.schedule == "one-shot" else self.rounds
+            fields["noise_multiplier"] = calibrate_noise(epsilon=self.epsilon, delta=self.delta, releases=releases)
+        return RunSpec(**fields)

@@ -1,0 +1,333 @@
+"""What the coordinator remembers of a run, and the events and instructions of its state machine."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedhds.adapter import AdapterManifest, Artifact
+from fedhds.runspec import RunSpec
+from fedhds.v1 import federation_pb2 as pb
+
+
+class Phase(StrEnum):
+    """Where a run stands."""
+
+    ENROLLING = "enrolling"
+    SELECTING = "selecting"
+    TRAINING = "training"
+    AGGREGATING = "aggregating"
+    FINISHING = "finishing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has ended."""
+        return self in (Phase.COMPLETED, Phase.FAILED)
+
+
+class SiteState(StrEnum):
+    """How the coordinator sees a site."""
+
+    CONNECTING = "connecting"  # holds its name, has not yet shown its base model
+    ENROLLED = "enrolled"
+    LOST = "lost"  # silent for longer than the patience; may come back
+    LEFT = "left"  # said so, or was refused
+
+
+class TaskKind(StrEnum):
+    """Kinds of work, in the order in which a site that has several gets them."""
+
+    SELECT = "select"
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=False)
+
+
+class Site(_Record):
+    """One site, by the name that its certificate or its flag gives it."""
+
+    name: str
+    key: str = ""  # SHA-256 of the certificate's public key; empty without TLS
+    session: str = ""  # SHA-256 of the session's secret
+    state: SiteState = SiteState.CONNECTING
+    rows: int = 0
+    evaluates: bool = False
+    last_error: str = ""
+    delivered: bool = False
+    bytes_received: int = 0
+
+    @property
+    def live(self) -> bool:
+        """Whether the site holds its name now."""
+        return self.state in (SiteState.CONNECTING, SiteState.ENROLLED)
+
+
+class Task(_Record):
+    """One open piece of work; it stays open until it is completed, failed or withdrawn."""
+
+    id: str
+    kind: TaskKind
+    round: int
+    site: str
+
+
+class Update(_Record):
+    """One site's accepted contribution to the open round."""
+
+    artifact: Artifact
+    samples: int
+    loss: float
+
+
+class ClosedRound(_Record):
+    """What came of a round."""
+
+    round: int
+    cohort: list[str]
+    contributors: list[str]
+    samples: int
+    loss: float
+    seconds: float
+
+
+class Evaluation(_Record):
+    """One evaluator's sums over its held-out rows."""
+
+    rows: int
+    tokens: int
+    loss_sum: float
+    rouge_l_sum: float
+
+
+class RunState(_Record):
+    """All that survives a crash, as one row. Task ids, cohorts and first values follow from it and the seed."""
+
+    run_id: str
+    spec: RunSpec
+    phase: Phase = Phase.ENROLLING
+    message: str = ""
+    round: int = 0
+    started_at: float = 0.0
+    round_opened_at: float = 0.0
+    ended_at: float = 0.0
+    fingerprint: dict[str, str] = Field(default_factory=dict)
+    manifest: str = ""  # base64 of the wire message; empty until the first site attests
+    sites: dict[str, Site] = Field(default_factory=dict)
+    tasks: dict[str, Task] = Field(default_factory=dict)
+    reports: dict[str, str] = Field(default_factory=dict)  # site -> base64 of its cluster report
+    report_tasks: dict[str, str] = Field(default_factory=dict)  # site -> task in which it reported
+    coresets: dict[str, str] = Field(default_factory=dict)  # site -> base64 of its coreset, of the last selection
+    cohort: list[str] = Field(default_factory=list)  # sites that train in the open round; empty while it has none
+    updates: dict[str, Update] = Field(default_factory=dict)
+    adapters: dict[int, Artifact] = Field(default_factory=dict)  # global adapters kept, by round
+    closed_rounds: list[ClosedRound] = Field(default_factory=list)
+    evaluations: dict[int, dict[str, Evaluation]] = Field(default_factory=dict)  # round -> evaluator -> sums
+
+    @property
+    def adapter_manifest(self) -> AdapterManifest:
+        """The manifest that the first site's adapter fixed; raises ValueError before that."""
+        if not self.manifest:
+            raise ValueError("no site has attested yet")
+        return AdapterManifest.from_proto(pb.AdapterManifest.FromString(base64.b64decode(self.manifest)))
+
+    def coreset_of(self, site: str) -> pb.Coreset:
+        """The rows that `site` trains on by the last selection."""
+        return pb.Coreset.FromString(base64.b64decode(self.coresets[site]))
+
+    def report_of(self, site: str) -> pb.ClusterReport:
+        """The report of `site` for the selection in progress."""
+        return pb.ClusterReport.FromString(base64.b64decode(self.reports[site]))
+
+
+def packed(message: pb.AdapterManifest | pb.Coreset | pb.ClusterReport) -> str:
+    """A wire message as text for the state's row; the same message gives the same text."""
+    return base64.b64encode(message.SerializeToString(deterministic=True)).decode()
+
+
+# Events: what happened. `at` is wall time in seconds, given by whoever feeds the machine.
+
+
+@dataclass(frozen=True, slots=True)
+class SiteConnected:
+    """A site took its name (checked by enrolment.admit before)."""
+
+    site: str
+    key: str
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class SiteAttested:
+    """A site showed its base model and declared what it brings (checked by enrolment.check_attestation before)."""
+
+    at: float
+    site: str
+    rows: int
+    evaluates: bool
+    fingerprint: dict[str, str]
+    manifest: AdapterManifest
+
+
+@dataclass(frozen=True, slots=True)
+class SiteSilent:
+    """No sign of life for longer than the patience."""
+
+    at: float
+    site: str
+
+
+@dataclass(frozen=True, slots=True)
+class SiteHeard:
+    """A lost site gave a sign of life in its old session."""
+
+    at: float
+    site: str
+
+
+@dataclass(frozen=True, slots=True)
+class SiteLeft:
+    """A site ended its session, or was refused for `reason`."""
+
+    at: float
+    site: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterDrawn:
+    """The initial adapter is durable."""
+
+    at: float
+    adapter: Artifact
+
+
+@dataclass(frozen=True, slots=True)
+class ReportReceived:
+    """A site's clusters."""
+
+    at: float
+    task_id: str
+    report: pb.ClusterReport
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionMade:
+    """The strategy's decision for `round` (0: for all of them): `coresets` holds the sites that train."""
+
+    at: float
+    round: int
+    coresets: dict[str, pb.Coreset]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReceived:
+    """A validated, durable update."""
+
+    at: float
+    task_id: str
+    artifact: Artifact
+    samples: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationReceived:
+    """An evaluator's sums."""
+
+    at: float
+    task_id: str
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFailed:
+    """A task failed at its site, or its result was rejected."""
+
+    at: float
+    task_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoundAggregated:
+    """The round's new global adapter is durable."""
+
+    at: float
+    adapter: Artifact
+
+
+@dataclass(frozen=True, slots=True)
+class FinalDelivered:
+    """A site has the final adapter."""
+
+    site: str
+
+
+Event = (
+    SiteConnected
+    | SiteAttested
+    | SiteSilent
+    | SiteHeard
+    | SiteLeft
+    | AdapterDrawn
+    | ReportReceived
+    | SelectionMade
+    | UpdateReceived
+    | EvaluationReceived
+    | TaskFailed
+    | RoundAggregated
+    | FinalDelivered
+)
+
+
+# Instructions: what the shell is to do. All can be repeated; RunMachine.pending gives those that a crash cut short.
+
+
+@dataclass(frozen=True, slots=True)
+class DrawAdapter:
+    """Draw the initial adapter from the seed; answer with AdapterDrawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Select:
+    """Run the strategy over the reports of `sites`; answer with SelectionMade."""
+
+    round: int
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    """Fold the open round's updates; answer with RoundAggregated."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class WriteCheckpoint:
+    """Write the PEFT folder of the last global adapter and its card, and drop artifacts that nothing names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Answer the long polls: somebody's work has changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Write a line for people into the journal and the log."""
+
+    message: str
+    trouble: bool = False
+
+
+Instruction = DrawAdapter | Select | Aggregate | WriteCheckpoint | Wake | Record

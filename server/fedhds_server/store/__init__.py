@@ -1,0 +1,1 @@
+"""Durable state of a run: an interface, and its SQL implementation."""

@@ -1,0 +1,90 @@
+"""Who may take part."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedhds.adapter import AdapterManifest, TensorSpec
+from fedhds.errors import EnrolmentRefused, NameInUse
+from fedhds.runspec import RunSpec
+from fedhds.security.identity import PeerIdentity, Role
+from fedhds_server.enrolment import admit, check_attestation, negotiate, session_digest
+from fedhds_server.state import Phase, RunState, Site, SiteState, packed
+
+MANIFEST = AdapterManifest((TensorSpec("q.lora_A.weight", (2, 4)),), ("q",))
+FINGERPRINT = {"weights": "1", "config": "2", "tokenizer": "3", "template": "4"}
+SITE_A = PeerIdentity("a", Role.SITE, "k" * 64)
+
+
+def state_with(**fields: object) -> RunState:
+    state = RunState(run_id="r", spec=RunSpec(model="m", rounds=1))
+    if fields:
+        state.sites["a"] = Site.model_validate({"name": "a", "session": session_digest("secret")} | fields)
+    return state
+
+
+def test_protocol_versions_are_negotiated() -> None:
+    assert negotiate([1, 7]) == 1
+    with pytest.raises(EnrolmentRefused, match="no common protocol version"):
+        negotiate([7])
+
+
+def test_without_tls_a_live_name_needs_its_session() -> None:
+    live = state_with(state=SiteState.ENROLLED)
+    with pytest.raises(NameInUse, match="another process is enrolled as 'a'"):
+        admit(live, "a", None, "")
+    assert admit(live, "a", None, "secret") == ""
+
+
+@pytest.mark.parametrize("gone", [SiteState.LOST, SiteState.LEFT])
+def test_without_tls_the_name_of_a_site_that_is_gone_is_free(gone: SiteState) -> None:
+    assert admit(state_with(state=gone), "a", None, "") == ""
+
+
+def test_with_tls_the_same_key_takes_over_and_another_is_refused() -> None:
+    live = state_with(state=SiteState.ENROLLED, key=SITE_A.key_fingerprint)
+    assert admit(live, "a", SITE_A, "") == SITE_A.key_fingerprint
+    with pytest.raises(NameInUse, match="another key"):
+        admit(live, "a", PeerIdentity("a", Role.SITE, "x" * 64), "secret")
+
+
+def test_with_tls_the_certificate_gives_the_name() -> None:
+    new = state_with()
+    assert admit(new, "a/shard-1", SITE_A, "") == SITE_A.key_fingerprint
+    for name in ("b", "ab", "a-1"):
+        with pytest.raises(EnrolmentRefused, match="does not give the name"):
+            admit(new, name, SITE_A, "")
+    with pytest.raises(EnrolmentRefused, match="--role site"):
+        admit(new, "o", PeerIdentity("o", Role.OPERATOR, "k"), "")
+
+
+@pytest.mark.parametrize("name", ["", "x" * 129, "a\nb"])
+def test_names_are_checked(name: str) -> None:
+    with pytest.raises(EnrolmentRefused, match="1 to 128"):
+        admit(state_with(), name, None, "")
+
+
+def test_a_run_that_is_over_takes_no_new_site() -> None:
+    over = state_with()
+    over.phase = Phase.COMPLETED
+    with pytest.raises(EnrolmentRefused, match="over"):
+        admit(over, "a", None, "")
+
+
+def test_another_base_model_is_refused_saying_what_differs() -> None:
+    state = state_with()
+    check_attestation(state, FINGERPRINT, MANIFEST, 1, False)
+    state.fingerprint, state.manifest = FINGERPRINT, packed(MANIFEST.to_proto())
+    check_attestation(state, FINGERPRINT, MANIFEST, 1, False)
+    with pytest.raises(EnrolmentRefused, match="the weights, the tokenizer differ;"):
+        check_attestation(state, FINGERPRINT | {"weights": "x", "tokenizer": "y"}, MANIFEST, 1, False)
+    other = AdapterManifest((TensorSpec("k.lora_A.weight", (2, 4)),), ("k",))
+    with pytest.raises(EnrolmentRefused, match="other tensors"):
+        check_attestation(state, FINGERPRINT, other, 1, False)
+
+
+def test_a_site_must_bring_something() -> None:
+    with pytest.raises(EnrolmentRefused, match="neither"):
+        check_attestation(state_with(), FINGERPRINT, MANIFEST, 0, False)
+    with pytest.raises(EnrolmentRefused, match="no complete fingerprint"):
+        check_attestation(state_with(), {"weights": "1"}, MANIFEST, 1, False)
