@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from google.protobuf import json_format
+
 from fedhds import adapter as adapters
 from fedhds.adapter import Artifact
 from fedhds.errors import FedhdsError, SessionLost, StorageError
@@ -16,7 +18,7 @@ from fedhds_server.aggregation.base import Aggregator, Update
 from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.checkpoint import write_checkpoint
 from fedhds_server.enrolment import session_digest
-from fedhds_server.report import run_card
+from fedhds_server.report import run_card, run_status
 from fedhds_server.rounds import RunMachine
 from fedhds_server.selection.base import InterClientSelection, Report, Selection, SelectionContext
 from fedhds_server.state import (
@@ -301,6 +303,11 @@ class Coordinator:
         write_checkpoint(
             self._folder, self._artifacts.path(newest), state.adapter_manifest, state.spec, run_card(state)
         )
+        partial = self._folder / "report.json.partial"
+        partial.write_text(
+            json_format.MessageToJson(run_status(state, self.checkpoint), preserving_proto_field_name=True)
+        )
+        partial.replace(self._folder / "report.json")
 
 
 def _fail(future: asyncio.Future[None], error: Exception) -> None:

@@ -33,6 +33,8 @@ def run_status(state: RunState, checkpoint: Path) -> pb.GetStatusResponse:
         running_s=(state.ended_at or time.time()) - state.started_at if state.started_at else 0.0,
         bytes_received=sum(site.bytes_received for site in state.sites.values()),
         checkpoint=str(checkpoint) if checkpoint.exists() else "",
+        trained_rows=state.trained_rows,
+        pool_rows=state.pool_rows,
     )
     for name, site in sorted(state.sites.items()):
         task = next((task.kind.value for task in state.tasks.values() if task.site == name), "")
@@ -49,7 +51,7 @@ def run_status(state: RunState, checkpoint: Path) -> pb.GetStatusResponse:
     for closed in state.closed_rounds:
         status.closed_rounds.add(
             round=closed.round,
-            contributors=closed.contributors,
+            contributors=sorted(closed.contributions),
             samples=closed.samples,
             loss=closed.loss,
             seconds=closed.seconds,
@@ -61,12 +63,12 @@ def run_status(state: RunState, checkpoint: Path) -> pb.GetStatusResponse:
 
 def run_card(state: RunState) -> str:
     """The model card of the last global adapter."""
-    contributors = {site for closed in state.closed_rounds for site in closed.contributors}
+    contributors = {site for closed in state.closed_rounds for site in closed.contributions}
     facts = RunFacts(
         rounds=state.round if state.closed_rounds else 0,
         sites=len(contributors),
-        rows=sum(site.rows for site in state.sites.values()),
-        samples=sum(closed.samples for closed in state.closed_rounds),
+        rows=state.pool_rows,
+        samples=state.trained_rows,
         fingerprint=state.fingerprint,
         version=__version__,
         evaluations=tuple(

@@ -315,8 +315,7 @@ class RunMachine:
         closed = ClosedRound(
             round=state.round,
             cohort=state.cohort,
-            contributors=sorted(state.updates),
-            samples=samples,
+            contributions={site: update.samples for site, update in sorted(state.updates.items())},
             loss=loss / samples if samples else 0.0,
             seconds=event.at - state.round_opened_at,
         )
@@ -327,7 +326,7 @@ class RunMachine:
         state.adapters = {number: adapter for number, adapter in state.adapters.items() if number in kept}
         self._add_evaluations()
         note = Record(
-            f"round {state.round} closed with {len(closed.contributors)} updates over {samples} samples"
+            f"round {state.round} closed with {len(closed.contributions)} updates over {samples} samples"
             + (f", training loss {closed.loss:.4f}" if samples else "")
         )
         return [note, WriteCheckpoint(), *self._after_round(event.at), Wake()]
@@ -336,7 +335,7 @@ class RunMachine:
         state = self.state
         recent = state.closed_rounds[-_FUTILE_ROUNDS:]
         # Per-round selection may rightly choose nobody; a round is futile only when tasks were given and all failed.
-        if len(recent) == _FUTILE_ROUNDS and all(closed.cohort and not closed.contributors for closed in recent):
+        if len(recent) == _FUTILE_ROUNDS and all(closed.cohort and not closed.contributions for closed in recent):
             return self._end(Phase.FAILED, f"no site delivered an update in {_FUTILE_ROUNDS} rounds running", at)
         if state.round < self.spec.rounds:
             return self._open_round(at)

@@ -92,10 +92,14 @@ class ClosedRound(_Record):
 
     round: int
     cohort: list[str]
-    contributors: list[str]
-    samples: int
+    contributions: dict[str, int]  # site -> rows trained on
     loss: float
     seconds: float
+
+    @property
+    def samples(self) -> int:
+        """Rows trained on, over all contributors."""
+        return sum(self.contributions.values())
 
 
 class Evaluation(_Record):
@@ -130,6 +134,22 @@ class RunState(_Record):
     adapters: dict[int, Artifact] = Field(default_factory=dict)  # global adapters kept, by round
     closed_rounds: list[ClosedRound] = Field(default_factory=list)
     evaluations: dict[int, dict[str, Evaluation]] = Field(default_factory=dict)  # round -> evaluator -> sums
+
+    @property
+    def pool_rows(self) -> int:
+        """Training rows that all sites declared."""
+        return sum(site.rows for site in self.sites.values())
+
+    @property
+    def trained_rows(self) -> int:
+        """Distinct rows trained on: exact for one-shot selection, where a site's rows stay; else an upper bound."""
+        per_site: dict[str, list[int]] = {}
+        for closed in self.closed_rounds:
+            for site, samples in closed.contributions.items():
+                per_site.setdefault(site, []).append(samples)
+        if self.spec.schedule == "one-shot":
+            return sum(max(samples) for samples in per_site.values())
+        return sum(min(self.sites[site].rows, sum(samples)) for site, samples in per_site.items())
 
     @property
     def adapter_manifest(self) -> AdapterManifest:

@@ -129,7 +129,7 @@ def test_a_lost_site_does_not_hold_the_round_and_its_late_update_changes_nothing
     assert run.next_task("c") is None
     assert update(run, "c") == []
     run.handle(RoundAggregated(10.0, artifact(1)))
-    assert run.state.closed_rounds[0].contributors == ["a", "b"]
+    assert run.state.closed_rounds[0].contributions == {"a": 5, "b": 5}
 
 
 def test_a_lost_site_that_returns_in_time_still_counts() -> None:
@@ -197,7 +197,7 @@ def test_per_round_selection_of_nothing_is_a_round_that_changes_nothing() -> Non
         assert work(run.handle(SelectionMade(6.0, number, {}))) == [Aggregate(number)]
         run.handle(RoundAggregated(7.0, artifact(1)))
     assert run.state.phase is Phase.COMPLETED
-    assert [closed.contributors for closed in run.state.closed_rounds] == [["a", "b"], [], [], [], []]
+    assert [len(closed.contributions) for closed in run.state.closed_rounds] == [2, 0, 0, 0, 0]
 
 
 def test_a_selection_of_an_earlier_round_is_ignored() -> None:

@@ -1225,6 +1225,8 @@ class GetStatusResponse(_message.Message):
     RUNNING_S_FIELD_NUMBER: _builtins.int
     BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    TRAINED_ROWS_FIELD_NUMBER: _builtins.int
+    POOL_ROWS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Identifies the run."""
     phase: _builtins.str
@@ -1239,6 +1241,10 @@ class GetStatusResponse(_message.Message):
     """Payload bytes that all sites sent."""
     checkpoint: _builtins.str
     """Folder of the last checkpoint on the coordinator's host."""
+    trained_rows: _builtins.int
+    """Distinct rows trained on so far, over all sites; with per-round selection an upper bound."""
+    pool_rows: _builtins.int
+    """Training rows that all sites declared."""
     @_builtins.property
     def run(self) -> _runspec_pb2.RunSpec:
         """The run's specification."""
@@ -1269,10 +1275,12 @@ class GetStatusResponse(_message.Message):
         running_s: _builtins.float = ...,
         bytes_received: _builtins.int = ...,
         checkpoint: _builtins.str = ...,
+        trained_rows: _builtins.int = ...,
+        pool_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_received", b"bytes_received", "checkpoint", b"checkpoint", "closed_rounds", b"closed_rounds", "evaluations", b"evaluations", "message", b"message", "phase", b"phase", "round", b"round", "run", b"run", "run_id", b"run_id", "running_s", b"running_s", "sites", b"sites"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_received", b"bytes_received", "checkpoint", b"checkpoint", "closed_rounds", b"closed_rounds", "evaluations", b"evaluations", "message", b"message", "phase", b"phase", "pool_rows", b"pool_rows", "round", b"round", "run", b"run", "run_id", b"run_id", "running_s", b"running_s", "sites", b"sites", "trained_rows", b"trained_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

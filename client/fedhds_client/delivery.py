@@ -1,0 +1,34 @@
+"""The final adapter as the site keeps it: a PEFT folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from fedhds.errors import StorageError
+
+
+def write_adapter_folder(folder: Path, adapter: Path, config: str, card: str) -> None:
+    """Writes adapter_model.safetensors, adapter_config.json and README.md, each whole or not at all, the tensors last.
+
+    Several sites of one process write the same content, so order does not matter. Raises StorageError.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _place(folder / "adapter_config.json", config)
+        _place(folder / "README.md", card)
+        _place(folder / "adapter_model.safetensors", adapter)
+    except OSError as error:
+        raise StorageError(f"cannot write the adapter to {folder}: {error.strerror}; make room there") from error
+
+
+def _place(path: Path, content: str | Path) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    if isinstance(content, Path):
+        shutil.copyfile(content, partial)
+    else:
+        partial.write_text(content, encoding="utf-8")
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,128 @@
+"""One site of this process: its name, its rows and the folder in which it keeps what must survive."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedhds.errors import SettingsError, StorageError
+from fedhds.privacy.ledger import Ledger
+from fedhds.security.credentials import TlsFiles, own_identity
+from fedhds_client.link import file_key
+from fedhds_client.settings import ClientSettings
+from fedhds_client.shard import Shard
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site's identity, data and state folder."""
+
+    name: str
+    folder: Path
+    shard: Shard | None
+    held_out: Shard | None
+    ledger: Ledger
+
+    @property
+    def rows(self) -> int:
+        """Training rows."""
+        return len(self.shard) if self.shard else 0
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether it holds rows to evaluate on."""
+        return self.held_out is not None
+
+    def session(self) -> str:
+        """The last session of this site, empty if there was none: it proves after a restart who comes back."""
+        path = self.folder / "session"
+        return path.read_text(encoding="ascii") if path.exists() else ""
+
+    def keep_session(self, session: str) -> None:
+        """Remembers the session for the next start."""
+        path = self.folder / "session.partial"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(session)
+        path.replace(self.folder / "session")
+
+
+def open_sites(chosen: ClientSettings, tls: TlsFiles | None, stack: ExitStack) -> list[Site]:
+    """Opens every shard before anything is sent; raises DataError, SettingsError or StorageError.
+
+    `stack` closes the shards and gives the state folders free.
+    """
+    names = _names(chosen, tls)
+    _check_writable(chosen.out, "--out")
+    sites = []
+    for index, name in enumerate(names):
+        folder = _held_folder(chosen.state / file_key(name), name, stack)
+        shard = _opened(chosen.data[index], chosen, folder, stack) if chosen.data else None
+        held_out = _opened(chosen.eval_data, chosen, folder, stack) if chosen.eval_data and not index else None
+        sites.append(Site(name, folder, shard, held_out, Ledger(folder / "ledger.jsonl")))
+    return sites
+
+
+def _names(chosen: ClientSettings, tls: TlsFiles | None) -> list[str]:
+    """One name per site: the certificate's or --name, followed by the shard's where there are several."""
+    files = chosen.data or ((chosen.eval_data,) if chosen.eval_data else ())
+    stems = [file.name.split(".")[0] for file in files]
+    base = chosen.name
+    if tls:
+        base = own_identity(tls).name
+        if chosen.name not in (None, base):
+            raise SettingsError(
+                "--name", f"the certificate is {base!r}'s and gives no other name; drop --name {chosen.name!r}"
+            )
+    if base is None:
+        return [f"{socket.gethostname()}-{stem}" for stem in stems]
+    return [base] if len(stems) == 1 else [f"{base}/{stem}" for stem in stems]
+
+
+def _opened(path: Path, chosen: ClientSettings, folder: Path, stack: ExitStack) -> Shard:
+    shard = stack.enter_context(Shard.open(path, skip_bad_rows=chosen.skip_bad_rows, spool_dir=folder))
+    skipped = ""
+    if shard.skipped:
+        first = "; ".join(f"line {line}: {reason}" for line, reason in shard.skipped_reasons[:3])
+        skipped = f", {shard.skipped} skipped ({first})"
+    logger.info("%s: %d rows%s", path, len(shard), skipped)
+    return shard
+
+
+def _held_folder(folder: Path, name: str, stack: ExitStack) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write to the site's state folder {folder}: {error.strerror}; choose another with --state"
+        ) from error
+    stack.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise SettingsError(
+            "--state", f"another process on this machine runs the site {name!r} on {folder}; stop it first"
+        ) from error
+    (folder / "name").write_text(name + "\n", encoding="utf-8")
+    return folder
+
+
+def _check_writable(folder: Path, flag: str) -> None:
+    """Finds out now, not after hours of training, that the result cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".fedhds-probe"
+        probe.touch()
+        with contextlib.suppress(FileNotFoundError):
+            probe.unlink()
+    except OSError as error:
+        raise SettingsError(flag, f"cannot write to {folder}: {error.strerror}; choose another folder") from error
