@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PROTO_BIN := .venv-proto/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint format proto proto-check wheel clean
+.PHONY: help setup demo test lint format proto proto-check docs wheel clean
 
 help:  ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ proto: .venv-proto/.installed  ## regenerate common/fedhds/v1 from proto/
 proto-check: proto  ## fail when the committed stubs are not what proto/ gives
 	@git diff --exit-code --stat -- common/fedhds/v1 && test -z "$$(git status --porcelain -- common/fedhds/v1)" \
 	  || { echo 'proto-check: common/fedhds/v1 is out of date; run `make proto` and commit'; exit 1; }
+
+docs: $(STAMP)  ## regenerate the configuration reference
+	$(BIN)/python docs/generate.py
 
 wheel: $(STAMP)  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist

@@ -10,7 +10,6 @@ import os
 import re
 import socket
 import ssl
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,7 +27,10 @@ if TYPE_CHECKING:
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 _FRAME_TYPE = 3
 _SETTINGS_FRAME = 4
-_DEFAULT_PORT = 443
+_ADDRESS = re.compile(
+    r"(?:dns:(?://[^/]*/)?|ipv4:|ipv6:)?(?:\[(?P<v6>[^][/]+)\]|(?P<host>[^:/]+|[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*))(?::(?P<port>\d+))?"
+)
+_DEFAULT_PORT, _HIGHEST_PORT = 443, 65_535
 # OpenSSL's X509_V_ERR_* numbers, which Python's ssl names nowhere.
 _NOT_YET_VALID, _EXPIRED, _WRONG_PURPOSE, _WRONG_HOST = {9}, {10}, {26}, {62, 64}
 
@@ -57,7 +59,7 @@ class TlsFiles:
             return None
         if ca is None or cert is None or key is None:
             raise SettingsError(missing[0], "is missing; --tls-ca, --tls-cert and --tls-key go together")
-        files = cls(Path(ca), Path(cert), Path(key))
+        files = cls(ca, cert, key)
         files.check()
         return files
 
@@ -110,9 +112,7 @@ def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
             "a coordinator needs one issued with --role coordinator",
         )
     pair = (files.key.read_bytes(), files.cert.read_bytes())
-    return grpc.ssl_server_credentials(
-        [pair], root_certificates=files.ca.read_bytes(), require_client_auth=True
-    )
+    return grpc.ssl_server_credentials([pair], root_certificates=files.ca.read_bytes(), require_client_auth=True)
 
 
 def channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
@@ -139,21 +139,22 @@ def channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
 def diagnose_handshake(target: str, files: TlsFiles | None, timeout_s: float = 5.0) -> str | None:
     """Why no gRPC connection to `target` comes about, with what to do; None if nothing is wrong.
 
-    Dials `target` anew, up to three times, each with `timeout_s` for the connection and for every answer;
+    Dials `target` anew, once or twice, with `timeout_s` for the connection and for every answer;
     it blocks, so call it from a thread. `target` is HOST:PORT as given to gRPC, a resolver's prefix
     allowed; None for Unix sockets, which it cannot judge. Does not raise for what it finds.
     """
-    address = _host_and_port(target)
-    if address is None:
+    if target.startswith(("unix:", "unix-abstract:", "vsock:")):
         return None
-    host, port = address
+    parted = _ADDRESS.fullmatch(target)
+    if parted is None or int(parted["port"] or 0) > _HIGHEST_PORT:
+        return f"the address {target} is not of the form HOST:PORT; write it without a scheme or a path"
+    host, port = parted["v6"] or parted["host"], int(parted["port"] or _DEFAULT_PORT)
     if files is not None:
         try:
             files.check()
         except SettingsError as error:
             return str(error)
     try:
-        socket.create_connection((host, port), timeout_s).close()
         answers = _speaks_http2(host, port, timeout_s)
         if files is None:
             return _diagnose_without_tls(host, port, timeout_s, answers_plain=answers)
@@ -163,19 +164,19 @@ def diagnose_handshake(target: str, files: TlsFiles | None, timeout_s: float = 5
                 "drop --tls-ca, --tls-cert and --tls-key, or start the coordinator with them"
             )
         return _diagnose_tls(host, port, files, timeout_s)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         return _diagnose_connection(host, port, error, timeout_s)
 
 
-def _diagnose_connection(host: str, port: int, error: OSError, timeout_s: float) -> str:
-    if isinstance(error, socket.gaierror):
+def _diagnose_connection(host: str, port: int, error: Exception, timeout_s: float) -> str:
+    if isinstance(error, socket.gaierror | UnicodeError):
         reason = f"the host name {host} cannot be resolved; check its spelling and this machine's DNS"
     elif isinstance(error, ConnectionRefusedError):
         reason = f"nothing listens on {host}:{port}; check the port and that the coordinator is running"
     elif isinstance(error, TimeoutError):
         reason = f"{host}:{port} does not answer within {timeout_s:g} s; check the address and the firewalls"
     else:
-        reason = f"{host}:{port} cannot be reached: {error.strerror or error}"
+        reason = f"{host}:{port} cannot be reached: {error}"
     proxy = next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if os.environ.get(name)), None)
     if proxy is not None:
         reason += f" (tried directly; gRPC itself uses the proxy in ${proxy} unless $no_proxy names the host)"
@@ -197,7 +198,7 @@ def _diagnose_without_tls(host: str, port: int, timeout_s: float, *, answers_pla
             speaks_tls = True
     except ssl.SSLError as error:
         speaks_tls = _is_alert(error)
-    except OSError:
+    except ConnectionError:
         speaks_tls = False
     if speaks_tls:
         return (
@@ -219,13 +220,13 @@ def _diagnose_tls(host: str, port: int, files: TlsFiles, timeout_s: float) -> st
             return _refuse_server(host, files, error)
         except ssl.SSLError as error:
             return _refused(host, port, files, str(error.reason)) if _is_alert(error) else _not_grpc(host, port)
-        except OSError:
+        except ConnectionError:
             return _not_grpc(host, port)
     with secure:
         # In TLS 1.3 the server judges our certificate after our handshake is over: only an answer tells.
         try:
             secure.sendall(_PREFACE)
-            answer = secure.recv(_FRAME_TYPE + 1)
+            answer = _receive(secure, _FRAME_TYPE + 1)
         except ssl.SSLError as error:
             return _refused(host, port, files, str(error.reason))
         except ConnectionError:
@@ -270,7 +271,7 @@ def _speaks_http2(host: str, port: int, timeout_s: float) -> bool:
     with socket.create_connection((host, port), timeout_s) as plain:
         try:
             plain.sendall(_PREFACE)
-            answer = plain.recv(_FRAME_TYPE + 1)
+            answer = _receive(plain, _FRAME_TYPE + 1)
         except (ConnectionError, TimeoutError):
             return False
     return answer[_FRAME_TYPE:] == bytes([_SETTINGS_FRAME])
@@ -281,15 +282,12 @@ def _is_alert(error: ssl.SSLError) -> bool:
     return "ALERT" in (error.reason or "")
 
 
-def _host_and_port(target: str) -> tuple[str, int] | None:
-    if target.startswith(("unix:", "unix-abstract:", "vsock:")):
-        return None
-    address = re.sub(r"^(dns:(//[^/]*/)?|ipv4:|ipv6:)", "", target)
-    bracketed = re.fullmatch(r"\[(.+)\](?::(\d+))?", address)
-    parted = bracketed or re.fullmatch(r"([^:]+)(?::(\d+))?", address)
-    if parted is None:
-        return address, _DEFAULT_PORT
-    return parted[1], int(parted[2] or _DEFAULT_PORT)
+def _receive(connection: socket.socket, size: int) -> bytes:
+    """`size` bytes, or fewer if the other end closes before."""
+    received = b""
+    while len(received) < size and (more := connection.recv(size - len(received))):
+        received += more
+    return received
 
 
 def _read(flag: str, path: Path) -> bytes:

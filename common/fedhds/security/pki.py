@@ -128,6 +128,11 @@ def issue(
     return TlsFiles(ca=authority_copy, cert=certificate_path, key=key_path)
 
 
+def expiry(certificate_path: Path) -> datetime:
+    """When the certificate ends (UTC). Raises UsageError if it cannot be read."""
+    return _load_certificate(certificate_path).not_valid_after_utc
+
+
 def _sign_leaf(
     authority: x509.Certificate,
     authority_key: ec.EllipticCurvePrivateKey,
@@ -235,10 +240,7 @@ def _renewed_hosts(
 def _load_authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     certificate_path, key_path = _paths(folder, AUTHORITY)
     missing = "make an authority first with `fedhds certs init`, or name its folder with --ca"
-    try:
-        certificate = x509.load_pem_x509_certificate(_read(certificate_path, missing=missing))
-    except ValueError as error:
-        raise UsageError(f"{certificate_path} is not a PEM certificate: {error}") from error
+    certificate = _load_certificate(certificate_path, missing=missing)
     key = _load_key(key_path, missing=missing)
     if certificate.public_key() != key.public_key():
         raise UsageError(f"{certificate_path} does not belong to {key_path}; restore the pair from a backup")
@@ -248,6 +250,13 @@ def _load_authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePri
             "make a new authority in another folder and issue every certificate anew"
         )
     return certificate, key
+
+
+def _load_certificate(path: Path, *, missing: str = "") -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(_read(path, missing=missing))
+    except ValueError as error:
+        raise UsageError(f"{path} is not a PEM certificate: {error}") from error
 
 
 def _load_key(path: Path, *, missing: str) -> ec.EllipticCurvePrivateKey:

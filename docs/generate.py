@@ -1,0 +1,28 @@
+"""Writes docs/configuration.md from the settings themselves; a test fails when the file is out of date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedhds_client.settings import ClientSettings
+from fedhds_server.settings import ServerSettings
+
+from fedhds.settings import reference
+
+TARGET = Path(__file__).with_name("configuration.md")
+
+
+def configuration() -> str:
+    """The configuration reference, Markdown."""
+    return (
+        "# Configuration reference\n\n"
+        "Made by `make docs` from the settings themselves. Every setting is a flag, an environment variable and a key of "
+        "the YAML file given by `--config` (the flag's name without dashes in front); a flag wins over the environment, "
+        "the environment over the file. Lists are given as several values after one flag, by commas in the environment, "
+        "and as a list or by commas in the file.\n\n"
+        f"## fedhds-server\n\n{reference(ServerSettings)}\n## fedhds-client\n\n{reference(ClientSettings)}"
+    )
+
+
+if __name__ == "__main__":
+    TARGET.write_text(configuration(), encoding="utf-8")

@@ -1,0 +1,287 @@
+"""Crashes, wrong flags and bad input, against real processes: a clear message, a right status, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedhds.security.pki import Role, init_authority, issue
+from tests.e2e.federation import BIN, Federation
+from tests.tiny import make_model, write_rows
+
+pytestmark = pytest.mark.e2e
+
+
+def shard(folder: Path, name: str = "a", rows: int = 8) -> Path:
+    return write_rows(folder / f"{name}.jsonl", {"sun": rows})
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model=/nowhere/model"], "/nowhere/model"),
+        (["--server=127.0.0.1:1", "--patience=1"], "nothing listens"),
+        (["--server=no-such-host.invalid:8470", "--patience=1"], "cannot be resolved"),
+        (["--server=8470"], "not HOST:PORT"),
+        (["--data=/nowhere/shard.jsonl"], "/nowhere/shard.jsonl"),
+        (["--tls-ca=/nowhere/ca.crt"], "--tls-cert"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_what_a_site_was_asked_for_is_refused_with_a_reason(
+    federation: Federation, flags: list[str], words: str
+) -> None:
+    federation.server("--rounds=1")
+    site = federation.client("a", f"--data={shard(federation.folder)}", *flags)
+    assert site.wait() in (1, 2)
+    assert words in site.text
+    assert "Traceback" not in site.text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "empty"),
+        ("{\n", "line 1"),
+        ('{"instruction": "Do it.", "response": "Done."}\n{"instruction": 3}\n', "line 2"),
+        ('{"question": "q", "answer": "a"}\n', "line 1"),
+    ],
+)
+def test_a_bad_shard_is_refused_before_anything_is_sent(federation: Federation, content: str, words: str) -> None:
+    path = federation.folder / "bad.jsonl"
+    path.write_text(content)
+    site = federation.client("a", f"--data={path}", server="127.0.0.1:1")
+    assert site.wait() == 2
+    assert "bad.jsonl" in site.text
+    assert words in site.text
+    assert "Traceback" not in site.text
+
+
+def test_bad_rows_can_be_skipped_and_are_counted(federation: Federation) -> None:
+    path = shard(federation.folder)
+    with path.open("a") as file:
+        file.write("not json\n")
+    server = federation.server("--rounds=1", "--min-sites=1", "--strategy=full")
+    site = federation.client("a", f"--data={path}", "--skip-bad-rows")
+    assert (server.wait(), site.wait()) == (0, 0), site.text
+    assert "8 rows, 1 skipped" in site.text
+
+
+def test_a_shard_of_one_row_and_rows_longer_than_the_context_are_trained_on(federation: Federation) -> None:
+    one = shard(federation.folder, "one", 1)
+    long = federation.folder / "long.jsonl"
+    long.write_text(json.dumps({"instruction": "word " * 400, "response": "yes"}) + "\n")
+    server = federation.server("--rounds=1", "--strategy=full", "--max-length=64")
+    sites = [federation.client("one", f"--data={one}"), federation.client("long", f"--data={long}")]
+    assert server.wait() == 0, server.text
+    assert [site.wait() for site in sites] == [0, 0]
+    assert "truncated" in sites[1].text
+
+
+def test_a_model_without_a_tokenizer_is_refused(federation: Federation, tmp_path: Path) -> None:
+    bare = make_model(tmp_path / "bare")
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    federation.server("--rounds=1")
+    site = federation.client("a", f"--data={shard(federation.folder)}", f"--model={bare}")
+    assert site.wait() == 2
+    assert "tokenizer" in site.text
+    assert "Traceback" not in site.text
+
+
+def test_another_base_model_is_refused_saying_what_differs(federation: Federation, tmp_path: Path) -> None:
+    federation.server("--rounds=1", "--min-sites=2")
+    first = federation.client("a", f"--data={shard(federation.folder)}")
+    first.wait_for("waiting for 1 more site")
+    other = make_model(tmp_path / "other", seed=1)
+    second = federation.client("b", f"--data={shard(federation.folder, 'b')}", f"--model={other}")
+    assert second.wait() == 1
+    assert "the weights differs" in second.text
+    assert first.process.poll() is None
+
+
+def test_without_tls_a_name_in_use_is_refused_and_the_first_lives_on(federation: Federation) -> None:
+    federation.server("--rounds=1", "--min-sites=2")
+    path = shard(federation.folder)
+    first = federation.client("a", f"--data={path}")
+    first.wait_for("waiting for 1 more site")
+    second = federation.client("a", f"--data={path}", f"--state={federation.folder / 'elsewhere'}")
+    assert second.wait() == 1
+    assert "another process is enrolled as 'a'" in second.text
+    assert first.process.poll() is None
+
+
+def test_with_tls_the_same_key_takes_over_and_another_is_refused(federation: Federation) -> None:
+    folder = federation.folder
+    federation.tls = folder / "certs"
+    init_authority(federation.tls)
+    issue(federation.tls, "coordinator", role=Role.COORDINATOR, hosts=("127.0.0.1",))
+    issue(federation.tls, "a", role=Role.SITE)
+    issue(federation.tls, "a", role=Role.SITE, out=folder / "thief")
+    federation.server("--rounds=1", "--min-sites=2")
+    path = shard(folder)
+    first = federation.client("a", f"--data={path}")
+    first.wait_for("waiting for 1 more site")
+    thief = federation.client(
+        "a",
+        f"--data={path}",
+        f"--state={folder / 'thief-state'}",
+        f"--tls-cert={folder / 'thief' / 'a.crt'}",
+        f"--tls-key={folder / 'thief' / 'a.key'}",
+    )
+    assert thief.wait() == 1
+    assert "another key" in thief.text
+    assert first.process.poll() is None
+    successor = federation.client("a", f"--data={path}", f"--state={folder / 'elsewhere'}")
+    successor.wait_for("waiting for 1 more site")
+    assert first.wait() == 1
+    assert "taken over" in first.text
+
+
+def test_a_coordinator_that_is_killed_goes_on_and_the_adapter_is_the_same(federation: Federation) -> None:
+    folder = federation.folder
+    shards = [shard(folder, name, 10) for name in "ab"]
+    plain = federation.server("--rounds=3", "--strategy=full", run="plain")
+    for name, path in zip("ab", shards, strict=True):
+        federation.client(name, f"--data={path}", server=federation.address("plain"))
+    assert plain.wait() == 0, plain.text
+    for daemon in federation.daemons:
+        daemon.wait()
+
+    listen = f"127.0.0.1:{free_port()}"
+    server = federation.server("--rounds=3", "--strategy=full", run="killed", listen=listen)
+    sites = [federation.client(n, f"--data={path}", server=listen) for n, path in zip("ab", shards, strict=True)]
+    for words in ("the run starts", "round 1 closed", "round 2 of 3 opens"):
+        server.wait_for(words)
+        server.kill()
+        server = federation.server("--rounds=3", "--strategy=full", run="killed", listen=listen)
+        assert "going on with run" in server.text
+    assert server.wait() == 0, server.text
+    assert [site.wait() for site in sites] == [0, 0]
+    results = [(folder / run / "checkpoint" / "adapter_model.safetensors").read_bytes() for run in ("plain", "killed")]
+    assert results[0] == results[1]
+
+
+def test_a_site_that_is_killed_is_taken_for_lost_and_comes_back(federation: Federation) -> None:
+    folder = federation.folder
+    server = federation.server("--rounds=3", "--strategy=full", "--patience=2", "--min-sites=2")
+    a, b = shard(folder, "a"), shard(folder, "b")
+    federation.client("a", f"--data={a}")
+    site = federation.client("b", f"--data={b}")
+    server.wait_for("round 1 of 3 opens")
+    site.kill()
+    again = federation.client("b", f"--data={b}")
+    assert server.wait() == 0, server.text
+    assert again.wait() == 0, again.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_stop_cleanly_and_the_run_goes_on_later(federation: Federation, number: signal.Signals) -> None:
+    folder = federation.folder
+    server = federation.server("--rounds=2", "--strategy=full", "--min-sites=1")
+    site = federation.client("a", f"--data={shard(folder)}")
+    server.wait_for("round 1 of 2 opens")
+    site.process.send_signal(number)
+    assert site.wait() == 128 + number
+    server.process.send_signal(number)
+    assert server.wait() == 128 + number
+    for daemon in (server, site):
+        assert "Traceback" not in daemon.text
+    server = federation.server("--rounds=2", "--strategy=full", "--min-sites=1")
+    site = federation.client("a", f"--data={shard(folder)}")
+    assert (server.wait(), site.wait()) == (0, 0), server.text + site.text
+
+
+def test_an_occupied_port_is_said(federation: Federation) -> None:
+    federation.server("--rounds=1", run="first")
+    second = federation.start(
+        "server",
+        "fedhds-server",
+        *federation.server_flags("--rounds=1", run="second", listen=federation.address("first")),
+    )
+    assert second.wait() == 2
+    assert "the port is taken" in second.text
+    assert "Traceback" not in second.text
+
+
+def test_a_run_folder_in_use_or_of_another_run_is_refused(federation: Federation) -> None:
+    server = federation.server("--rounds=1")
+    second = federation.start("server", "fedhds-server", *federation.server_flags("--rounds=1"))
+    assert second.wait() == 2
+    assert "in use by another coordinator" in second.text
+    server.kill()
+    third = federation.start("server", "fedhds-server", *federation.server_flags("--rounds=5"))
+    assert third.wait() == 2
+    assert "rounds 1, now 5" in third.text
+
+
+def test_a_run_folder_that_cannot_be_written_is_said(federation: Federation) -> None:
+    # Root writes everywhere but below a file.
+    blocked = federation.folder / "file"
+    blocked.touch()
+    server = federation.start(
+        "server", "fedhds-server", *federation.server_flags("--rounds=1"), f"--run-folder={blocked / 'run'}"
+    )
+    assert server.wait() in (1, 2)
+    assert "--run-folder" in server.text
+    assert "Traceback" not in server.text
+
+
+def test_a_full_disk_stops_nothing_that_was_accepted(federation: Federation) -> None:
+    """The run folder is a tiny file system that is filled up in mid-run and then freed."""
+    mount = federation.folder / "small"
+    mount.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mount)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a file system")
+    try:
+        server = federation.server("--rounds=3", "--strategy=full", "--min-sites=1", run="small/run")
+        site = federation.client("a", f"--data={shard(federation.folder)}", server=federation.address("small/run"))
+        server.wait_for("round 1 of 3 opens")
+        filler = mount / "filler"
+        with filler.open("wb") as file, pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(os.urandom(1 << 12))
+                file.flush()
+        server.wait_for("disk")
+        filler.unlink()
+        assert (server.wait(), site.wait()) == (0, 0), server.text + site.text
+        assert "Traceback" not in server.text
+        server.wait_for("the run is complete")
+    finally:
+        for daemon in federation.daemons:
+            if daemon.process.poll() is None:
+                daemon.kill()
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+@pytest.mark.parametrize("program", ["fedhds", "fedhds-server", "fedhds-client"])
+def test_help_needs_no_heavy_import(program: str) -> None:
+    module = {"fedhds": "fedhds.cli", "fedhds-server": "fedhds_server.cli", "fedhds-client": "fedhds_client.cli"}[
+        program
+    ]
+    code = (
+        f"import sys; sys.argv = [{program!r}, '--help']\n"
+        f"from {module} import main\n"
+        "try: main()\n"
+        "except SystemExit as end: status = end.code or 0\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'grpc', 'sqlalchemy'} & set(sys.modules)\n"
+        "sys.exit(f'imports {heavy}' if heavy else status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--version" in done.stdout
+    assert subprocess.run([str(BIN / program), "--version"], capture_output=True, text=True).returncode == 0

@@ -1,0 +1,140 @@
+"""A whole run by the installed console scripts, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedhds.security.pki import Role, init_authority, issue
+from tests.e2e.federation import Federation
+from tests.tiny import write_rows
+
+pytestmark = pytest.mark.e2e
+
+
+def logits(model: Path, adapter: Path) -> list[float]:
+    """Logits of the base model under a PEFT folder."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(base, adapter).eval()
+    with torch.inference_mode():
+        return [float(x) for x in tuned(input_ids=torch.tensor([[1, 40, 41, 42]])).logits[0, -1, :8]]
+
+
+@pytest.mark.parametrize("strategy", ["full", "random", "fedhds"])
+def test_a_run_ends_with_an_adapter_that_peft_loads_and_every_site_has(federation: Federation, strategy: str) -> None:
+    folder = federation.folder
+    server = federation.server(
+        "--rounds=2",
+        f"--strategy={strategy}",
+        *(["--budget=7"] if strategy == "random" else []),
+        "--min-evaluators=1",
+        "--evaluate-every=1",
+        "--learning-rate=0.01",
+        "--model-licence=apache-2.0",
+        "--data-licence=cc0-1.0",
+    )
+    shards = [
+        write_rows(folder / f"{name}.jsonl", topics)
+        for name, topics in {"a": {"sun": 12, "moon": 9}, "b": {"sun": 8, "sea": 14}}.items()
+    ]
+    unseen = write_rows(folder / "unseen.jsonl", {"star": 5})
+    sites = [
+        federation.client("a", f"--data={shards[0]}"),
+        federation.client("b", f"--data={shards[1]}"),
+        federation.client("e", f"--eval-data={unseen}"),
+    ]
+    assert server.wait() == 0, server.text
+    assert [site.wait() for site in sites] == [0, 0, 0], "\n".join(site.text for site in sites)
+
+    report = json.loads((folder / "run" / "report.json").read_text())
+    assert report["phase"] == "completed"
+    assert [entry["round"] for entry in report["evaluations"]] == [1, 2] or report["evaluations"][0].get(
+        "round", 0
+    ) == 0
+    assert len(report["evaluations"]) == 3
+    trained, pool = int(report["trained_rows"]), int(report["pool_rows"])
+    assert pool == 43
+    assert {"full": trained == 43, "random": trained == 7, "fedhds": 0 < trained < 43}[strategy], trained
+
+    checkpoint = folder / "run" / "checkpoint"
+    expected = logits(federation.model, checkpoint)
+    for name in ("a", "b", "e"):
+        adapter = folder / "out" / name
+        assert sorted(file.name for file in adapter.iterdir()) == [
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
+        assert (adapter / "adapter_model.safetensors").read_bytes() == (
+            checkpoint / "adapter_model.safetensors"
+        ).read_bytes()
+        assert logits(federation.model, adapter) == expected
+    card = (checkpoint / "README.md").read_text()
+    assert "apache-2.0" in card
+    assert "cc0-1.0" in card
+
+
+def test_the_same_run_gives_the_same_adapter_whatever_the_order_of_arrival(federation: Federation) -> None:
+    folder = federation.folder
+    for name in "ab":
+        write_rows(folder / f"{name}.jsonl", {name: 6})
+    digests = []
+    for run, order in (("first", "ab"), ("second", "ba")):
+        server = federation.server("--rounds=2", "--strategy=full", run=run)
+        address = federation.address(run)
+        for name in order:
+            site = federation.client(name, f"--data={folder / name}.jsonl", server=address)
+            site.wait_for("enrolled in run")
+        assert server.wait() == 0, server.text
+        digests.append((folder / run / "checkpoint" / "adapter_model.safetensors").read_bytes())
+        for daemon in federation.daemons:
+            daemon.wait()
+    assert digests[0] == digests[1]
+
+
+def test_several_shards_in_one_process_are_several_sites_and_tls_gives_their_names(federation: Federation) -> None:
+    folder = federation.folder
+    federation.tls = folder / "certs"
+    init_authority(federation.tls)
+    issue(federation.tls, "coordinator", role=Role.COORDINATOR, hosts=("127.0.0.1",))
+    issue(federation.tls, "hospital", role=Role.SITE)
+    shards = [write_rows(folder / f"ward-{number}.jsonl", {"sun": 6, "sea": 6}) for number in (1, 2, 3)]
+    server = federation.server("--rounds=2", "--schedule=per-round", "--min-sites=3", "--cohort-fraction=0.67")
+    process = federation.client("hospital", "--data", *shards, f"--eval-data={shards[0]}")
+    assert server.wait() == 0, server.text
+    assert process.wait() == 0, process.text
+    report = json.loads((folder / "run" / "report.json").read_text())
+    assert [site["site"] for site in report["sites"]] == [f"hospital/ward-{number}" for number in (1, 2, 3)]
+    assert process.text.count("loads") <= 1 or "shared" in process.text
+    assert len(report["evaluations"]) == 2
+
+
+def test_noised_centroids_are_printed_recorded_and_bounded(federation: Federation) -> None:
+    folder = federation.folder
+    server = federation.server("--rounds=1", "--min-sites=1", "--clip-norm=5", "--epsilon=50", "--released-centroids=4")
+    site = federation.client("a", f"--data={write_rows(folder / 'a.jsonl', {'sun': 20, 'sea': 20, 'sky': 20})}")
+    server.wait()
+    site.wait()
+    assert "epsilon" in site.text
+    ledgers = list((folder / "state").rglob("ledger.jsonl"))
+    assert len(ledgers) == 1
+    (entry,) = [json.loads(line) for line in ledgers[0].read_text().splitlines()]
+    assert entry["unit"] == "client"
+    assert 49 < entry["epsilon"] <= 50.01
+
+
+def test_a_site_refuses_to_release_more_than_its_own_epsilon(federation: Federation) -> None:
+    folder = federation.folder
+    federation.server("--rounds=1", "--min-sites=1", "--patience=5")
+    shard = write_rows(folder / "a.jsonl", {"sun": 20, "sea": 20})
+    site = federation.client("a", f"--data={shard}", "--max-epsilon=3")
+    assert site.wait() == 1
+    assert "PrivacyError" not in site.text
+    assert "epsilon" in site.text
+    assert not [line for file in (folder / "state").rglob("ledger.jsonl") for line in file.read_text().splitlines()]

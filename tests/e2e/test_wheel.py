@@ -1,0 +1,69 @@
+"""The wheel: both daemons in it, and a coordinator that runs without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.federation import Federation
+from tests.tiny import write_rows
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built wheel."""
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_both_daemons_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    packages = {name.split("/")[0] for name in names}
+    assert packages == {
+        "fedhds",
+        "fedhds_server",
+        "fedhds_client",
+        next(p for p in packages if p.endswith(".dist-info")),
+    }
+    for needed in (
+        "fedhds/v1/federation_pb2_grpc.py",
+        "fedhds_server/cli.py",
+        "fedhds_client/cli.py",
+        "fedhds/py.typed",
+    ):
+        assert needed in names
+
+
+@pytest.mark.timeout(600)
+def test_a_coordinator_installs_without_torch_and_runs(wheel: Path, tmp_path: Path, federation: Federation) -> None:
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    pip = [str(environment / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run(
+        [*pip, "-c", str(ROOT / "constraints.txt"), f"{wheel}[server]"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    listed = subprocess.run([*pip[:1], "list", "--format=freeze"], capture_output=True, text=True, check=True).stdout
+    installed = {line.split("==")[0].lower() for line in listed.splitlines()}
+    assert not installed & {"torch", "transformers", "peft", "safetensors"}
+    assert {"fedhds", "grpcio", "sqlalchemy"} <= installed
+
+    server = federation.start(
+        "clean-server",
+        str(environment / "bin" / "fedhds-server"),
+        *federation.server_flags("--rounds=1", "--min-sites=1"),
+    )
+    server.wait_for("listens on")
+    rows = write_rows(tmp_path / "rows.jsonl", {"sun": 10, "sea": 10})
+    site = federation.client("a", f"--data={rows}")
+    assert (server.wait(), site.wait()) == (0, 0), server.text + site.text
