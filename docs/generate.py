@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedhds.settings import reference
 from fedhds_client.settings import ClientSettings
 from fedhds_server.settings import ServerSettings
-
-from fedhds.settings import reference
 
 TARGET = Path(__file__).with_name("configuration.md")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 logger = logging.getLogger(__name__)
 
 
-def on_signal(stop: Callable[[], None]) -> Callable[[], int]:
+def on_signal(stop: Callable[[], object]) -> Callable[[], int]:
     """Calls `stop` at the first SIGINT or SIGTERM and kills the process at the second.
 
     Must run within the event loop. Returns a function that gives the exit status: 128 + the signal, 0 without one.

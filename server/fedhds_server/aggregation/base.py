@@ -1,0 +1,76 @@
+"""The interface of aggregators, and what an update must be before one sees it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedhds.adapter import AdapterManifest, AdapterReader, Artifact, FloatArray, TensorSpec, write_adapter
+from fedhds.errors import AdapterError
+from fedhds.runspec import WireDtype
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One site's adapter on disk and its weight, the number of rows it trained on."""
+
+    site: str
+    path: Path
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStats:
+    """L2 norm over all tensors."""
+
+    norm: float
+
+
+class Aggregator(ABC):
+    """Folds updates into the next global adapter.
+
+    Implementations MUST give the same bytes whatever the order in which updates arrive (they come sorted by site) and
+    MUST hold one tensor at a time, not one per update. An empty or weightless set of updates changes nothing: the
+    result is the global adapter, byte for byte.
+    """
+
+    def aggregate(
+        self, manifest: AdapterManifest, current: Path, updates: Sequence[Update], out: Path, dtype: WireDtype
+    ) -> Artifact:
+        """Writes the next global adapter to `out`; `current` is the one that the updates started from."""
+        ordered = sorted((update for update in updates if update.weight > 0), key=lambda update: update.site)
+        if not ordered:
+            shutil.copyfile(current, out)
+            return Artifact.of_file(out)
+        with ExitStack() as stack:
+            readers = [stack.enter_context(AdapterReader(update.path, manifest)) for update in ordered]
+            base = stack.enter_context(AdapterReader(current, manifest))
+            weights = np.array([update.weight for update in ordered], dtype=np.float64)
+
+            def folded(spec: TensorSpec) -> FloatArray:
+                return self.fold(base.tensor(spec), weights / weights.sum(), lambda i: readers[i].tensor(spec))
+
+            return write_adapter(out, manifest, folded, dtype)
+
+    @abstractmethod
+    def fold(self, current: FloatArray, shares: np.ndarray, update: Callable[[int], FloatArray]) -> FloatArray:
+        """The next value of one tensor: `shares` float64 (n,) sum to 1, `update(i)` reads the i-th update's value."""
+
+
+def validate_update(path: Path, manifest: AdapterManifest, *, largest_norm: float | None) -> UpdateStats:
+    """Checks names, shapes, types, finiteness and, if given, the norm; raises AdapterError naming the tensor."""
+    square = 0.0
+    with AdapterReader(path, manifest) as reader:
+        for spec in manifest.tensors:
+            square += float(np.square(reader.tensor(spec), dtype=np.float64).sum())
+    norm = math.sqrt(square)
+    if largest_norm is not None and norm > largest_norm:
+        raise AdapterError(f"the update's norm {norm:.4g} is above the bound {largest_norm:.4g}")
+    return UpdateStats(norm)

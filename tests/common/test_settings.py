@@ -1,0 +1,162 @@
+"""Flags, environment and YAML say the same things; mistakes name their source."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from docs.generate import TARGET, configuration
+from fedhds import settings
+from fedhds.errors import SettingsError
+from fedhds.runspec import RunSpec, budget_rows
+from fedhds.v1 import runspec_pb2
+from fedhds_client.settings import ClientSettings
+from fedhds_server.settings import ServerSettings, is_loopback
+
+BASE = ["--model", "m", "--rounds", "3"]
+
+
+def server(*arguments: str, environment: dict[str, str] | None = None) -> ServerSettings:
+    return settings.load(
+        ServerSettings, program="p", description="d", arguments=arguments, environment=environment or {}
+    )
+
+
+def client(*arguments: str) -> ClientSettings:
+    return settings.load(ClientSettings, program="p", description="d", arguments=arguments, environment={})
+
+
+def test_a_model_and_rounds_are_enough() -> None:
+    chosen = server(*BASE)
+    assert (chosen.strategy, chosen.listen) == ("fedhds", "127.0.0.1:8470")
+    assert chosen.run_spec() == RunSpec(model="m", rounds=3)
+
+
+def test_flags_environment_and_file_say_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\nrounds: 3\nlora-targets: [q_proj, v_proj]\nlearning-rate: 0.01\ninsecure: true\n")
+    by_file = server("--config", str(file))
+    flags = ["--lora-targets", "q_proj", "v_proj", "--learning-rate", "0.01", "--insecure"]
+    by_flags = server(*BASE, *flags)
+    by_environment = server(
+        environment={
+            "FEDHDS_MODEL": "m",
+            "FEDHDS_ROUNDS": "3",
+            "FEDHDS_LORA_TARGETS": "q_proj,v_proj",
+            "FEDHDS_LEARNING_RATE": "0.01",
+            "FEDHDS_INSECURE": "true",
+        }
+    )
+    assert by_file == by_flags == by_environment
+
+
+def test_flags_win_over_environment_and_environment_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: file\nrounds: 1\nseed: 1\n")
+    environment = {"FEDHDS_CONFIG": str(file), "FEDHDS_ROUNDS": "2", "FEDHDS_SEED": "2"}
+    chosen = server("--seed", "3", environment=environment)
+    assert (chosen.model, chosen.rounds, chosen.seed) == ("file", 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "setting", "words"),
+    [
+        (["--rounds", "3"], "--model", "FEDHDS_MODEL"),
+        ([*BASE, "--cohort-fraction", "1.5"], "--cohort-fraction", "'1.5'"),
+        ([*BASE, "--budget", "0%"], "--budget", "'0%'"),
+        ([*BASE, "--strategy", "full", "--budget", "5"], "--budget", "all rows"),
+        ([*BASE, "--strategy", "fedhds", "--budget", "5"], "--budget", "auto"),
+        ([*BASE, "--noise-multiplier", "1"], "--clip-norm", "clipping norm"),
+        ([*BASE, "--epsilon", "1"], "--clip-norm", "clipping norm"),
+        ([*BASE, "--clip-norm", "1", "--epsilon", "1", "--noise-multiplier", "1"], "--epsilon", "drop"),
+        ([*BASE, "--listen", "0.0.0.0:1"], "--listen", "--insecure"),
+        ([*BASE, "--listen", "example.org:1"], "--listen", "--insecure"),
+        ([*BASE, "--listen", "here"], "--listen", "HOST:PORT"),
+        ([*BASE, "--config", "/nowhere.yaml"], "--config", "/nowhere.yaml"),
+    ],
+)
+def test_mistakes_name_the_flag_and_the_value(arguments: list[str], setting: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(words)) as caught:
+        server(*arguments)
+    assert caught.value.setting == setting
+
+
+def test_mistakes_in_the_environment_and_the_file_name_them(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="FEDHDS_ROUNDS: 'x'"):
+        server("--model", "m", environment={"FEDHDS_ROUNDS": "x"})
+    file = tmp_path / "run.yaml"
+    for content, words in {
+        "model: m\nrounds: x\n": "run.yaml: rounds: 'x'",
+        "model: m\nruonds: 1\n": "run.yaml: ruonds: there is no such setting",
+        "- model\n": "must hold settings",
+        "model: [\n": "not valid YAML",
+    }.items():
+        file.write_text(content)
+        with pytest.raises(SettingsError, match=re.escape(words)):
+            server("--config", str(file))
+
+
+def test_an_epsilon_becomes_noise_for_all_releases_of_the_run() -> None:
+    privacy = ["--clip-norm", "1", "--epsilon", "8"]
+    once = server(*BASE, *privacy).run_spec()
+    each_round = server(*BASE, *privacy, "--schedule", "per-round").run_spec()
+    assert each_round.noise_multiplier == pytest.approx(once.noise_multiplier * 3**0.5, rel=1e-3)
+
+
+def test_a_site_needs_some_data_and_shards_of_different_names() -> None:
+    with pytest.raises(SettingsError, match="--data"):
+        client()
+    with pytest.raises(SettingsError, match="two shards are called a.jsonl"):
+        client("--data", "x/a.jsonl", "y/a.jsonl")
+    with pytest.raises(SettingsError, match="HOST:PORT"):
+        client("--data", "a.jsonl", "--server", "host")
+    assert client("--data", "a.jsonl", "b.jsonl").data == (Path("a.jsonl"), Path("b.jsonl"))
+
+
+def test_the_wire_message_has_exactly_the_fields_of_the_specification() -> None:
+    assert [field.name for field in runspec_pb2.RunSpec.DESCRIPTOR.fields] == list(RunSpec.model_fields)
+    spec = RunSpec(model="m", rounds=2, seed=2**62, lora_targets=("q", "v"), clip_norm=2.5, noise_multiplier=0.1)
+    assert RunSpec.from_proto(runspec_pb2.RunSpec.FromString(spec.to_proto().SerializeToString())) == spec
+
+
+def test_help_and_reference_name_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    for model in (ServerSettings, ClientSettings):
+        with pytest.raises(SystemExit):
+            settings.load(model, program="p", description="d", arguments=["--help"], environment={})
+        shown = capsys.readouterr().out
+        for name, field in model.model_fields.items():
+            assert settings.flag(name) in shown
+            assert settings.variable(name) in shown
+            assert field.description
+
+
+def test_the_configuration_reference_is_up_to_date() -> None:
+    assert TARGET.read_text(encoding="utf-8") == configuration(), "run `make docs`"
+
+
+def test_the_state_folder_in_the_reference_is_no_ones_home() -> None:
+    assert str(Path.home()) not in json.dumps(configuration())
+
+
+@pytest.mark.parametrize(
+    ("budget", "pool", "rows"),
+    [
+        ("auto", 10, None),
+        ("7", 10, 7),
+        ("70", 10, 10),
+        ("1.5%", 200, 3),
+        ("1.5%", 201, 4),
+        ("100%", 9, 9),
+        ("1%", 0, 0),
+    ],
+)
+def test_budgets(budget: str, pool: int, rows: int | None) -> None:
+    assert budget_rows(budget, pool) == rows
+
+
+def test_loopback() -> None:
+    assert all(is_loopback(host) for host in ("localhost", "127.0.0.1", "127.9.9.9", "[::1]"))
+    assert not any(is_loopback(host) for host in ("0.0.0.0", "[::]", "10.0.0.1", "host"))
