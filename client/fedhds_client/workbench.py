@@ -79,3 +79,154 @@ class Trained:
         facts = json.loads(note.read_text(encoding="utf-8"))
         artifact = Artifact(facts.pop("digest"), facts.pop("size"))
         return cls(path=path, artifact=artifact, **facts) if Artifact.of_file(path) == artifact else None
+
+
+class Workbench:
+    """Loads the base model once per process and computes for every site, one computation at a time.
+
+    `prepare` must have returned before any other computation. All but `fetch` run in the process's one worker thread.
+    """
+
+    def __init__(self, chosen: ClientSettings) -> None:
+        self._chosen = chosen
+        self._spec: RunSpec | None = None
+        self._model: AdapterModel
+        self._prompter: Prompter
+        self._proof: tuple[pb.ModelFingerprint, AdapterManifest]
+        self._adapters = chosen.state / "adapters"
+        self._fetching = asyncio.Lock()
+
+    def prepare(self, spec: RunSpec) -> tuple[pb.ModelFingerprint, AdapterManifest]:
+        """Loads the run's base model, or takes the one that another site of this process loaded."""
+        from fedhds_client.modeling import AdapterModel, fingerprint, load_base_model
+        from fedhds_client.prompts import Prompter
+
+        if self._spec is None:
+            name = self._chosen.model or spec.model
+            revision = "" if self._chosen.model else spec.model_revision
+            logger.info("loading the base model %s", name)
+            base = load_base_model(name, revision=revision, device=self._chosen.device)
+            length = min(spec.max_length, base.max_length)
+            self._prompter = Prompter(base.tokenizer, max_length=length, prompt_format=spec.prompt_format)
+            proof = fingerprint(base, self._prompter.fingerprint, cache_dir=self._chosen.state)
+            self._model = AdapterModel(base, spec)
+            self._proof = proof, self._model.manifest()
+            self._spec = spec
+            logger.info("the base model is on %s, rows of up to %d tokens", base.device, length)
+        elif spec != self._spec:
+            raise TaskError("the coordinator gave the sites of this process different runs; start one process per run")
+        return self._proof
+
+    async def fetch(self, link: CoordinatorLink, session: str, reference: pb.ArtifactRef) -> Path:
+        """The global adapter on this machine's disk; earlier ones make room for it."""
+        artifact = Artifact.from_proto(reference)
+        path = self._adapters / artifact.digest
+        async with self._fetching:
+            if not path.exists():
+                self._adapters.mkdir(parents=True, exist_ok=True)
+                await link.download(session, artifact, path)
+        return path
+
+    def select(self, site: Site, run_id: str, task_id: str, adapter: Path, control: Control) -> pb.ClusterReport:
+        """Clusters the site's shard; the report is what leaves the site."""
+        from fedhds_client.selection import STRATEGIES, SelectionInputs
+
+        spec, shard = self._checked_spec(), site.shard
+        if shard is None:
+            raise TaskError("this site holds no training rows to select from")
+        self._model.load(adapter)
+        inputs = SelectionInputs(
+            run_id=run_id,
+            task_id=task_id,
+            spec=spec,
+            shard=shard,
+            model=self._model,
+            prompter=self._prompter,
+            folder=site.folder / file_key(run_id),
+            ledger=site.ledger,
+            max_epsilon=self._chosen.max_epsilon,
+            batch_size=self._chosen.inference_batch_size,
+            progress=control.report,
+            cancelled=control.cancelled,
+        )
+        return STRATEGIES[spec.strategy].report(inputs)
+
+    def train(self, site: Site, run_id: str, task: pb.NextTaskResponse, adapter: Path, control: Control) -> Trained:
+        """Trains on the task's coreset; an update that an earlier process finished is taken as it is."""
+        from fedhds_client.training import train
+
+        spec, shard = self._checked_spec(), site.shard
+        if shard is None:
+            raise TaskError("this site holds no training rows")
+        folder = site.folder / file_key(run_id)
+        path = folder / f"update-{file_key(task.task_id + adapter.name)}.safetensors"
+        if finished := Trained.found(path):
+            logger.info("%s: the update of round %d is already here", site.name, task.round)
+            return finished
+        rows = coreset_rows(task.train.coreset, len(shard), folder)
+        if not rows:
+            raise TaskError("the coreset names no row of this site")
+        logger.info("%s: round %d trains on %d of %d rows", site.name, task.round, len(rows), len(shard))
+        self._model.load(adapter)
+        outcome = train(
+            self._model,
+            shard,
+            rows,
+            self._prompter,
+            spec,
+            seed=spec.seed + int(file_key(f"{task.task_id}")[:12], 16),
+            progress=control.report,
+            cancelled=control.cancelled,
+        )
+        if outcome.truncated_rows:
+            logger.warning(
+                "%s: %d of %d rows are longer than %d tokens and were truncated",
+                site.name,
+                outcome.truncated_rows,
+                len(rows),
+                self._prompter.max_length,
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("update-*"):
+            old.unlink()
+        artifact = self._model.save(path)
+        trained = Trained(
+            path, artifact, outcome.samples, outcome.loss, outcome.seconds, outcome.truncated_rows
+        )
+        path.with_suffix(".json").write_text(trained.facts, encoding="utf-8")
+        logger.info("%s: round %d trained in %.1f s, loss %.4f", site.name, task.round, outcome.seconds, outcome.loss)
+        return trained
+
+    def evaluate(self, site: Site, number: int, adapter: Path, control: Control) -> pb.EvaluationResult:
+        """Measures an adapter on the site's held-out rows."""
+        from fedhds_client.evaluation import evaluate
+
+        spec, held_out = self._checked_spec(), site.held_out
+        if held_out is None:
+            raise TaskError("this site holds no rows to evaluate on")
+        self._model.load(adapter)
+        sums = evaluate(
+            self._model,
+            held_out,
+            self._prompter,
+            max_new_tokens=spec.max_new_tokens,
+            batch_size=self._chosen.inference_batch_size,
+            progress=control.report,
+            cancelled=control.cancelled,
+        )
+        logger.info(
+            "%s: %s loss %.4f and Rouge-L %.4f on %d held-out rows",
+            site.name,
+            f"after round {number}" if number else "before the first round",
+            sums.loss,
+            sums.rouge_l,
+            sums.rows,
+        )
+        return pb.EvaluationResult(
+            rows=sums.rows, tokens=sums.tokens, loss_sum=sums.loss_sum, rouge_l_sum=sums.rouge_l_sum
+        )
+
+    def _checked_spec(self) -> RunSpec:
+        if self._spec is None:
+            raise TaskError("the base model is not loaded yet")
+        return self._spec

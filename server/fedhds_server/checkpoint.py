@@ -100,8 +100,8 @@ def model_card(spec: RunSpec, facts: RunFacts) -> str:
             "",
             "# LoRA adapter tuned by a federation",
             "",
-            f"An adapter for `{spec.model}`, tuned with fedhds {facts.version} on instruction data of {facts.sites} sites.",
-            "The data never left the sites; they sent adapter tensors"
+            f"An adapter for `{spec.model}`, tuned with fedhds {facts.version} on instruction data of",
+            f"{facts.sites} sites. The data never left them; they sent adapter tensors"
             + (" and cluster centroids." if spec.strategy == "fedhds" else "."),
             "",
             "## How it was made",

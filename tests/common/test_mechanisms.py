@@ -67,7 +67,7 @@ def test_epsilon_matches_reference_values(multiplier: float, delta: float, epsil
 @pytest.mark.parametrize("multiplier", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("releases", [1, 7, 40])
 def test_epsilon_is_below_the_renyi_bound(multiplier: float, releases: int) -> None:
-    """The Renyi divergence of order a is a/(2 z^2); its conversion (Canonne, Kamath & Steinke 2020) is what Opacus uses."""
+    """The Renyi divergence of order a is a / (2 z^2); the conversion is Opacus's (Canonne, Kamath & Steinke 2020)."""
     delta = 1e-5
     orders = np.linspace(1.01, 200, 20_000)
     bounds = (

@@ -1,0 +1,329 @@
+"""The coordinator over real gRPC on port 0, driven by a site made of numpy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from fedhds.adapter import AdapterManifest, AdapterReader, Artifact, TensorSpec, write_adapter
+from fedhds.errors import AdapterError, ArtifactError, EnrolmentRefused, NameInUse, SessionLost, TaskError
+from fedhds.runspec import RunSpec
+from fedhds.status import error_of
+from fedhds.v1 import federation_pb2 as pb
+from fedhds.v1 import federation_pb2_grpc as rpc
+from fedhds_server.aggregation import AGGREGATORS
+from fedhds_server.artifacts import ArtifactStore
+from fedhds_server.coordinator import Coordinator
+from fedhds_server.selection import STRATEGIES
+from fedhds_server.servicer import FederationServicer, OperationsServicer
+from fedhds_server.state import Phase, RunState
+from fedhds_server.store.sql import SqlStore
+
+MANIFEST = AdapterManifest((TensorSpec("q.lora_A.weight", (2, 4)), TensorSpec("q.lora_B.weight", (4, 2))), ("q",))
+FINGERPRINT = pb.ModelFingerprint(weights="w", config="c", tokenizer="t", template="p")
+
+
+@dataclass
+class Host:
+    """A coordinator in this process."""
+
+    folder: Path
+    coordinator: Coordinator
+    artifacts: ArtifactStore
+    work: asyncio.Task[None]
+    server: grpc.aio.Server
+    channel: grpc.aio.Channel
+    federation: Any
+    operations: Any
+
+    async def stop(self) -> None:
+        self.work.cancel()
+        await asyncio.gather(self.work, return_exceptions=True)
+        await self.channel.close()
+        await self.server.stop(None)
+
+
+async def start(folder: Path, **fields: object) -> Host:
+    """A coordinator on `folder`; goes on with what is there."""
+    store = SqlStore.in_folder(folder)
+    values = {"model": "m", "rounds": 1, "min_sites": 1, "strategy": "full", "evaluate_every": 0} | fields
+    state = store.load() or RunState(run_id="r", spec=RunSpec.model_validate(values))
+    store.save(state)
+    artifacts = ArtifactStore(folder / "artifacts", largest_upload=1 << 20)
+    coordinator = Coordinator(
+        state,
+        store=store,
+        artifacts=artifacts,
+        folder=folder,
+        strategy=STRATEGIES[state.spec.strategy],
+        aggregator=AGGREGATORS["fedavg"],
+    )
+    server = grpc.aio.server()
+    rpc.add_FederationServicer_to_server(FederationServicer(coordinator, artifacts), server)
+    rpc.add_OperationsServicer_to_server(OperationsServicer(coordinator), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+    work = asyncio.create_task(coordinator.run())
+    return Host(
+        folder,
+        coordinator,
+        artifacts,
+        work,
+        server,
+        channel,
+        rpc.FederationStub(channel),
+        rpc.OperationsStub(channel),
+    )
+
+
+@pytest.fixture
+async def host(tmp_path: Path) -> AsyncIterator[Host]:
+    made = await start(tmp_path)
+    yield made
+    await made.stop()
+
+
+async def enrol(host: Host, name: str = "a", *, rows: int = 10, evaluates: bool = False, **fields: Any) -> str:
+    request = pb.EnrollRequest(site=name, protocol_versions=[1], **fields)
+    session = (await host.federation.Enroll(request)).session
+    attestation = pb.AttestRequest(
+        session=session, fingerprint=FINGERPRINT, manifest=MANIFEST.to_proto(), rows=rows, evaluates=evaluates
+    )
+    await host.federation.Attest(attestation)
+    return str(session)
+
+
+async def task_of(host: Host, session: str) -> pb.NextTaskResponse:
+    while True:
+        task: pb.NextTaskResponse = await host.federation.NextTask(pb.NextTaskRequest(session=session, wait_s=5))
+        if task.WhichOneof("task") != "wait":
+            return task
+
+
+def written(host: Host, value: float) -> tuple[Path, Artifact]:
+    path = host.folder / f"update-{value}.safetensors"
+    return path, write_adapter(path, MANIFEST, lambda t: np.full(t.shape, value, np.float32), "float32")
+
+
+async def send(
+    host: Host, session: str, content: bytes, artifact: Artifact, *, offset: int = 0, chunk: int = 50
+) -> None:
+    async def parts() -> AsyncIterator[pb.UploadRequest]:
+        yield pb.UploadRequest(header=pb.UploadHeader(session=session, artifact=artifact.to_proto(), offset=offset))
+        for begin in range(offset, len(content), chunk):
+            yield pb.UploadRequest(chunk=content[begin : begin + chunk])
+
+    await host.federation.Upload(parts())
+
+
+async def complete(
+    host: Host, session: str, task_id: str, artifact: Artifact, samples: int = 10, loss: float = 1.0
+) -> pb.CompleteTaskResponse:
+    result = pb.TrainResult(update=artifact.to_proto(), samples=samples, loss=loss)
+    response: pb.CompleteTaskResponse = await host.federation.CompleteTask(
+        pb.CompleteTaskRequest(session=session, task_id=task_id, train=result)
+    )
+    return response
+
+
+async def refused(call: Any) -> Exception:
+    """The domain error that a call ends with."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    error = error_of(caught.value)
+    assert error is not None, caught.value
+    return error
+
+
+async def test_a_whole_run_over_the_wire(host: Host) -> None:
+    session = await enrol(host)
+    task = await task_of(host, session)
+    assert task.WhichOneof("task") == "train"
+    fetched = b"".join(
+        [
+            m.chunk
+            async for m in host.federation.Download(pb.DownloadRequest(session=session, artifact=task.train.adapter))
+        ]
+    )
+    assert len(fetched) == task.train.adapter.size
+    path, artifact = written(host, 0.5)
+    await send(host, session, path.read_bytes(), artifact)
+    assert (await complete(host, session, task.task_id, artifact)).accepted
+    done = await task_of(host, session)
+    assert done.done.outcome == "completed"
+    assert '"r": 8' in done.done.adapter_config
+    await host.federation.CompleteTask(
+        pb.CompleteTaskRequest(session=session, task_id=done.task_id, delivered=pb.Delivered())
+    )
+    await asyncio.wait_for(host.work, 10)
+    with AdapterReader(host.folder / "checkpoint" / "adapter_model.safetensors", MANIFEST) as reader:
+        assert (reader.tensor(MANIFEST.tensors[0]) == 0.5).all()
+    # What was folded is gone; the initial adapter stays for evaluators, the last one for sites.
+    assert len(list((host.folder / "artifacts").iterdir())) == 2
+
+
+async def test_an_upload_resumes_and_repeats(host: Host) -> None:
+    session = await enrol(host)
+    path, artifact = written(host, 0.25)
+    content = path.read_bytes()
+    error = await refused(send(host, session, content[:100], artifact))
+    assert "ended after 100" in str(error)
+    request = pb.GetUploadRequest(session=session, artifact=artifact.to_proto())
+    assert (await host.federation.GetUpload(request)).offset == 100
+    assert "ask where it stands" in str(await refused(send(host, session, content, artifact, offset=150)))
+    await send(host, session, content, artifact, offset=60)
+    assert (await host.federation.GetUpload(request)).offset == artifact.size
+    await send(host, session, content, artifact)
+    other = Artifact(artifact.digest[::-1], artifact.size)
+    assert "another digest" in str(await refused(send(host, session, content, other)))
+    assert "beyond" in str(await refused(send(host, session, content, Artifact(artifact.digest, 1 << 40))))
+    assert "longer" in str(await refused(send(host, session, content + b"x", Artifact("0" * 64, 5))))
+
+
+@pytest.mark.parametrize(
+    ("value", "samples", "loss", "words"),
+    [
+        (np.nan, 10, 1.0, "not finite"),
+        (0.5, 11, 1.0, "claims 11 samples"),
+        (0.5, 0, 1.0, "claims 0 samples"),
+        (0.5, 10, np.inf, "loss is not finite"),
+    ],
+)
+async def test_a_bad_update_is_rejected_with_its_reason_and_the_round_goes_on(
+    host: Host, value: float, samples: int, loss: float, words: str
+) -> None:
+    session = await enrol(host)
+    task = await task_of(host, session)
+    path, artifact = written(host, value)
+    await send(host, session, path.read_bytes(), artifact)
+    answer = await complete(host, session, task.task_id, artifact, samples, loss)
+    assert not answer.accepted
+    assert words in answer.reason
+    assert words in host.coordinator.state.sites["a"].last_error
+    assert not host.artifacts.has(artifact)
+
+
+async def test_an_update_of_other_shapes_is_rejected(host: Host) -> None:
+    session = await enrol(host)
+    task = await task_of(host, session)
+    path = host.folder / "other"
+    manifest = AdapterManifest((TensorSpec("q.lora_A.weight", (3, 4)), MANIFEST.tensors[1]), ("q",))
+    artifact = write_adapter(path, manifest, lambda t: np.zeros(t.shape, np.float32), "float32")
+    await send(host, session, path.read_bytes(), artifact)
+    assert "q.lora_A.weight has shape (3, 4)" in (await complete(host, session, task.task_id, artifact)).reason
+
+
+async def test_results_of_closed_or_foreign_tasks(tmp_path: Path) -> None:
+    host = await start(tmp_path, min_sites=2)
+    a, b = await enrol(host, "a"), await enrol(host, "b")
+    task = await task_of(host, a)
+    path, artifact = written(host, 0.5)
+    assert isinstance(await refused(complete(host, a, task.task_id, artifact)), ArtifactError)
+    await send(host, a, path.read_bytes(), artifact)
+    assert isinstance(await refused(complete(host, b, task.task_id, artifact)), TaskError)
+    wrong = pb.CompleteTaskRequest(session=a, task_id=task.task_id, evaluation=pb.EvaluationResult())
+    assert isinstance(await refused(host.federation.CompleteTask(wrong)), TaskError)
+    assert (await complete(host, a, task.task_id, artifact)).accepted
+    again = await complete(host, a, task.task_id, artifact)
+    assert (again.accepted, again.reason) == (False, "the task is closed; its result came too late to count")
+    # The repeated result must not have deleted the accepted one.
+    assert host.artifacts.has(artifact)
+    assert isinstance(
+        await refused(
+            host.federation.CompleteTask(pb.CompleteTaskRequest(session=a, task_id="done", delivered=pb.Delivered()))
+        ),
+        TaskError,
+    )
+    await host.stop()
+
+
+async def test_a_restart_on_the_same_folder_goes_on_and_sessions_stay(tmp_path: Path) -> None:
+    first = await start(tmp_path, min_sites=2)
+    a, b = await enrol(first, "a"), await enrol(first, "b")
+    task = await task_of(first, a)
+    path, artifact = written(first, 0.5)
+    await send(first, a, path.read_bytes(), artifact)
+    assert (await complete(first, a, task.task_id, artifact)).accepted
+    await first.stop()
+    second = await start(tmp_path)
+    assert (await task_of(second, b)).task_id == "train/1/b"
+    await send(second, b, path.read_bytes(), artifact)
+    assert (await complete(second, b, "train/1/b", artifact)).accepted
+    assert (await task_of(second, a)).done.outcome == "completed"
+    assert second.coordinator.state.closed_rounds[0].contributions == {"a": 10, "b": 10}
+    await second.stop()
+
+
+async def test_sessions(host: Host) -> None:
+    session = await enrol(host)
+    assert isinstance(await refused(host.federation.NextTask(pb.NextTaskRequest(session="x"))), SessionLost)
+    assert isinstance(await refused(enrol(host)), NameInUse)
+    successor = await enrol(host, previous_session=session)
+    assert isinstance(await refused(host.federation.Heartbeat(pb.HeartbeatRequest(session=session))), SessionLost)
+    answer = await host.federation.Heartbeat(pb.HeartbeatRequest(session=successor, task_id="train/9/a"))
+    assert answer.withdrawn
+    await host.federation.Leave(pb.LeaveRequest(session=successor))
+    await enrol(host)
+
+
+async def test_another_model_is_refused_and_frees_the_name(tmp_path: Path) -> None:
+    host = await start(tmp_path, min_sites=2)
+    await enrol(host, "a")
+    session = (await host.federation.Enroll(pb.EnrollRequest(site="b", protocol_versions=[1]))).session
+    request = pb.AttestRequest(session=session, fingerprint=FINGERPRINT, manifest=MANIFEST.to_proto(), rows=1)
+    request.fingerprint.weights = "other"
+    error = await refused(host.federation.Attest(request))
+    assert isinstance(error, EnrolmentRefused)
+    assert "the weights differs" in str(error)
+    await enrol(host, "b")
+    await host.stop()
+
+
+async def test_a_manifest_that_is_none_is_refused(host: Host) -> None:
+    session = (await host.federation.Enroll(pb.EnrollRequest(site="b", protocol_versions=[1]))).session
+    for manifest in (
+        pb.AdapterManifest(),
+        pb.AdapterManifest(tensors=[pb.TensorSpec(name="q.weight", shape=[1, 1])]),
+        pb.AdapterManifest(tensors=[pb.TensorSpec(name="q.lora_A.weight", shape=[1])]),
+    ):
+        request = pb.AttestRequest(session=session, fingerprint=FINGERPRINT, manifest=manifest, rows=1)
+        assert isinstance(await refused(host.federation.Attest(request)), (AdapterError, ArtifactError))
+
+
+async def test_a_silent_site_is_lost_and_comes_back_with_a_sign_of_life(tmp_path: Path) -> None:
+    host = await start(tmp_path, patience=0.3, rounds=5, min_sites=2)
+    a, b = await enrol(host, "a"), await enrol(host, "b")
+    while host.coordinator.state.sites["b"].state != "lost":
+        await host.federation.Heartbeat(pb.HeartbeatRequest(session=a))
+        await asyncio.sleep(0.05)
+    await host.federation.Heartbeat(pb.HeartbeatRequest(session=b))
+    assert host.coordinator.state.sites["b"].state == "enrolled"
+    await host.stop()
+
+
+async def test_status_tells_the_run(host: Host) -> None:
+    await enrol(host, rows=7, evaluates=True)
+    status = await host.operations.GetStatus(pb.GetStatusRequest())
+    assert (status.sites[0].site, status.sites[0].rows, status.pool_rows) == ("a", 7, 7)
+    assert status.run.model == "m"
+    assert status.phase in set(Phase)
+
+
+async def test_wakes_a_long_poll_at_once(tmp_path: Path) -> None:
+    host = await start(tmp_path, min_sites=2)
+    a = await enrol(host, "a")
+    poll = asyncio.ensure_future(host.federation.NextTask(pb.NextTaskRequest(session=a, wait_s=20)))
+    await asyncio.sleep(0.1)
+    assert not poll.done()
+    await enrol(host, "b")
+    task = await asyncio.wait_for(poll, 5)
+    assert task.train.coreset.HasField("all")
+    await host.stop()
