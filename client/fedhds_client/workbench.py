@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fedhds.adapter import AdapterManifest, Artifact
-from fedhds.errors import AdapterError, StorageError, TaskError
+from fedhds.errors import TaskError
 from fedhds.runspec import RunSpec
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_client.coreset import coreset_rows
@@ -190,9 +190,7 @@ class Workbench:
         for old in folder.glob("update-*"):
             old.unlink()
         artifact = self._model.save(path)
-        trained = Trained(
-            path, artifact, outcome.samples, outcome.loss, outcome.seconds, outcome.truncated_rows
-        )
+        trained = Trained(path, artifact, outcome.samples, outcome.loss, outcome.seconds, outcome.truncated_rows)
         path.with_suffix(".json").write_text(trained.facts, encoding="utf-8")
         logger.info("%s: round %d trained in %.1f s, loss %.4f", site.name, task.round, outcome.seconds, outcome.loss)
         return trained
