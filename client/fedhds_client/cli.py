@@ -34,7 +34,10 @@ def _run() -> int:
     # No telemetry: a site talks to the coordinator and, for a hub model, to the hub.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import asyncio
+    import warnings
 
+    # PEFT and transformers warn each other of deprecations, which tells a site's operator nothing.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     from fedhds_client.daemon import run_sites
 
     return asyncio.run(run_sites(chosen))

@@ -213,7 +213,7 @@ class SiteLoop:
                     task.task_id, lambda control: self._workbench.evaluate(site, task.round, adapter, control)
                 )
                 request.evaluation.CopyFrom(sums)
-        answer = await self._link.call(self._link.federation.CompleteTask, request)
+        answer: pb.CompleteTaskResponse = await self._link.call(self._link.federation.CompleteTask, request)
         if kind == "train":
             trained.path.unlink(missing_ok=True)
         return answer

@@ -11,7 +11,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import GenerationConfig
 
 from fedhds.errors import TaskError
-from fedhds_client.modeling import AdapterModel
+from fedhds_client.modeling import InferenceModel
 from fedhds_client.prompts import Prompter
 from fedhds_client.response_loss import ResponseLoss
 from fedhds_client.row_formats import Row
@@ -69,7 +69,7 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
 
 
 def evaluate(
-    model: AdapterModel,
+    model: InferenceModel,
     shard: Shard,
     prompter: Prompter,
     *,
@@ -105,7 +105,7 @@ def evaluate(
     return sums
 
 
-def generate(model: AdapterModel, prompter: Prompter, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
+def generate(model: InferenceModel, prompter: Prompter, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
     """Greedy answers, in the order of `rows`; left padding, made here, as decoding goes on at the right."""
     prompts = [prompter.encode_prompt(row, reserve=max_new_tokens).input_ids for row in rows]
     longest = max(map(len, prompts))

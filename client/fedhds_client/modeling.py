@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -42,11 +42,36 @@ class BaseModel:
     tokenizer: Any
     weights: str
     max_length: int
+    stored_dtype: torch.dtype
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
         return torch.device(self.model.device)
+
+
+@dataclass
+class InferenceModel:
+    """A module to measure: the base model itself, or the base model with an adapter on it."""
+
+    base: BaseModel
+    module: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base model's."""
+        return self.base.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.base.device
+
+    @classmethod
+    def with_adapter(cls, base: BaseModel, folder: Path) -> InferenceModel:
+        """The base model with a PEFT folder's adapter; raises ModelError when the two do not fit."""
+        with _explained(str(folder)):
+            return cls(base, PeftModel.from_pretrained(base.model, folder).eval())
 
 
 def load_base_model(name: str, *, revision: str = "", device: str = "auto", cache_dir: Path | None = None) -> BaseModel:
@@ -78,7 +103,8 @@ def load_base_model(name: str, *, revision: str = "", device: str = "auto", cach
         raise ModelError(f"the model {name} does not fit on {where}; free memory there or use --device cpu") from error
     limits = (getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None))
     known = [limit for limit in (*limits, tokenizer.model_max_length) if isinstance(limit, int) and 0 < limit < 10**9]
-    return BaseModel(name, model.eval(), tokenizer, weights, min(known, default=2**31 - 1))
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return BaseModel(name, model.eval(), tokenizer, weights, min(known, default=2**31 - 1), stored)
 
 
 def fingerprint(base: BaseModel, template: str) -> pb.ModelFingerprint:
@@ -98,13 +124,10 @@ def fingerprint(base: BaseModel, template: str) -> pb.ModelFingerprint:
     )
 
 
-class AdapterModel:
+class AdapterModel(InferenceModel):
     """The base model with one LoRA adapter in float32; the base weights are frozen."""
 
     def __init__(self, base: BaseModel, spec: RunSpec) -> None:
-        self.base = base
-        self.tokenizer = base.tokenizer
-        self.device = base.device
         self._spec = spec
         linear = {
             name.rsplit(".", 1)[-1]
@@ -128,7 +151,7 @@ class AdapterModel:
         with warnings.catch_warnings():
             # PEFT says so where a model mixes GPT-2's Conv1D with linear layers, and does the right thing.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            self.module: Any = get_peft_model(base.model, config, autocast_adapter_dtype=False)
+            super().__init__(base, get_peft_model(base.model, config, autocast_adapter_dtype=False))
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
         self.module.eval()

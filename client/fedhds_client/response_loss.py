@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from fedhds_client.modeling import AdapterModel
+from fedhds_client.modeling import InferenceModel
 from fedhds_client.prompts import Encoded
 
 
@@ -21,8 +21,10 @@ class ResponseLoss:
     (scaling, soft capping) give other values that way; they are found out once on real rows and run as a whole.
     """
 
-    def __init__(self, model: AdapterModel) -> None:
-        self._model: Any = model.module.get_base_model()
+    def __init__(self, model: InferenceModel) -> None:
+        # PEFT's wrapper hands out the base model with the adapter's layers in it.
+        inner = getattr(model.module, "get_base_model", None)
+        self._model: Any = inner() if inner else model.module
         self._pad = int(model.tokenizer.pad_token_id)
         self._device = model.device
         self._split: bool | None = None

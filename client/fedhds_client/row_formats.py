@@ -58,6 +58,21 @@ class Row:
             },
         )
 
+    def as_source(self, category: str) -> dict[str, Any]:
+        """The row as a line that `normalised` reads back to the same content, under `category`."""
+        if self.history:
+            turns = [*self.history, ("user", self.instruction), ("assistant", self.response)]
+            return {"messages": [{"role": role, "content": text} for role, text in turns], "category": category}
+        if self.verbatim:
+            return {"prompt": self.instruction, "completion": self.response, "category": category}
+        row: dict[str, Any] = {
+            "instruction": self.instruction,
+            "context": self.context,
+            "response": self.response,
+            "category": category,
+        }
+        return row | ({"references": list(self.references)} if len(self.references) > 1 else {})
+
     @property
     def digest(self) -> str:
         """SHA-256 of the content: equal rows have equal digests, wherever they stand."""

@@ -19,6 +19,7 @@ from fedhds_client.settings import ClientSettings
 from fedhds_client.site import Site
 
 if TYPE_CHECKING:
+    from fedhds_client.features import Features
     from fedhds_client.modeling import AdapterModel
     from fedhds_client.prompts import Prompter
 
@@ -105,10 +106,10 @@ class Workbench:
             name = self._chosen.model or spec.model
             revision = "" if self._chosen.model else spec.model_revision
             logger.info("loading the base model %s", name)
-            base = load_base_model(name, revision=revision, device=self._chosen.device)
+            base = load_base_model(name, revision=revision, device=self._chosen.device, cache_dir=self._chosen.state)
             length = min(spec.max_length, base.max_length)
             self._prompter = Prompter(base.tokenizer, max_length=length, prompt_format=spec.prompt_format)
-            proof = fingerprint(base, self._prompter.fingerprint, cache_dir=self._chosen.state)
+            proof = fingerprint(base, self._prompter.fingerprint)
             self._model = AdapterModel(base, spec)
             self._proof = proof, self._model.manifest()
             self._spec = spec
@@ -129,27 +130,35 @@ class Workbench:
 
     def select(self, site: Site, run_id: str, task_id: str, adapter: Path, control: Control) -> pb.ClusterReport:
         """Clusters the site's shard; the report is what leaves the site."""
-        from fedhds_client.selection import STRATEGIES, SelectionInputs
+        from fedhds_client.features import extract_features
+        from fedhds_client.release import Releases
+        from fedhds_client.selection import SelectionContext, selection_of
+        from fedhds_client.training import Cancelled
 
         spec, shard = self._checked_spec(), site.shard
         if shard is None:
             raise TaskError("this site holds no training rows to select from")
-        self._model.load(adapter)
-        inputs = SelectionInputs(
-            run_id=run_id,
-            task_id=task_id,
-            spec=spec,
-            shard=shard,
-            model=self._model,
-            prompter=self._prompter,
-            folder=site.folder / file_key(run_id),
-            ledger=site.ledger,
-            max_epsilon=self._chosen.max_epsilon,
-            batch_size=self._chosen.inference_batch_size,
-            progress=control.report,
-            cancelled=control.cancelled,
-        )
-        return STRATEGIES[spec.strategy].report(inputs)
+
+        def progress(share: float) -> None:
+            control.report(share)
+            if control.cancelled():
+                raise Cancelled("the extraction of features was stopped")
+
+        def features() -> Features:
+            logger.info("%s: taking the features of %d rows", site.name, len(shard))
+            self._model.load(adapter)
+            return extract_features(
+                self._model.module,
+                lambda row: self._prompter.encode(shard[row]).input_ids,
+                range(len(shard)),
+                pad_id=int(self._model.tokenizer.pad_token_id),
+                batch_size=self._chosen.inference_batch_size,
+                progress=progress,
+            )
+
+        releases = Releases(site.name, site.folder, site.ledger, run_id, spec, self._chosen.max_epsilon)
+        context = SelectionContext(task_id, spec, len(shard), features, releases)
+        return selection_of(spec.strategy).report(context)
 
     def train(self, site: Site, run_id: str, task: pb.NextTaskResponse, adapter: Path, control: Control) -> Trained:
         """Trains on the task's coreset; an update that an earlier process finished is taken as it is."""
@@ -163,7 +172,7 @@ class Workbench:
         if finished := Trained.found(path):
             logger.info("%s: the update of round %d is already here", site.name, task.round)
             return finished
-        rows = coreset_rows(task.train.coreset, len(shard), folder)
+        rows = coreset_rows(task.train.coreset, rows=len(shard), run_id=run_id, folder=site.folder)
         if not rows:
             raise TaskError("the coreset names no row of this site")
         logger.info("%s: round %d trains on %d of %d rows", site.name, task.round, len(rows), len(shard))

@@ -303,10 +303,13 @@ class Coordinator:
         write_checkpoint(
             self._folder, self._artifacts.path(newest), state.adapter_manifest, state.spec, run_card(state)
         )
-        partial = self._folder / "report.json.partial"
-        partial.write_text(
-            json_format.MessageToJson(run_status(state, self.checkpoint), preserving_proto_field_name=True)
+        report = json_format.MessageToJson(
+            run_status(state, self.checkpoint),
+            preserving_proto_field_name=True,
+            always_print_fields_with_no_presence=True,
         )
+        partial = self._folder / "report.json.partial"
+        partial.write_text(report, encoding="utf-8")
         partial.replace(self._folder / "report.json")
 
 

@@ -40,7 +40,7 @@ class RecordingProxy:
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
         server = self._loop.run_until_complete(asyncio.start_server(self._forward, "127.0.0.1", 0))
-        self.address = "127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+        self.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         self._ready.set()
         self._loop.run_forever()
         server.close()
@@ -50,7 +50,12 @@ class RecordingProxy:
         self._loop.close()
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        upstream_reader, upstream_writer = await asyncio.open_connection(*self._target)
+        try:
+            upstream_reader, upstream_writer = await asyncio.open_connection(*self._target)
+        except ConnectionError:
+            # The coordinator has ended; the site finds out by itself.
+            writer.close()
+            return
         record = bytearray()
         self.sent.append(record)
 

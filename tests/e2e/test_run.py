@@ -54,10 +54,7 @@ def test_a_run_ends_with_an_adapter_that_peft_loads_and_every_site_has(federatio
 
     report = json.loads((folder / "run" / "report.json").read_text())
     assert report["phase"] == "completed"
-    assert [entry["round"] for entry in report["evaluations"]] == [1, 2] or report["evaluations"][0].get(
-        "round", 0
-    ) == 0
-    assert len(report["evaluations"]) == 3
+    assert [entry["round"] for entry in report["evaluations"]] == [0, 1, 2]
     trained, pool = int(report["trained_rows"]), int(report["pool_rows"])
     assert pool == 43
     assert {"full": trained == 43, "random": trained == 7, "fedhds": 0 < trained < 43}[strategy], trained
@@ -111,7 +108,7 @@ def test_several_shards_in_one_process_are_several_sites_and_tls_gives_their_nam
     assert process.wait() == 0, process.text
     report = json.loads((folder / "run" / "report.json").read_text())
     assert [site["site"] for site in report["sites"]] == [f"hospital/ward-{number}" for number in (1, 2, 3)]
-    assert process.text.count("loads") <= 1 or "shared" in process.text
+    assert process.text.count("loading the base model") == 1
     assert len(report["evaluations"]) == 2
 
 

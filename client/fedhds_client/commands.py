@@ -1,0 +1,101 @@
+"""`fedhds evaluate` and `fedhds export`: measure an adapter, and hand it on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="Base model: a path or a hub id.")],
+    data: Annotated[Path, typer.Option(help="Rows to measure on.")],
+    adapter: Annotated[
+        Path | None, typer.Option(help="PEFT folder; without it only the base model is measured.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=16, help="Longest row in tokens.")] = 1024,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens generated per row.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 16,
+    prompt_format: Annotated[Literal["auto", "chat", "alpaca"], typer.Option(help="As in the run.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    skip_bad_rows: Annotated[bool, typer.Option(help="Leave out rows that cannot be used.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure loss and Rouge-L of a base model, and of an adapter on it."""
+    import json as codec
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedhds_client.evaluation import evaluate as measure
+    from fedhds_client.modeling import InferenceModel, load_base_model
+    from fedhds_client.prompts import Prompter
+    from fedhds_client.shard import Shard
+
+    if adapter:
+        _check_adapter(adapter)
+    with Shard.open(data, skip_bad_rows=skip_bad_rows) as shard:
+        base = load_base_model(model, device=device)
+        length = min(max_length, base.max_length)
+        prompter = Prompter(base.tokenizer, max_length=length, prompt_format=prompt_format)
+
+        def measured_by(model_at_hand: InferenceModel) -> dict[str, float]:
+            sums = measure(model_at_hand, shard, prompter, max_new_tokens=max_new_tokens, batch_size=batch_size)
+            return {"rows": sums.rows, "loss": sums.loss, "rouge_l": sums.rouge_l}
+
+        # The base model first: PEFT puts the adapter's layers into it.
+        measured = {"base": measured_by(InferenceModel(base, base.model))}
+        if adapter:
+            measured["adapter"] = measured_by(InferenceModel.with_adapter(base, adapter))
+    if json:
+        typer.echo(codec.dumps(measured))
+        return
+    table = Table("", "rows", "loss (nats per response token)", "Rouge-L F1")
+    for name, line in measured.items():
+        table.add_row(name, str(line["rows"]), f"{line['loss']:.4f}", f"{line['rouge_l']:.4f}")
+    Console().print(table)
+
+
+def export(
+    adapter: Annotated[Path, typer.Option(help="PEFT folder: a checkpoint, or what a site received.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must be empty.")],
+    merged: Annotated[bool, typer.Option(help="Merge the adapter into the base model and write the whole.")] = False,
+    model: Annotated[str | None, typer.Option(help="Base model, if not what the adapter names.")] = None,
+) -> None:
+    """Copy an adapter, or merge it into its base model."""
+    import json
+    import shutil
+
+    from fedhds.errors import UsageError
+
+    _check_adapter(adapter)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out: {out} is not empty; name a new folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not merged:
+            for name in (*_ADAPTER_FILES, "README.md"):
+                if (adapter / name).exists():
+                    shutil.copyfile(adapter / name, out / name)
+        else:
+            from fedhds_client.modeling import InferenceModel, load_base_model
+
+            named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+            base = load_base_model(model or named["base_model_name_or_path"], device="cpu")
+            whole = InferenceModel.with_adapter(base, adapter).module.merge_and_unload()
+            whole.to(base.stored_dtype).save_pretrained(out)
+            base.tokenizer.save_pretrained(out)
+    except OSError as error:
+        raise UsageError(f"--out: cannot write to {out}: {error.strerror or error}") from error
+    typer.echo(f"{'merged model' if merged else 'adapter'}: {out}")
+
+
+def _check_adapter(folder: Path) -> None:
+    from fedhds.errors import UsageError
+
+    missing = [name for name in _ADAPTER_FILES if not (folder / name).is_file()]
+    if missing:
+        raise UsageError(f"--adapter: {folder} is no adapter folder, it lacks {' and '.join(missing)}")

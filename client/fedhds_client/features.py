@@ -1,0 +1,137 @@
+"""Features of a shard: the hidden state of every row's last token at every layer (FedHDS, arXiv 2410.10926, 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from fedhds.errors import TaskError
+
+# Rows are sorted by length within a window of this many batches: that leaves little padding, while no more than a
+# window's tokens are held at once.
+_WINDOW_BATCHES = 32
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features with the ids of their rows, which never part: row i of `values` belongs to sample `ids[i]`."""
+
+    ids: npt.NDArray[np.int64]
+    """(n,)"""
+    values: npt.NDArray[np.float32]
+    """(n, (n_layers + 1) * hidden): embedding output first, last layer (after the model's final norm) last."""
+
+
+def extract_features(
+    model: nn.Module,
+    encode: Callable[[int], Sequence[int]],
+    ids: Sequence[int],
+    *,
+    pad_id: int,
+    batch_size: int,
+    normalise: bool = False,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Features:
+    """Features of the rows `ids`, in that order, under `model` as it is: with its adapter, if PEFT put one on.
+
+    `encode(id)` gives the tokens of a whole row, prompt and response. `normalise` scales every layer's vector of
+    every row to L2 norm 1 (for a space that sites share); the paper takes them as they are. `progress` hears the
+    share that is done after every batch; what it raises ends the extraction. The model computes in its own dtype,
+    without dropout and without its LM head, and is left in the training or evaluation mode it was found in. Memory
+    besides the result: one window of token ids and one batch of hidden states.
+
+    Raises TaskError when hidden states are not finite or memory runs out, ValueError for a row without tokens.
+    """
+    body = _body(model)
+    values: npt.NDArray[np.float32] | None = None
+    done = 0
+    try:
+        with _evaluating(model), torch.inference_mode():
+            for places, tokens in _batches(encode, ids, batch_size):
+                states = _last_states(body, tokens, pad_id, normalise)
+                if values is None:
+                    values = np.empty((len(ids), states.shape[1]), dtype=np.float32)
+                values[places] = states
+                done += len(places)
+                progress(done / len(ids))
+            if values is None:
+                # No row says how wide features are, but one token does.
+                values = _last_states(body, [[pad_id]], pad_id, normalise)[:0]
+    except torch.OutOfMemoryError as error:
+        raise TaskError("the device ran out of memory in taking features; lower --inference-batch-size") from error
+    return Features(np.asarray(ids, dtype=np.int64), values)
+
+
+def _batches(
+    encode: Callable[[int], Sequence[int]], ids: Sequence[int], batch_size: int
+) -> Iterator[tuple[list[int], list[Sequence[int]]]]:
+    """Places in `ids` and their tokens, rows of like length together."""
+    window = batch_size * _WINDOW_BATCHES
+    for start in range(0, len(ids), window):
+        tokens = {place: encode(ids[place]) for place in range(start, min(start + window, len(ids)))}
+        empty = next((ids[place] for place, row in tokens.items() if not len(row)), None)
+        if empty is not None:
+            raise ValueError(f"row {empty} has no tokens")
+        by_length = sorted(tokens, key=lambda place: len(tokens[place]), reverse=True)
+        for first in range(0, len(by_length), batch_size):
+            places = by_length[first : first + batch_size]
+            yield places, [tokens[place] for place in places]
+
+
+def _last_states(
+    body: nn.Module, tokens: Sequence[Sequence[int]], pad_id: int, normalise: bool
+) -> npt.NDArray[np.float32]:
+    """Hidden states of the last tokens, float32 (batch, (n_layers + 1) * hidden)."""
+    device = next(body.parameters()).device
+    lengths = torch.tensor([len(row) for row in tokens])
+    longest = int(lengths.max())
+    # Padded on the right, whatever side the tokenizer would choose: positions then count from each row's start.
+    padded = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in tokens])
+    mask = torch.arange(longest)[None, :] < lengths[:, None]
+    output = body(
+        input_ids=padded.to(device),
+        attention_mask=mask.long().to(device),
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    batch = torch.arange(len(tokens))
+    # Indexed on each layer's own device: a model that is spread over several GPUs has them on several.
+    layers = [
+        states[batch.to(states.device), (lengths - 1).to(states.device)].float().cpu()
+        for states in output.hidden_states
+    ]
+    gathered = torch.stack(layers, dim=1)
+    if normalise:
+        gathered = nn.functional.normalize(gathered, dim=2)
+    states: npt.NDArray[np.float32] = gathered.flatten(1).numpy()
+    if not np.isfinite(states).all():
+        raise TaskError("the model's hidden states are not finite; the adapter has diverged or the dtype is too narrow")
+    return states
+
+
+def _body(model: nn.Module) -> nn.Module:
+    """The transformer without its LM head, with the adapter's layers in place."""
+    inner: Any = model
+    if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    body: nn.Module = inner.get_decoder()
+    return body
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module's own mode is given back, as PEFT leaves some in another than the whole."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

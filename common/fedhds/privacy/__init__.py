@@ -1,0 +1,1 @@
+"""Privacy of what a site releases: mechanisms (pure functions) and the site's durable ledger."""

@@ -1,0 +1,177 @@
+"""The Gaussian mechanism on a site's centroids: clipping, noise, and what they cost in (epsilon, delta).
+
+Epsilon is exact (Balle & Wang 2018, "Improving the Gaussian Mechanism for Differential Privacy", Thm 8), rounded
+upwards in the last bits. Releases compose without loss as Gaussian differential privacy (Dong, Roth & Su 2019,
+"Gaussian Differential Privacy", Cor. 2): a release with noise multiplier z is 1/z-GDP, and mu adds in squares.
+
+Not claimed: these are real-number mechanisms computed in floating point. Mironov 2012 ("On Significance of the Least
+Significant Bits for Differential Privacy") shows that the low bits of floating-point noise can tell neighbouring
+inputs apart. Releases are rounded to float32, which blunts that attack on doubles but is no proof against it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+_SQRT2 = math.sqrt(2)
+# Halvings after which an interval of doubles cannot shrink any more, wherever it started.
+_MOST_HALVINGS = 1100
+
+
+def clip(vectors: npt.ArrayLike, norm: float) -> FloatArray:
+    """Scales every row of `vectors` (k, d) that is longer than `norm` (L2, above 0) down to it.
+
+    Raises ValueError for a value that is not finite: clipping could not bound it. A row whose norm exceeds the
+    largest double becomes zero.
+    """
+    if not norm > 0:
+        raise ValueError(f"clipping norm {norm} is not above 0")
+    rows = np.asarray(vectors, dtype=np.float64)
+    if not np.isfinite(rows).all():
+        raise ValueError("vectors to clip hold values that are not finite")
+    with np.errstate(over="ignore"):
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    clipped: FloatArray = rows * np.minimum(1.0, norm / np.maximum(lengths, norm))
+    return clipped
+
+
+def centroid_sensitivity(*, clip_norm: float, released: int) -> float:
+    """L2 sensitivity of `released` centroids of norm at most `clip_norm`, when a whole shard is replaced.
+
+    Replacing the shard may turn every centroid round, so it is 2 * clip_norm * sqrt(released). Nothing smaller holds
+    for one row either: which rows form a cluster depends on every row.
+    """
+    return 2 * clip_norm * math.sqrt(released)
+
+
+def site_rng() -> random.Random:
+    """The source of privacy noise: the operating system's, new for every draw, and never the run's seed.
+
+    Cryptographic because padded centroids show bare noise: from that, the state of an ordinary generator, and with
+    it the noise on the real centroids, could be worked out.
+    """
+    return random.SystemRandom()
+
+
+def noised_centroids(
+    centroids: npt.ArrayLike, *, clip_norm: float, noise_multiplier: float, released: int, rng: random.Random
+) -> FloatArray:
+    """Releases exactly `released` centroids (released, d) under Gaussian noise on every value.
+
+    Takes the first `released` rows of `centroids` (k, d; k may be 0), clips each to `clip_norm`, fills up with zero
+    rows, so that the number of clusters stays hidden, and adds noise of standard deviation
+    `noise_multiplier * centroid_sensitivity(...)`.
+
+    Unit: the client, under replacement of its whole shard; local, as the site itself adds the noise. The guarantee
+    is `gaussian_epsilon(noise_multiplier=noise_multiplier, ...)` and lapses when `clip_norm`, `released` or d depend
+    on the shard, when `rng` is not `site_rng()`, or when one release is drawn twice and both draws are sent.
+    Raises ValueError for values that are not finite.
+    """
+    rows = clip(centroids, clip_norm)[:released]
+    padded = np.zeros((released, rows.shape[1]))
+    padded[: len(rows)] = rows
+    std = noise_multiplier * centroid_sensitivity(clip_norm=clip_norm, released=released)
+    noise = np.array([rng.gauss(0.0, std) for _ in range(padded.size)], dtype=np.float64)
+    released_rows: FloatArray = padded + noise.reshape(padded.shape)
+    return released_rows
+
+
+def composed_multiplier(noise_multipliers: Iterable[float]) -> float:
+    """Noise multiplier of the one Gaussian mechanism that equals these together; inf for none, 0 if one has no noise.
+
+    Unit and adjacency must be the same for all of them.
+    """
+    multipliers = list(noise_multipliers)
+    if not multipliers:
+        return math.inf
+    if min(multipliers) <= 0:
+        return 0.0
+    return 1 / math.hypot(*(1 / multiplier for multiplier in multipliers))
+
+
+def gaussian_epsilon(*, noise_multiplier: float, delta: float, releases: int = 1) -> float:
+    """Smallest epsilon for which `releases` Gaussian releases together are (epsilon, delta)-DP; inf without noise.
+
+    `noise_multiplier`: standard deviation over L2 sensitivity, so unit and adjacency are those of the sensitivity;
+    inf stands for no release at all. Raises ValueError for a negative multiplier or a delta outside (0, 1).
+    """
+    _check_delta(delta)
+    if not noise_multiplier >= 0 or releases < 0:
+        raise ValueError(f"noise multiplier {noise_multiplier} and releases {releases} must not be negative")
+    if noise_multiplier == math.inf or releases == 0:
+        return 0.0
+    if noise_multiplier == 0:
+        return math.inf
+    mu = math.sqrt(releases) / noise_multiplier
+    target = math.log(delta)
+    if _log_delta(0.0, mu) <= target:
+        return 0.0
+    # At this epsilon even the Chernoff bound on the normal tail, exp(-a^2 / 2) with a = mu/2 - epsilon/mu, is delta.
+    high = mu * mu / 2 + mu * math.sqrt(-2 * target)
+    low = 0.0
+    for _ in range(_MOST_HALVINGS):
+        middle = (low + high) / 2
+        if not low < middle < high:
+            break
+        low, high = (low, middle) if _log_delta(middle, mu) <= target else (middle, high)
+    return high
+
+
+def calibrate_noise(*, epsilon: float, delta: float, releases: int = 1) -> float:
+    """Smallest noise multiplier with which `releases` releases together stay within (epsilon, delta)-DP.
+
+    The inverse of `gaussian_epsilon`. Raises ValueError for an epsilon that is not above 0 and finite, a delta
+    outside (0, 1), or fewer than one release.
+    """
+    _check_delta(delta)
+    if not 0 < epsilon < math.inf or releases < 1:
+        raise ValueError(f"epsilon {epsilon} must be above 0 and finite, releases {releases} at least 1")
+    target = math.log(delta)
+    tail = math.sqrt(-2 * target)
+    low = 2 * epsilon / (math.hypot(tail, math.sqrt(2 * epsilon)) + tail)
+    high = 2 * low
+    while _log_delta(epsilon, high) <= target:
+        low, high = high, 2 * high
+    for _ in range(_MOST_HALVINGS):
+        middle = (low + high) / 2
+        if not low < middle < high:
+            break
+        low, high = (middle, high) if _log_delta(epsilon, middle) <= target else (low, middle)
+    return math.sqrt(releases) / low
+
+
+def _log_delta(epsilon: float, mu: float) -> float:
+    """Natural logarithm of the delta that a mu-GDP mechanism has at `epsilon` (Balle & Wang 2018, eq. 6).
+
+    delta = Phi(a) - e^epsilon Phi(-x) with a = mu/2 - epsilon/mu and x = mu/2 + epsilon/mu. As x^2 = a^2 + 2 epsilon,
+    the second term is exp(-a^2 / 2) erfcx(x / sqrt 2) / 2, which neither overflows nor underflows early.
+    """
+    a, x = mu / 2 - epsilon / mu, mu / 2 + epsilon / mu
+    if a >= 0:
+        delta = (math.erfc(-a / _SQRT2) - math.exp(-a * a / 2) * _erfcx(x / _SQRT2)) / 2
+        return math.log(delta) if delta > 0 else -math.inf
+    difference = _erfcx(-a / _SQRT2) - _erfcx(x / _SQRT2)
+    return math.log(difference / 2) - a * a / 2 if difference > 0 else -math.inf
+
+
+def _erfcx(x: float) -> float:
+    """Scaled complementary error function exp(x^2) erfc(x) for x >= 0."""
+    if x < 5:
+        return math.exp(x * x) * math.erfc(x)
+    # Continued fraction (Abramowitz & Stegun 7.1.14), evaluated from its tail; at x >= 5 forty terms fix every bit.
+    fraction = x
+    for term in range(40, 0, -1):
+        fraction = x + term / 2 / fraction
+    return 1 / (math.sqrt(math.pi) * fraction)
+
+
+def _check_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise ValueError(f"delta {delta} is not between 0 and 1")

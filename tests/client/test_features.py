@@ -1,0 +1,185 @@
+"""Features of a shard: right rows, right tokens, right layers, whatever the batching."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from fedhds.errors import TaskError
+from fedhds_client.features import extract_features
+
+VOCABULARY, HIDDEN, LAYERS, PAD = 50, 16, 3, 0
+
+
+def llama() -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=HIDDEN,
+                intermediate_size=32,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=4,
+                max_position_embeddings=128,
+                attention_dropout=0.3,
+            )
+        ).eval()
+
+
+def gpt2() -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=LAYERS, n_head=4, n_positions=128)
+        ).eval()
+
+
+def adapted() -> Any:
+    """A Llama with a LoRA adapter that is not zero and would drop half of its input in training."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = get_peft_model(
+            llama(),
+            LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+        )
+    return model.eval()
+
+
+MODELS = {"llama": llama(), "gpt2": gpt2(), "adapted": adapted()}
+ROWS = [
+    [int(token) for token in np.random.default_rng(row).integers(1, VOCABULARY, size=length)]
+    for row, length in enumerate([5, 1, 40, 7, 7, 23, 2, 11, 64, 3, 17])
+]
+
+
+def one_by_one(model: Any, row: list[int]) -> npt.NDArray[np.float32]:
+    """The full model on a single row, without padding."""
+    with torch.no_grad():
+        states = model(input_ids=torch.tensor([row]), output_hidden_states=True).hidden_states
+    values: npt.NDArray[np.float32] = torch.cat([layer[0, -1] for layer in states]).numpy()
+    return values
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_batches_give_what_single_rows_give(name: str, batch_size: int) -> None:
+    model = MODELS[name]
+    features = extract_features(model, ROWS.__getitem__, range(len(ROWS)), pad_id=PAD, batch_size=batch_size)
+    assert features.ids.tolist() == list(range(len(ROWS)))
+    assert features.values.shape == (len(ROWS), (LAYERS + 1) * HIDDEN)
+    assert features.values.dtype == np.float32
+    for row, tokens in enumerate(ROWS):
+        np.testing.assert_allclose(features.values[row], one_by_one(model, tokens), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, len(ROWS) - 1), unique=True), st.integers(1, 4))
+def test_ids_and_values_never_part(ids: list[int], batch_size: int) -> None:
+    features = extract_features(MODELS["llama"], ROWS.__getitem__, ids, pad_id=PAD, batch_size=batch_size)
+    assert features.ids.tolist() == ids
+    assert features.values.shape == (len(ids), (LAYERS + 1) * HIDDEN)
+    for place, row in enumerate(ids):
+        np.testing.assert_allclose(features.values[place], one_by_one(MODELS["llama"], ROWS[row]), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_several_windows_keep_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedhds_client.features._WINDOW_BATCHES", 2)
+    whole = extract_features(MODELS["llama"], ROWS.__getitem__, range(len(ROWS)), pad_id=PAD, batch_size=100)
+    split = extract_features(MODELS["llama"], ROWS.__getitem__, range(len(ROWS)), pad_id=PAD, batch_size=2)
+    np.testing.assert_allclose(split.values, whole.values, rtol=1e-4, atol=1e-5)
+
+
+def test_the_padding_token_does_not_matter_even_where_it_ends_a_row() -> None:
+    rows = [[1, 2, 9], [3, 4, 5, 6, 7, 9]]
+    a = extract_features(MODELS["llama"], rows.__getitem__, [0, 1], pad_id=9, batch_size=2)
+    b = extract_features(MODELS["llama"], rows.__getitem__, [0, 1], pad_id=0, batch_size=2)
+    assert np.array_equal(a.values, b.values)
+    np.testing.assert_allclose(a.values[0], one_by_one(MODELS["llama"], rows[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_adapter_counts() -> None:
+    model = MODELS["adapted"]
+    with_adapter = extract_features(model, ROWS.__getitem__, [0, 1], pad_id=PAD, batch_size=2)
+    with model.disable_adapter():
+        without = extract_features(model, ROWS.__getitem__, [0, 1], pad_id=PAD, batch_size=2)
+    assert np.array_equal(with_adapter.values[:, :HIDDEN], without.values[:, :HIDDEN])
+    assert not np.allclose(with_adapter.values, without.values, atol=1e-4)
+
+
+def test_dropout_is_off_meanwhile_and_every_mode_is_given_back() -> None:
+    model = adapted()
+    expected = extract_features(model, ROWS.__getitem__, [2], pad_id=PAD, batch_size=1)
+    model.train()
+    model.get_base_model().lm_head.eval()
+    modes = [module.training for module in model.modules()]
+    assert np.array_equal(
+        extract_features(model, ROWS.__getitem__, [2], pad_id=PAD, batch_size=1).values, expected.values
+    )
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_normalised_layers_have_length_one() -> None:
+    raw = extract_features(MODELS["llama"], ROWS.__getitem__, [0, 5], pad_id=PAD, batch_size=2)
+    unit = extract_features(MODELS["llama"], ROWS.__getitem__, [0, 5], pad_id=PAD, batch_size=2, normalise=True)
+    layers = unit.values.reshape(2, LAYERS + 1, HIDDEN)
+    np.testing.assert_allclose(np.linalg.norm(layers, axis=2), 1, rtol=1e-5)
+    before = raw.values.reshape(2, LAYERS + 1, HIDDEN)
+    np.testing.assert_allclose(layers * np.linalg.norm(before, axis=2, keepdims=True), before, rtol=1e-4, atol=1e-6)
+
+
+def test_half_precision_stays_inside_the_model() -> None:
+    model = llama().to(torch.bfloat16)
+    features = extract_features(model, ROWS.__getitem__, [0, 2], pad_id=PAD, batch_size=2)
+    assert features.values.dtype == np.float32
+    np.testing.assert_allclose(features.values[1], one_by_one(MODELS["llama"], ROWS[2]), atol=0.1)
+
+
+def test_no_row_has_a_width_still() -> None:
+    features = extract_features(MODELS["llama"], ROWS.__getitem__, [], pad_id=PAD, batch_size=2)
+    assert features.values.shape == (0, (LAYERS + 1) * HIDDEN)
+
+
+def test_the_language_head_is_not_run() -> None:
+    model = llama()
+    model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head ran"))
+    extract_features(model, ROWS.__getitem__, [0], pad_id=PAD, batch_size=1)
+
+
+def test_progress_rises_to_one_and_can_stop_the_work() -> None:
+    shares: list[float] = []
+    model = adapted().train()
+    extract_features(model, ROWS.__getitem__, range(11), pad_id=PAD, batch_size=2, progress=shares.append)
+    assert shares == sorted(shares)
+    assert (len(shares), shares[-1]) == (6, 1.0)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(share: float) -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        extract_features(model, ROWS.__getitem__, range(11), pad_id=PAD, batch_size=2, progress=stop)
+    assert model.training
+
+
+def test_a_row_without_tokens_is_named() -> None:
+    with pytest.raises(ValueError, match="row 1 "):
+        extract_features(MODELS["llama"], [[1], []].__getitem__, [0, 1], pad_id=PAD, batch_size=2)
+
+
+def test_a_diverged_model_is_an_error() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
+    with pytest.raises(TaskError, match="not finite"):
+        extract_features(model, ROWS.__getitem__, [0], pad_id=PAD, batch_size=1)
