@@ -19,7 +19,8 @@ from google.protobuf import json_format
 from rich.console import Console
 from rich.table import Table
 
-from fedhds.security.pki import Role, init_authority, issue
+from fedhds.security.identity import Role
+from fedhds.security.pki import init_authority, issue
 from fedhds.v1 import federation_pb2 as pb
 
 HERE = Path(__file__).resolve().parent

@@ -15,10 +15,10 @@ def configuration() -> str:
     """The configuration reference, Markdown."""
     return (
         "# Configuration reference\n\n"
-        "Made by `make docs` from the settings themselves. Every setting is a flag, an environment variable and a key of "
-        "the YAML file given by `--config` (the flag's name without dashes in front); a flag wins over the environment, "
-        "the environment over the file. Lists are given as several values after one flag, by commas in the environment, "
-        "and as a list or by commas in the file.\n\n"
+        "Made by `make docs` from the settings themselves. Every setting is a flag, an environment variable and a\n"
+        "key of the YAML file given by `--config` (the flag's name without dashes in front); a flag wins over the\n"
+        "environment, the environment over the file. Lists are several values after one flag, divided by commas in\n"
+        "the environment, and a list in the file.\n\n"
         f"## fedhds-server\n\n{reference(ServerSettings)}\n## fedhds-client\n\n{reference(ClientSettings)}"
     )
 

@@ -29,11 +29,12 @@ class Clusters:
 def cluster(ids: npt.NDArray[np.int64], points: npt.NDArray[np.float64], *, min_cluster_size: int) -> Clusters:
     """Clusters the finite `points` (n, d) of the samples `ids` (n,); deterministic.
 
-    Settings are the paper's: min_samples at its default, no single cluster. A shard of fewer rows than one cluster
-    has every row for a cluster of its own. When all is noise there is no cluster, and the site is not selected.
+    Settings are the paper's: min_samples at its default, no single cluster. HDBSCAN finds no cluster where there is
+    room for one only: then every row is a cluster of its own. When all is noise there is no cluster, and the site is
+    not selected.
     """
     count = len(ids)
-    if count < min_cluster_size:
+    if count < 2 * min_cluster_size:
         labels, weights = np.arange(count), np.ones(count)
         note = f"too few rows to cluster ({count}): each is its own cluster" if count else "no rows to cluster"
     else:

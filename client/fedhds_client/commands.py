@@ -27,6 +27,7 @@ def evaluate(
     """Measure loss and Rouge-L of a base model, and of an adapter on it."""
     import json as codec
 
+    _no_telemetry()
     from rich.console import Console
     from rich.table import Table
 
@@ -66,7 +67,6 @@ def export(
     model: Annotated[str | None, typer.Option(help="Base model, if not what the adapter names.")] = None,
 ) -> None:
     """Copy an adapter, or merge it into its base model."""
-    import json
     import shutil
 
     from fedhds.errors import UsageError
@@ -74,20 +74,22 @@ def export(
     _check_adapter(adapter)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out: {out} is not empty; name a new folder")
+    if merged:
+        _no_telemetry()
+        from fedhds_client.modeling import InferenceModel, load_base_model
+
+        base = load_base_model(model or _base_model_of(adapter), device="cpu")
+        # In float32, rounded once to the type that the base model is stored in.
+        whole = InferenceModel.with_adapter(base, adapter).module.merge_and_unload().to(base.stored_dtype)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not merged:
+        if merged:
+            whole.save_pretrained(out)
+            base.tokenizer.save_pretrained(out)
+        else:
             for name in (*_ADAPTER_FILES, "README.md"):
                 if (adapter / name).exists():
                     shutil.copyfile(adapter / name, out / name)
-        else:
-            from fedhds_client.modeling import InferenceModel, load_base_model
-
-            named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-            base = load_base_model(model or named["base_model_name_or_path"], device="cpu")
-            whole = InferenceModel.with_adapter(base, adapter).module.merge_and_unload()
-            whole.to(base.stored_dtype).save_pretrained(out)
-            base.tokenizer.save_pretrained(out)
     except OSError as error:
         raise UsageError(f"--out: cannot write to {out}: {error.strerror or error}") from error
     typer.echo(f"{'merged model' if merged else 'adapter'}: {out}")
@@ -99,3 +101,24 @@ def _check_adapter(folder: Path) -> None:
     missing = [name for name in _ADAPTER_FILES if not (folder / name).is_file()]
     if missing:
         raise UsageError(f"--adapter: {folder} is no adapter folder, it lacks {' and '.join(missing)}")
+
+
+def _base_model_of(folder: Path) -> str:
+    import json
+
+    from fedhds.errors import UsageError
+
+    try:
+        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        named = None
+    if not isinstance(named, str) or not named:
+        raise UsageError(f"--adapter: {folder} does not say which base model it is for; name it with --model")
+    return named
+
+
+def _no_telemetry() -> None:
+    """Before the hub's client is imported: it reads this once."""
+    import os
+
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -114,9 +114,11 @@ class SiteLoop:
         """Whether the run completed; raises FedhdsError when the site cannot go on."""
         await self._enrol()
         reason = ""
+        # A poll that is held longer than the lease would look like silence.
+        wait_s = min(_POLL_S, self._lease_s / 3)
         while True:
-            request = pb.NextTaskRequest(session=self._session, wait_s=_POLL_S)
-            task = await self._link.call(self._link.federation.NextTask, request, wait_s=_POLL_S)
+            request = pb.NextTaskRequest(session=self._session, wait_s=wait_s)
+            task = await self._link.call(self._link.federation.NextTask, request, wait_s=wait_s)
             match task.WhichOneof("task"):
                 case "wait":
                     if task.wait.reason != reason:
@@ -206,15 +208,16 @@ class SiteLoop:
                 trained = await self._beating(
                     task.task_id, lambda control: self._workbench.train(site, run_id, task, adapter, control)
                 )
-                await self._link.upload(self._session, trained.path, trained.artifact)
-                request.train.CopyFrom(trained.result())
+                if trained:
+                    await self._link.upload(self._session, trained.path, trained.artifact)
+                request.train.CopyFrom(trained.result() if trained else pb.TrainResult())
             case "evaluate":
                 sums = await self._beating(
                     task.task_id, lambda control: self._workbench.evaluate(site, task.round, adapter, control)
                 )
                 request.evaluation.CopyFrom(sums)
         answer: pb.CompleteTaskResponse = await self._link.call(self._link.federation.CompleteTask, request)
-        if kind == "train":
+        if kind == "train" and trained:
             trained.path.unlink(missing_ok=True)
         return answer
 
@@ -258,3 +261,5 @@ class SiteLoop:
         finally:
             self._control = None
             control.cancel()
+            # Whoever waited may be gone: what the computation then says of its end is nobody's.
+            future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from fedhds.errors import StorageError
@@ -24,7 +25,11 @@ def write_adapter_folder(folder: Path, adapter: Path, config: str, card: str) ->
 
 
 def _place(path: Path, content: str | Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
+    # A name of its own: sites of one process deliver to the same folder at the same time.
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    partial = Path(name)
+    partial.chmod(0o644)
     if isinstance(content, Path):
         shutil.copyfile(content, partial)
     else:

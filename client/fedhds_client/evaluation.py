@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -50,14 +52,21 @@ class EvaluationSums:
 class _Words:
     """Words in any script; rouge_score's own tokenizer knows a-z and 0-9 and finds nothing in Greek or Chinese.
 
-    On ASCII text the two agree, but for the underscore. Scripts without spaces count by character.
+    On ASCII text the two agree. Scripts without spaces (Chinese, Japanese, Thai, Lao, Burmese, Khmer) count by
+    character, and so does Korean, whose particles stick to words.
     """
 
-    _PATTERN = re.compile(r"[぀-ヿ㐀-鿿가-힯]|[^\W぀-ヿ㐀-鿿가-힯]+")
+    _PATTERN = re.compile(
+        r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]"
+        r"|[^\s\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]+"
+    )
 
     def tokenize(self, text: str) -> list[str]:
         """Lower-case words."""
-        return self._PATTERN.findall(text.lower())
+        composed = unicodedata.normalize("NFC", text.lower())
+        # Combining marks belong to words, as Hindi's vowels do.
+        kept = (c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in composed)
+        return self._PATTERN.findall("".join(kept))
 
 
 _SCORER = RougeScorer(["rougeL"], tokenizer=_Words())
@@ -81,7 +90,7 @@ def evaluate(
     """Measures all rows of `shard`: loss of the given responses, Rouge-L of greedy answers.
 
     Rows of like length share a batch; that changes padding, not results. Raises Cancelled, and TaskError when memory
-    runs out.
+    runs out or the loss is not finite.
     """
     order = sorted(range(len(shard)), key=lambda row: len(prompter.encode(shard[row]).input_ids))
     loss_of = ResponseLoss(model)
@@ -95,6 +104,8 @@ def evaluate(
             with torch.inference_mode():
                 total, tokens = loss_of([prompter.encode(row) for row in rows])
                 answers = generate(model, prompter, rows, max_new_tokens)
+            if not math.isfinite(float(total)):
+                raise TaskError("the loss on the held-out rows is not finite under this adapter")
             score = sum(
                 rouge_l(answer, row.references or (row.response,)) for answer, row in zip(answers, rows, strict=True)
             )
@@ -106,19 +117,33 @@ def evaluate(
 
 
 def generate(model: InferenceModel, prompter: Prompter, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
-    """Greedy answers, in the order of `rows`; left padding, made here, as decoding goes on at the right."""
+    """Greedy answers, in the order of `rows`; left padding, made here, as decoding goes on at the right.
+
+    They end at a stop token, or after `max_new_tokens` or what the model's context leaves.
+    """
     prompts = [prompter.encode_prompt(row, reserve=max_new_tokens).input_ids for row in rows]
     longest = max(map(len, prompts))
     pad = int(model.tokenizer.pad_token_id)
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    # The model's own defaults (temperature, top-p, beams) must not decide what is measured; its stop tokens must.
-    own = model.base.model.generation_config
-    ends = own.eos_token_id if own is not None and own.eos_token_id is not None else model.tokenizer.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), model.tokenizer.eos_token_id}
+    # PEFT's wrapper hands out the base model with the adapter's layers in it.
+    inner = getattr(model.module, "get_base_model", None)
+    core = inner() if inner else model.module
+    own = core.generation_config
+    ends = {model.tokenizer.eos_token_id}
+    if own is not None and own.eos_token_id is not None:
+        ends |= set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id])
+    # A prompt takes what the answer leaves, but at least a quarter of the longest row.
+    room = min(max_new_tokens, model.base.max_length - prompter.max_length // 4)
     config = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=sorted(ends)
+        max_new_tokens=room, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=sorted(ends)
     )
-    out = model.module.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    # Of the model's own defaults its stop tokens count; penalties, beams and the like, which transformers would take
+    # over where `config` is silent, must not decide what is measured.
+    core.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        out = core.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    finally:
+        core.generation_config = own
     texts: list[str] = model.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     return texts

@@ -2,52 +2,66 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
+import mmap
+import os
 import re
+import struct
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.utils
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.utils.tqdm import disable_progress_bars
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
 from fedhds.adapter import AdapterManifest, AdapterReader, Artifact, TensorSpec, write_adapter
-from fedhds.errors import ModelError
+from fedhds.errors import AdapterError, ModelError
 from fedhds.runspec import RunSpec
 from fedhds.v1 import federation_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
-# Of the configuration, what depends on where or by which version it was written, not on what the model computes.
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_commit_hash")
+# Of the configuration, what depends on where, by which version or for which class it was written, not on what the
+# model computes: `architectures` is one of these, for the class comes from model_type.
+_VOLATILE = ("transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+# In the order in which transformers looks for them.
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass
 class BaseModel:
-    """A loaded causal LM. `weights` is the SHA-256 of its stored weights, `max_length` its longest row in tokens."""
+    """A loaded causal LM; `max_length` is its longest row in tokens, `weight_files` are what it was loaded from."""
 
     name: str
     model: Any
     tokenizer: Any
-    weights: str
     max_length: int
     stored_dtype: torch.dtype
+    weight_files: tuple[Path, ...]
+    cache_dir: Path | None = None
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
         return torch.device(self.model.device)
+
+    @cached_property
+    def weights(self) -> str:
+        """SHA-256 over all tensors as stored, whatever the files' layout; taken when first asked for."""
+        return _weights_digest(self.name, self.weight_files, self.cache_dir)
 
 
 @dataclass
@@ -69,76 +83,83 @@ class InferenceModel:
 
     @classmethod
     def with_adapter(cls, base: BaseModel, folder: Path) -> InferenceModel:
-        """The base model with a PEFT folder's adapter; raises ModelError when the two do not fit."""
-        with _explained(str(folder)):
-            return cls(base, PeftModel.from_pretrained(base.model, folder).eval())
+        """The base model with a PEFT folder's LoRA adapter; raises ModelError when the two do not fit."""
+        # Read here and not by PEFT, which only warns of missing tensors and asks the hub for missing files.
+        try:
+            config = LoraConfig.from_pretrained(str(folder))
+            if not isinstance(config, LoraConfig):
+                raise ValueError("another kind of adapter")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ModelError(f"{folder / 'adapter_config.json'} does not describe a LoRA adapter") from error
+        module = _with_lora(base, config)
+        try:
+            _set_adapter(module, _manifest(module, ()), folder / "adapter_model.safetensors")
+        except (AdapterError, OSError) as error:
+            raise ModelError(f"the adapter {folder} does not fit the base model {base.name}: {error}") from error
+        return cls(base, module)
 
 
-def load_base_model(name: str, *, revision: str = "", device: str = "auto", cache_dir: Path | None = None) -> BaseModel:
-    """Loads a causal LM and its tokenizer; a local path makes no network call.
+def load_base_model(
+    name: str, *, revision: str = "", device: str = "auto", dtype: str = "auto", cache_dir: Path | None = None
+) -> BaseModel:
+    """Loads a causal LM and its tokenizer; a local path makes no network call and takes no revision.
 
-    On a CPU it computes in float32 (half precision is slow and coarse there), on a GPU in bfloat16 where that exists.
-    `cache_dir` remembers the digests of large weight files by path, size and time. Raises ModelError.
+    `device` is auto (a GPU when there is one), cpu or cuda. `dtype` is a floating type's name, or auto: bfloat16
+    on a GPU that has it, else float32 (half precision is slow and coarse on a CPU). `cache_dir` remembers digests of
+    weight files by path, size and time. Code that comes with a model is never run. Raises ModelError.
     """
-    quiet: Any = transformers.utils.logging
-    quiet.set_verbosity_error()
-    quiet.disable_progress_bar()
+    _quieten()
     local = Path(name).expanduser()
     if not local.is_dir() and (name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
         raise ModelError(f"there is no model folder {name}; give a folder with a model or a hub id like org/name")
     source = str(local) if local.is_dir() else name
-    options = {"revision": revision} if revision and not local.is_dir() else {}
+    # Said aloud, or transformers would ask at the terminal.
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if revision and not local.is_dir():
+        options["revision"] = revision
     where = _device(device)
-    with _explained(name):
-        config = AutoConfig.from_pretrained(source, **options)
+    config = _config(name, source, options)
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     tokenizer = _tokenizer(name, source, options)
-    dtype = torch.bfloat16 if where.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    with _explained(name):
-        model: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **options)
-    with _explained(name):
-        weights = _weights_digest(source, options, model, cache_dir)
-    try:
-        model.to(where)
-    except torch.OutOfMemoryError as error:
-        raise ModelError(f"the model {name} does not fit on {where}; free memory there or use --device cpu") from error
+    model = _model(name, source, options | {"config": config, "dtype": _dtype(dtype, where)}, where)
     limits = (getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None))
     known = [limit for limit in (*limits, tokenizer.model_max_length) if isinstance(limit, int) and 0 < limit < 10**9]
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    return BaseModel(name, model.eval(), tokenizer, weights, min(known, default=2**31 - 1), stored)
+    files = tuple(_weight_files(source, options))
+    return BaseModel(name, model.eval(), tokenizer, min(known, default=2**31 - 1), stored, files, cache_dir)
 
 
 def fingerprint(base: BaseModel, template: str) -> pb.ModelFingerprint:
-    """What must be equal at every site; `template` is the digest of the prompt template in effect."""
-    config = {key: value for key, value in base.model.config.to_diff_dict().items() if key not in _VOLATILE}
-    tokenizer = base.tokenizer
-    if getattr(tokenizer, "backend_tokenizer", None) is not None:
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    """What must be equal at every site, as SHA-256; `template` is the digest of the prompt template in effect."""
+    backend = getattr(base.tokenizer, "backend_tokenizer", None)
+    vocabulary = json.loads(backend.to_str()) if backend is not None else base.tokenizer.get_vocab()
+    if backend is not None:
         # Set by whoever last encoded a batch.
-        backend.pop("truncation", None)
-        backend.pop("padding", None)
-    else:
-        backend = tokenizer.get_vocab()
-    vocabulary = {"backend": backend, "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()}}
+        vocabulary |= {"truncation": None, "padding": None}
+    special = {name: str(token) for name, token in base.tokenizer.special_tokens_map.items()}
     return pb.ModelFingerprint(
-        weights=base.weights, config=_digest(config), tokenizer=_digest(vocabulary), template=template
+        weights=base.weights,
+        config=_digest(_lasting(base.model.config.to_diff_dict())),
+        tokenizer=_digest({"vocabulary": vocabulary, "special": special}),
+        template=template,
     )
 
 
 class AdapterModel(InferenceModel):
-    """The base model with one LoRA adapter in float32; the base weights are frozen."""
+    """The base model with one LoRA adapter in float32, put into `base.model` itself; the base weights are frozen."""
 
     def __init__(self, base: BaseModel, spec: RunSpec) -> None:
+        """A new adapter as the run wants it: B = 0, so that it changes nothing. Raises ModelError for bad targets."""
         self._spec = spec
+        head = base.model.get_output_embeddings()
         linear = {
             name.rsplit(".", 1)[-1]
             for name, module in base.model.named_modules()
-            if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not base.model.get_output_embeddings()
+            if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
         }
-        targets = sorted(linear) if spec.lora_targets == ("all-linear",) else sorted(spec.lora_targets)
-        unknown = sorted(set(targets) - linear)
+        targets = sorted(linear) if spec.lora_targets == ("all-linear",) else sorted(set(spec.lora_targets))
+        unknown = [target for target in targets if target not in linear]
         if unknown:
             raise ModelError(f"the model has no linear module {unknown[0]!r}; it has {', '.join(sorted(linear))}")
-        conv = any(isinstance(m, Conv1D) for m in base.model.modules())
         config = LoraConfig(
             r=spec.lora_rank,
             lora_alpha=spec.lora_alpha,  # type: ignore[arg-type]  # PEFT scales by any number
@@ -146,19 +167,9 @@ class AdapterModel(InferenceModel):
             target_modules=targets,
             task_type="CAUSAL_LM",
             bias="none",
-            fan_in_fan_out=conv,
         )
-        with warnings.catch_warnings():
-            # PEFT says so where a model mixes GPT-2's Conv1D with linear layers, and does the right thing.
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            super().__init__(base, get_peft_model(base.model, config, autocast_adapter_dtype=False))
-        for parameter in self.parameters():
-            parameter.data = parameter.data.float()
-        self.module.eval()
-        self._manifest = AdapterManifest(
-            tuple(TensorSpec(name, tuple(tensor.shape)) for name, tensor in sorted(self._state().items())),
-            tuple(targets),
-        )
+        super().__init__(base, _with_lora(base, config))
+        self._manifest = _manifest(self.module, tuple(targets))
 
     def manifest(self) -> AdapterManifest:
         """Names and shapes as PEFT saves them, sorted by name."""
@@ -170,21 +181,62 @@ class AdapterModel(InferenceModel):
 
     def load(self, path: Path) -> None:
         """Sets the adapter from a safetensors file; raises AdapterError when it does not fit."""
-        state = self._state()
-        with AdapterReader(path, self._manifest) as reader, torch.no_grad():
-            for spec in self._manifest.tensors:
-                state[spec.name].copy_(torch.from_numpy(reader.tensor(spec)))
+        _set_adapter(self.module, self._manifest, path)
 
     def save(self, path: Path) -> Artifact:
         """Writes the adapter in the run's wire type."""
-        state = self._state()
+        state = _adapter_state(self.module)
         return write_adapter(
             path, self._manifest, lambda spec: state[spec.name].detach().cpu().numpy(), self._spec.wire_dtype
         )
 
-    def _state(self) -> dict[str, torch.Tensor]:
-        # The parameters themselves, under the names that PEFT saves them by: writing to them sets the adapter.
-        return dict(get_peft_model_state_dict(self.module, save_embedding_layers=False))
+
+def _with_lora(base: BaseModel, config: LoraConfig) -> Any:
+    """PEFT's wrapper around the base model, with the adapter in float32 and dropout off."""
+    # PEFT warns when it replaces another name.
+    config.base_model_name_or_path = None
+    try:
+        with warnings.catch_warnings():
+            # GPT-2's Conv1D keeps its weights transposed. PEFT sees that at every module, whatever the configuration
+            # says (so a checkpoint's may say False), and warns.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            # PEFT 0.21 asks transformers 5 for a name that it is about to rename.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            module: Any = get_peft_model(base.model, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise ModelError(f"the adapter does not fit the base model {base.name}: {_first_line(error)}") from error
+    for name, parameter in module.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    return module.eval()
+
+
+def _adapter_state(module: Any) -> dict[str, torch.Tensor]:
+    # The parameters themselves, under the names that PEFT saves them by: writing to them sets the adapter.
+    return dict(get_peft_model_state_dict(module, save_embedding_layers=False))
+
+
+def _manifest(module: Any, targets: tuple[str, ...]) -> AdapterManifest:
+    shapes = {name: tuple(tensor.shape) for name, tensor in _adapter_state(module).items()}
+    return AdapterManifest(tuple(TensorSpec(name, shapes[name]) for name in sorted(shapes)), targets)
+
+
+def _set_adapter(module: Any, manifest: AdapterManifest, path: Path) -> None:
+    state = _adapter_state(module)
+    with AdapterReader(path, manifest) as reader, torch.no_grad():
+        for spec in manifest.tensors:
+            state[spec.name].copy_(torch.from_numpy(reader.tensor(spec)))
+
+
+def _quieten() -> None:
+    """transformers and the hub's client neither chat on stderr nor start conversions of other people's models."""
+    talkers: tuple[Any, Any] = transformers.utils.logging, huggingface_hub.utils.logging
+    for talker in talkers:
+        talker.set_verbosity_error()
+    talkers[0].disable_progress_bar()
+    disable_progress_bars()
+    # A hub model without safetensors would make transformers ask the hub for a conversion, in a thread.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 
 def _device(wanted: str) -> torch.device:
@@ -193,78 +245,155 @@ def _device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _tokenizer(name: str, source: str, options: dict[str, str]) -> Any:
+def _dtype(wanted: str, where: torch.device) -> torch.dtype:
+    if wanted == "auto":
+        return torch.bfloat16 if where.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    found = getattr(torch, wanted, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"{wanted!r} is not a floating type; use auto, float32, bfloat16 or float16")
+    return found
+
+
+def _config(name: str, source: str, options: dict[str, Any]) -> Any:
+    folder = Path(source)
+    # transformers would load an adapter folder's base model, from wherever the folder says.
+    if folder.is_dir() and (folder / "adapter_config.json").exists():
+        raise ModelError(f"{name} is an adapter; give the base model that it was trained on")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise ModelError(f"the folder {name} holds no model: it has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(f"{name} comes with code of its own, which is never run; use another model") from error
+        if folder.is_dir():
+            raise ModelError(f"the model {name} has an unusable config.json: {_first_line(error)}") from error
+        raise ModelError(
+            f"there is no folder {name}, and no model of that name can be had from the hub ({_first_line(error)}); "
+            "check the name, the network and, for a gated model, HF_TOKEN, or give a local folder"
+        ) from error
+    masked = any(kind.endswith("ForMaskedLM") for kind in config.architectures or ())
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or masked:
+        raise ModelError(f"{name} is a {config.model_type} model, not a causal language model; choose one that is")
+    return config
+
+
+def _tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"the model {name} has no usable tokenizer ({type(error).__name__}); put its tokenizer files beside the "
-            "weights"
-        ) from error
+    except Exception as error:
+        # The Rust library behind it raises plain Exception for a damaged tokenizer.json.
+        raise ModelError(f"{name} has no usable tokenizer ({_first_line(error)}); put its files there") from error
     if not len(tokenizer) or tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name} has no vocabulary or no end-of-text token; it cannot end an answer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+        logger.info("the tokenizer of %s has no padding token; it pads with %s", name, tokenizer.eos_token)
     return tokenizer
 
 
-@contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """What transformers and safetensors throw at a bad model becomes one line that says what to do."""
+def _model(name: str, source: str, options: dict[str, Any], where: torch.device) -> Any:
+    damaged = f"the weight files of {name} are missing or damaged"
+    auto: Any = AutoModelForCausalLM
     try:
-        yield
-    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"cannot load a causal language model from {name}: {first[:300]}; give a folder that holds one, or the "
-            "id of one on the hub that this machine can reach"
-        ) from error
+        model, report = auto.from_pretrained(source, output_loading_info=True, **options)
+        # transformers fills gaps with random values.
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise ModelError(f"{damaged}: they hold no {missing[0]} ({len(missing)} lacking); get the model anew")
+        return model.to(where)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            advice = "use --device cpu" if where.type == "cuda" else "use a smaller one"
+            raise ModelError(f"the model {name} does not fit into memory on {where}; free some or {advice}") from error
+        reason = "shapes differ from config.json" if "mismatched" in str(error) else _first_line(error)
+        raise ModelError(f"{damaged}: {reason}; get the model anew") from error
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        # ImportError: a quantised model without the package that reads it; the text names the package.
+        raise ModelError(f"{damaged}: {_first_line(error)}; get the model anew") from error
 
 
-def _weights_digest(source: str, options: dict[str, str], model: Any, cache_dir: Path | None) -> str:
-    files = _weight_files(source, options)
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300].rstrip(" .") if lines else type(error).__name__
+
+
+def _weight_files(source: str, options: dict[str, Any]) -> list[Path]:
+    """The files that a model just loaded was read from; for a hub model, in the hub's cache."""
+    where = {key: value for key, value in options.items() if key == "revision"}
+
+    def found(name: str) -> Path | None:
+        path = cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False, **where)
+        return Path(path) if path else None
+
+    names = (stem + ending for stem in _WEIGHT_FILES for ending in ("", ".index.json"))
+    first = next((path for name in names if (path := found(name))), None)
+    if first is None or first.suffix != ".json":
+        return [first] if first else []
+    parts = sorted(set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [path for name in parts if (path := found(name))]
+
+
+def _weights_digest(name: str, files: tuple[Path, ...], cache_dir: Path | None) -> str:
     if not files:
-        # Not stored as safetensors: the loaded values, which depend on nothing but the file and the dtype.
-        tensors = {key: _tensor_digest(value) for key, value in model.state_dict().items()}
-        return _digest({"dtype": str(model.dtype), "tensors": tensors})
-    key = _digest([[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
-    remembered = cache_dir / "weights" / key if cache_dir else None
-    if remembered and remembered.exists():
-        return remembered.read_text(encoding="ascii")
-    digests: dict[str, str] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened, ThreadPoolExecutor() as pool:
-            names = list(opened.keys())
-            # hashlib gives up the GIL; tensors are read one batch of threads at a time, not all at once.
-            digests.update(
-                zip(names, pool.map(lambda name: _tensor_digest(opened.get_tensor(name)), names), strict=True)
-            )
-    digest = _digest(digests)
-    if remembered:
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        partial = remembered.with_suffix(".partial")
-        partial.write_text(digest, encoding="ascii")
-        partial.replace(remembered)
+        raise ModelError(f"the weight files of {name} cannot be found again; load the model from a local folder")
+    try:
+        stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        remembered = cache_dir / "weights" / _digest(stats) if cache_dir else None
+        if remembered and remembered.exists():
+            return remembered.read_text(encoding="ascii")
+        tensors: dict[str, str] = {}
+        for file in files:
+            tensors |= _safetensors_digests(file) if file.suffix == ".safetensors" else _pytorch_digests(file)
+        digest = _digest(tensors)
+        if remembered:
+            remembered.parent.mkdir(parents=True, exist_ok=True)
+            partial = remembered.with_suffix(f".{os.getpid()}.partial")
+            partial.write_text(digest, encoding="ascii")
+            partial.replace(remembered)
+    except OSError as error:
+        raise ModelError(f"cannot take the fingerprint of {name}: {error}") from error
     return digest
 
 
-def _weight_files(source: str, options: dict[str, str]) -> list[Path]:
-    def found(name: str) -> Path | None:
-        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **options)
-        return Path(path) if path else None
+def _safetensors_digests(file: Path) -> dict[str, str]:
+    """Digest of every tensor by name, from the bytes on disk: nothing is copied, and hashlib gives up the GIL."""
+    with (
+        file.open("rb") as opened,
+        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        memoryview(data) as view,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+    ):
+        (length,) = struct.unpack("<Q", view[:8])
+        header = json.loads(bytes(view[8 : 8 + length]))
+        header.pop("__metadata__", None)
 
-    index = found("model.safetensors.index.json")
-    if index:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [path for name in names if (path := found(name))]
-    single = found("model.safetensors")
-    return [single] if single else []
+        def digest(entry: dict[str, Any]) -> str:
+            hashed = hashlib.sha256(f"{entry['dtype']} {entry['shape']} ".encode())
+            begin, end = entry["data_offsets"]
+            with view[8 + length + begin : 8 + length + end] as stored:
+                hashed.update(stored)
+            return hashed.hexdigest()
+
+        return dict(zip(header, pool.map(digest, header.values()), strict=True))
 
 
-def _tensor_digest(tensor: torch.Tensor) -> str:
-    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
-    return digest.hexdigest()
+def _pytorch_digests(file: Path) -> dict[str, str]:
+    """The same for PyTorch's own format, read as transformers reads it: no code in it is run."""
+    digests = {}
+    for name, tensor in torch.load(file, map_location="cpu", weights_only=True).items():
+        hashed = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+        hashed.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        digests[name] = hashed.hexdigest()
+    return digests
+
+
+def _lasting(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _lasting(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _VOLATILE and not key.startswith("_")
+    }
 
 
 def _digest(value: object) -> str:

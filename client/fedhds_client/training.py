@@ -29,6 +29,7 @@ class TrainOutcome:
     loss: float
     seconds: float
     truncated_rows: int
+    steps: int
 
 
 def train(
@@ -45,7 +46,8 @@ def train(
     """Trains the adapter in place on the rows with ids `rows` (at least one).
 
     Adam, a fresh one in every round, as the global adapter is a new start; order of rows and dropout come from `seed`.
-    Raises Cancelled, and TaskError when the loss is not finite or memory runs out.
+    Rows become tokens batch by batch, so memory does not grow with the shard. The global random state is left alone.
+    Raises Cancelled, TaskError when loss or gradient is not finite or memory runs out, ValueError without rows.
     """
     if not rows:
         raise ValueError("there are no rows to train on")
@@ -80,7 +82,8 @@ def train(
     finally:
         model.module.eval()
         optimiser.zero_grad(set_to_none=True)
-    return TrainOutcome(len(rows), loss_sum / max(tokens, 1), time.monotonic() - started, len(truncated))
+    seconds = time.monotonic() - started
+    return TrainOutcome(len(rows), loss_sum / max(tokens, 1), seconds, len(truncated), steps=steps * spec.local_epochs)
 
 
 def _step(
@@ -92,12 +95,16 @@ def _step(
 ) -> tuple[float, int]:
     """One optimiser step on the mean over the batch's response tokens; the sum of their losses, and their number."""
     total, count = loss_of(batch)
+    if not count:
+        return 0.0, 0
     value = float(total.detach())
     if not math.isfinite(value):
         raise TaskError("the training loss is not finite; the operator can lower --learning-rate")
     optimiser.zero_grad(set_to_none=True)
     torch.autograd.backward(total / count)
-    if max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    # A finite loss can have a gradient that is not, and no later loss would tell of the last step's.
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    if not math.isfinite(float(norm)):
+        raise TaskError("the training gradient is not finite; the operator can lower --learning-rate")
     optimiser.step()
     return value, count

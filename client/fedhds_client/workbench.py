@@ -160,8 +160,10 @@ class Workbench:
         context = SelectionContext(task_id, spec, len(shard), features, releases)
         return selection_of(spec.strategy).report(context)
 
-    def train(self, site: Site, run_id: str, task: pb.NextTaskResponse, adapter: Path, control: Control) -> Trained:
-        """Trains on the task's coreset; an update that an earlier process finished is taken as it is."""
+    def train(
+        self, site: Site, run_id: str, task: pb.NextTaskResponse, adapter: Path, control: Control
+    ) -> Trained | None:
+        """Trains on the task's coreset, None when it is empty; takes an update that an earlier process finished."""
         from fedhds_client.training import train
 
         spec, shard = self._checked_spec(), site.shard
@@ -174,7 +176,8 @@ class Workbench:
             return finished
         rows = coreset_rows(task.train.coreset, rows=len(shard), run_id=run_id, folder=site.folder)
         if not rows:
-            raise TaskError("the coreset names no row of this site")
+            logger.info("%s: round %d picks no row of this site", site.name, task.round)
+            return None
         logger.info("%s: round %d trains on %d of %d rows", site.name, task.round, len(rows), len(shard))
         self._model.load(adapter)
         outcome = train(

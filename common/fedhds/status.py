@@ -45,6 +45,9 @@ async def abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
     """Ends a call with the status that `error` stands for; raises always."""
     for kind, code in _TABLE:
         if isinstance(error, kind):
+            if isinstance(error, errors.StorageError):
+                # The caller tries again; whoever can mend the disk reads this side's log.
+                logger.error("%s", error)
             await context.abort(code, str(error), ((_REASON, kind.__name__),))
     logger.error("internal error in a call from %s", context.peer(), exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, "internal error; the coordinator's log has the details")

@@ -296,8 +296,10 @@ class RunMachine:
         task = self.state.tasks.pop(event.task_id, None)
         if task is None:
             return []
-        self.state.sites[task.site].last_error = event.reason
-        note = Record(f"site {task.site} failed its {task.kind} task: {event.reason}", trouble=True)
+        verb = "failed" if event.trouble else "gave nothing in"
+        if event.trouble:
+            self.state.sites[task.site].last_error = event.reason
+        note = Record(f"site {task.site} {verb} its {task.kind} task: {event.reason}", trouble=event.trouble)
         return [note, *self._advance(event.at)]
 
     def _close(self, at: float) -> list[Instruction]:

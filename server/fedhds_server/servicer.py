@@ -132,7 +132,7 @@ class FederationServicer(rpc.FederationServicer):
             return pb.CompleteTaskResponse(accepted=True)
         task = self._open_task(site, request.task_id)
         if task is None:
-            if result == "train":
+            if result == "train" and request.train.HasField("update"):
                 await self._discard(Artifact.from_proto(request.train.update))
             return pb.CompleteTaskResponse(reason="the task is closed; its result came too late to count")
         now = time.time()
@@ -148,6 +148,9 @@ class FederationServicer(rpc.FederationServicer):
         return pb.CompleteTaskResponse(accepted=True)
 
     async def _take_update(self, task: Task, result: pb.TrainResult) -> pb.CompleteTaskResponse:
+        if not result.HasField("update") and not result.samples:
+            await self._coordinator.post(TaskFailed(time.time(), task.id, "its picks name no row", trouble=False))
+            return pb.CompleteTaskResponse(accepted=True)
         artifact = Artifact.from_proto(result.update)
         if not self._artifacts.has(artifact):
             raise ArtifactError("the update is not here; upload it before completing its task")

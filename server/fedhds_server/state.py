@@ -270,11 +270,12 @@ class EvaluationReceived:
 
 @dataclass(frozen=True, slots=True)
 class TaskFailed:
-    """A task failed at its site, or its result was rejected."""
+    """A task failed at its site, or its result was rejected; not `trouble` when it is in the nature of the run."""
 
     at: float
     task_id: str
     reason: str
+    trouble: bool = True
 
 
 @dataclass(frozen=True, slots=True)

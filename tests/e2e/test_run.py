@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedhds.security.pki import Role, init_authority, issue
+from fedhds.security.identity import Role
+from fedhds.security.pki import init_authority, issue
 from tests.e2e.federation import Federation
 from tests.tiny import write_rows
 

@@ -839,7 +839,7 @@ class TrainResult(_message.Message):
     TRAIN_S_FIELD_NUMBER: _builtins.int
     TRUNCATED_ROWS_FIELD_NUMBER: _builtins.int
     samples: _builtins.int
-    """Rows trained on; the update's weight, bounded by what the site declared."""
+    """Rows trained on; the update's weight, bounded by what the site declared. 0: all picks fell on padding."""
     loss: _builtins.float
     """Mean training loss per response token."""
     train_s: _builtins.float
@@ -848,7 +848,7 @@ class TrainResult(_message.Message):
     """Rows that were cut to the longest length."""
     @_builtins.property
     def update(self) -> Global___ArtifactRef:
-        """The uploaded adapter (safetensors, the run's wire type)."""
+        """The uploaded adapter (safetensors, the run's wire type); absent when `samples` is 0."""
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ class FedHds(InterClientSelection):
     """HDBSCAN over all centroids; from each group the centroid nearest to its centre wins and gives one row.
 
     As in the paper a centroid that is like no other is dropped (it is `noise` to HDBSCAN), and every site's centroids
-    live in a frame of their own. Where fewer than three centroids came, each is a group by itself.
+    live in a frame of their own. Where no two centroids are alike nothing is redundant: then each is a group by itself.
     """
 
     needs_reports = True
@@ -55,7 +55,11 @@ class FedHds(InterClientSelection):
             )
             for site, chosen in sorted(picks.items())
         }
-        notes.append(f"{len(keys)} clusters of {len(reports)} sites form {len(groups)} groups")
+        merged = sum(len(group.members) for group in groups)
+        notes.append(
+            f"{len(keys)} clusters of {len(reports)} sites: {merged} form {len(groups)} groups, "
+            f"{len(keys) - merged} are like no other and are dropped"
+        )
         return Selection(coresets, groups, tuple(notes))
 
 
@@ -73,9 +77,12 @@ def _fault(clusters: pb.ClusterReport, dimension: int) -> str:
 
 
 def _groups(keys: list[tuple[str, int]], points: np.ndarray) -> tuple[Group, ...]:
+    alone = tuple(Group((key,), (key,)) for key in keys)
     if len(keys) < _FEWEST_POINTS:
-        return tuple(Group((key,), (key,)) for key in keys)
+        return alone
     labels = hdbscan.HDBSCAN(min_cluster_size=_MIN_CLUSTER_SIZE).fit(points).labels_
+    if labels.max() < 0:
+        return alone
     groups = []
     for label in range(labels.max() + 1):
         members = np.flatnonzero(labels == label)

@@ -1,0 +1,153 @@
+"""`fedhds evaluate` and `fedhds export`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from fedhds.adapter import initial_tensor, peft_config, write_adapter
+from fedhds.errors import DataError, ModelError, UsageError
+from fedhds.runspec import RunSpec
+from fedhds_client import commands
+from fedhds_client.modeling import AdapterModel, load_base_model
+from tests.tiny import make_model, write_rows
+
+app = typer.Typer()
+app.command()(commands.evaluate)
+app.command()(commands.export)
+IDS = torch.tensor([[5, 9, 40, 77, 12]])
+
+
+def _fedhds(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama, stored in bfloat16."""
+    folder = make_model(tmp_path_factory.mktemp("llama"))
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter folder for it, as a site receives one."""
+    folder = tmp_path_factory.mktemp("adapter")
+    spec = RunSpec.model_validate({"model": str(llama), "rounds": 1, "lora_rank": 4})
+    manifest = AdapterModel(load_base_model(str(llama), device="cpu"), spec).manifest()
+    write_adapter(
+        folder / "adapter_model.safetensors", manifest, lambda tensor: initial_tensor(tensor, 3) + 0.05, "float32"
+    )
+    (folder / "adapter_config.json").write_text(peft_config(spec, manifest))
+    (folder / "README.md").write_text("# A model card\n")
+    (folder / "notes.txt").write_text("not the adapter's")
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Five rows."""
+    return write_rows(tmp_path / "rows.jsonl", {"cats": 3, "dogs": 2})
+
+
+def test_evaluate_compares_base_and_adapter(llama: Path, adapter: Path, rows: Path) -> None:
+    common = ("evaluate", "--model", llama, "--data", rows, "--max-new-tokens", 4, "--batch-size", 2)
+    alone = json.loads(_fedhds(*common, "--json"))
+    both = json.loads(_fedhds(*common, "--adapter", adapter, "--json"))
+    assert set(alone) == {"base"}
+    assert both["base"] == alone["base"]
+    assert both["base"]["rows"] == both["adapter"]["rows"] == 5
+    assert both["adapter"]["loss"] != both["base"]["loss"]
+    table = _fedhds(*common, "--adapter", adapter)
+    for cell in (*both, f"{both['adapter']['loss']:.4f}", f"{both['base']['rouge_l']:.4f}"):
+        assert cell in table
+
+
+def test_export_copies_the_adapter_and_nothing_else(adapter: Path, tmp_path: Path) -> None:
+    _fedhds("export", "--adapter", adapter, "--out", tmp_path / "new" / "copy")
+    copied = {file.name: file.read_bytes() for file in (tmp_path / "new" / "copy").iterdir()}
+    assert set(copied) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert all((adapter / name).read_bytes() == content for name, content in copied.items())
+
+
+def _logits(module: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = module(input_ids=IDS).logits
+    return logits
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_export_merges_into_the_type_that_the_base_model_is_stored_in(
+    llama: Path, adapter: Path, tmp_path: Path, named: bool
+) -> None:
+    out = tmp_path / "merged"
+    _fedhds("export", "--adapter", adapter, "--out", out, "--merged", *(("--model", llama) if named else ()))
+    assert not (out / "adapter_config.json").exists()
+    merged: Any = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert merged.dtype == torch.bfloat16
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    plain = _logits(base)
+    tuned = _logits(PeftModel.from_pretrained(base, adapter).eval())
+    got = _logits(merged.float())
+    # Off by no more than the rounding of the merged weights.
+    assert (got - tuned).abs().max() < 0.1 * (plain - tuned).abs().max()
+    assert AutoTokenizer.from_pretrained(out).eos_token == "</s>"
+
+
+def test_bad_input_is_a_persons_mistake(llama: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match=r"lacks adapter_config\.json and adapter_model\.safetensors"):
+        _fedhds("export", "--adapter", tmp_path, "--out", out)
+    with pytest.raises(UsageError, match="lacks"):
+        _fedhds("evaluate", "--model", llama, "--data", rows, "--adapter", rows)
+    with pytest.raises(DataError, match="no such file"):
+        _fedhds("evaluate", "--model", llama, "--data", tmp_path / "absent.jsonl")
+    with pytest.raises(ModelError, match="no model folder"):
+        _fedhds("evaluate", "--model", tmp_path / "absent", "--data", rows)
+    with pytest.raises(ModelError, match="is an adapter; give the base model"):
+        _fedhds("evaluate", "--model", adapter, "--data", rows)
+    with pytest.raises(UsageError, match="not empty"):
+        _fedhds("export", "--adapter", adapter, "--out", llama)
+    with pytest.raises(UsageError, match="not empty"):
+        _fedhds("export", "--adapter", adapter, "--out", rows)
+    with pytest.raises(UsageError, match="cannot write"):
+        _fedhds("export", "--adapter", adapter, "--out", rows / "below")
+
+
+def test_an_adapter_that_names_no_base_model_needs_one(adapter: Path, tmp_path: Path) -> None:
+    folder, out = shutil.copytree(adapter, tmp_path / "nameless"), tmp_path / "out"
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    for content in (json.dumps(config), "{", "[]"):
+        (folder / "adapter_config.json").write_text(content)
+        with pytest.raises(UsageError, match="name it with --model"):
+            _fedhds("export", "--adapter", folder, "--out", out, "--merged")
+    assert not out.exists()
+
+
+def test_a_base_model_that_does_not_fit_leaves_no_folder(adapter: Path, tmp_path: Path) -> None:
+    wide = make_model(tmp_path / "wide", hidden=48)
+    with pytest.raises(ModelError, match="does not fit"):
+        _fedhds("export", "--adapter", adapter, "--out", tmp_path / "out", "--merged", "--model", wide)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = (
+        "import sys, fedhds_client.commands; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,280 @@
+"""Coresets and the reports that they refer to: right rows, durable, within the site's budget, the same on a retry."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedhds.errors import PrivacyError, StorageError, TaskError
+from fedhds.privacy.ledger import Ledger
+from fedhds.privacy.mechanisms import calibrate_noise
+from fedhds.runspec import RunSpec
+from fedhds.v1 import federation_pb2 as pb
+from fedhds_client.coreset import coreset_rows, save_clusters
+from fedhds_client.features import Features
+from fedhds_client.release import Releases
+from fedhds_client.selection import SelectionContext, selection_of
+
+MEMBERS = [[4, 0, 9], [2, 7], []]
+TASK = "select/0/ward"
+
+
+def picks(*pairs: tuple[int, int], task_id: str = TASK) -> pb.Coreset:
+    clusters = [pb.ClusterPick(cluster=cluster, count=count) for cluster, count in pairs]
+    return pb.Coreset(picks=pb.ClusterPicks(select_task_id=task_id, clusters=clusters))
+
+
+def test_all_rows(tmp_path: Path) -> None:
+    coreset = pb.Coreset(all=pb.AllRows())
+    assert coreset_rows(coreset, rows=4, run_id="r", folder=tmp_path) == (0, 1, 2, 3)
+    assert coreset_rows(coreset, rows=0, run_id="r", folder=tmp_path) == ()
+
+
+@given(st.integers(0, 50), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
+def test_a_random_draw_is_of_distinct_rows_of_the_shard(rows: int, count: int, seed: int) -> None:
+    coreset = pb.Coreset(random=pb.RandomRows(count=count, seed=seed))
+    drawn = coreset_rows(coreset, rows=rows, run_id="r", folder=Path())
+    assert len(drawn) == min(count, rows)
+    assert list(drawn) == sorted(set(drawn))
+    assert set(drawn) <= set(range(rows))
+    assert coreset_rows(coreset, rows=rows, run_id="r", folder=Path()) == drawn
+
+
+def test_a_random_draw_is_uniform_and_depends_on_the_seed() -> None:
+    counts = np.zeros(10)
+    for seed in range(3000):
+        drawn = pb.Coreset(random=pb.RandomRows(count=3, seed=seed))
+        counts[list(coreset_rows(drawn, rows=10, run_id="r", folder=Path()))] += 1
+    assert counts.sum() == 9000
+    assert abs(counts / 3000 - 0.3).max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("pairs", "rows"),
+    [
+        ([(0, 1)], (4,)),
+        ([(1, 1), (0, 2)], (0, 2, 4)),
+        ([(0, 99)], (0, 4, 9)),
+        ([(0, 1), (0, 2)], (0, 4)),
+        ([(2, 1)], ()),
+        ([(1, 0)], ()),
+        ([], ()),
+    ],
+)
+def test_picks_take_the_nearest_rows_there_are(
+    tmp_path: Path, pairs: list[tuple[int, int]], rows: tuple[int, ...]
+) -> None:
+    save_clusters(tmp_path, "r", TASK, MEMBERS, rows=10)
+    assert coreset_rows(picks(*pairs), rows=10, run_id="r", folder=tmp_path) == rows
+
+
+@pytest.mark.parametrize(
+    ("coreset", "rows", "run_id", "said"),
+    [
+        (picks((3, 1)), 10, "r", "none has number 3"),
+        (picks((0, 1), task_id="select/1/ward"), 10, "r", "reported no clusters"),
+        (picks((0, 1), task_id="../../etc/passwd"), 10, "r", "reported no clusters"),
+        (picks((0, 1)), 10, "another run", "reported no clusters"),
+        (picks((0, 1)), 9, "r", "had 10"),
+        (pb.Coreset(), 10, "r", "does not know"),
+    ],
+)
+def test_what_was_never_reported_cannot_be_picked(
+    tmp_path: Path, coreset: pb.Coreset, rows: int, run_id: str, said: str
+) -> None:
+    save_clusters(tmp_path, "r", TASK, MEMBERS, rows=10)
+    with pytest.raises(TaskError, match=said):
+        coreset_rows(coreset, rows=rows, run_id=run_id, folder=tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": 1}'])
+def test_damaged_clusters_are_an_error(tmp_path: Path, content: str) -> None:
+    save_clusters(tmp_path, "r", TASK, MEMBERS, rows=10)
+    next((tmp_path / "clusters").glob("*.json")).write_text(content)
+    with pytest.raises(StorageError, match="damaged"):
+        coreset_rows(picks((0, 1)), rows=10, run_id="r", folder=tmp_path)
+
+
+def test_clusters_are_the_owners_alone_and_replace_each_other_whole(tmp_path: Path) -> None:
+    save_clusters(tmp_path, "r", TASK, [[1]], rows=10)
+    save_clusters(tmp_path, "r", TASK, MEMBERS, rows=10)
+    (file,) = (tmp_path / "clusters").iterdir()
+    assert os.stat(file).st_mode & 0o777 == 0o600
+    assert coreset_rows(picks((0, 1)), rows=10, run_id="r", folder=tmp_path) == (4,)
+
+
+# Reports.
+
+GROUPS, PER_GROUP = 3, 8
+ROWS = GROUPS * PER_GROUP
+
+
+def planted_features() -> Features:
+    """Features of planted groups: row i belongs to group i % GROUPS, given in another order than the shard's."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(GROUPS, 64)) * 5
+    values = centres[np.arange(ROWS) % GROUPS] + rng.normal(size=(ROWS, 64))
+    order = rng.permutation(ROWS)
+    return Features(order.astype(np.int64), values[order].astype(np.float32))
+
+
+def context(
+    folder: Path,
+    *,
+    features: Callable[[], Features] = planted_features,
+    max_epsilon: float | None = None,
+    task_id: str = TASK,
+    **settings: Any,
+) -> SelectionContext:
+    spec = RunSpec(model="m", rounds=1, fusion="pca", **settings)
+    releases = Releases("ward", folder, Ledger(folder / "ledger.jsonl"), "run", spec, max_epsilon)
+    return SelectionContext(task_id, spec, ROWS, features, releases)
+
+
+def report(at: SelectionContext) -> pb.ClusterReport:
+    return selection_of(at.spec.strategy).report(at)
+
+
+def no_features() -> Features:
+    pytest.fail("features were taken")
+
+
+@pytest.mark.parametrize("fusion", ["tsne", "pca", "none"])
+def test_a_picked_row_is_of_the_group_that_won(tmp_path: Path, fusion: str) -> None:
+    at = context(tmp_path)
+    at = replace(at, spec=at.spec.model_copy(update={"fusion": fusion, "min_cluster_size": 4}))
+    sent = report(at)
+    assert [centroid.cluster for centroid in sent.centroids] == list(range(GROUPS))
+    assert {len(centroid.values) for centroid in sent.centroids} == {64 if fusion == "none" else 2} == {sent.dimension}
+    groups = []
+    for centroid in sent.centroids:
+        rows = coreset_rows(picks((centroid.cluster, 99)), rows=ROWS, run_id="run", folder=tmp_path)
+        (group,) = {row % GROUPS for row in rows}
+        (best,) = coreset_rows(picks((centroid.cluster, 1)), rows=ROWS, run_id="run", folder=tmp_path)
+        assert best % GROUPS == group
+        if fusion == "none":
+            features = planted_features()
+            value = dict(zip(features.ids.tolist(), features.values, strict=True))
+            distance = {row: np.linalg.norm(value[row] - np.array(centroid.values)) for row in rows}
+            assert best == min(distance, key=distance.__getitem__)
+        groups.append(group)
+    assert sorted(groups) == list(range(GROUPS))
+
+
+def test_a_report_without_noise_is_recorded_as_unprotected(tmp_path: Path) -> None:
+    at = context(tmp_path)
+    sent = report(at)
+    assert (sent.noise_std, sent.clip_norm) == (0, 0)
+    (entry,) = at.releases.ledger.entries()
+    assert (entry.epsilon, entry.mechanism, entry.sensitivity) == (None, "none", None)
+    assert (entry.released, entry.dimension) == (len(sent.centroids), 2)
+
+
+def test_clipping_alone_bounds_but_protects_nothing(tmp_path: Path) -> None:
+    at = context(tmp_path, clip_norm=0.5)
+    sent = report(at)
+    norms = [np.linalg.norm(centroid.values) for centroid in sent.centroids]
+    assert norms == pytest.approx([0.5] * len(norms))
+    assert at.releases.ledger.entries()[0].epsilon is None
+
+
+@pytest.mark.parametrize("released", [1, GROUPS, 9])
+def test_a_noised_report_has_the_same_shape_whatever_the_shard(tmp_path: Path, released: int) -> None:
+    noise: dict[str, Any] = {"clip_norm": 5.0, "noise_multiplier": 2.0, "released_centroids": released}
+
+    def nothing() -> Features:
+        return Features(np.zeros(0, dtype=np.int64), np.zeros((0, 64), dtype=np.float32))
+
+    shapes = []
+    for number, features in enumerate([planted_features, nothing]):
+        at = context(tmp_path, features=features, task_id=f"select/{number}/ward", **noise)
+        sent = report(at)
+        shapes.append((sent.dimension, [(c.cluster, len(c.values)) for c in sent.centroids], sent.noise_std))
+        for centroid in sent.centroids:
+            rows = coreset_rows(
+                picks((centroid.cluster, 1), task_id=at.task_id), rows=ROWS, run_id="run", folder=tmp_path
+            )
+            assert len(rows) == (1 if centroid.cluster < GROUPS and not number else 0)
+    assert shapes[0] == shapes[1]
+    assert shapes[0][2] == pytest.approx(2.0 * 2 * 5 * released**0.5)
+
+
+def test_a_retry_sends_the_same_bytes_without_work_or_cost_also_after_a_restart(tmp_path: Path) -> None:
+    noise: dict[str, Any] = {
+        "clip_norm": 5.0,
+        "noise_multiplier": calibrate_noise(epsilon=3, delta=1e-5),
+        "max_epsilon": 3.1,
+    }
+    first = report(context(tmp_path, **noise))
+    again = context(tmp_path, features=no_features, **noise)
+    assert report(again).SerializeToString() == first.SerializeToString()
+    assert len(again.releases.ledger.entries()) == 1
+
+
+def test_another_task_draws_anew(tmp_path: Path) -> None:
+    noise: dict[str, Any] = {"clip_norm": 5.0, "noise_multiplier": 1.0}
+    first, second = (report(context(tmp_path, task_id=f"select/{number}/ward", **noise)) for number in (1, 2))
+    assert first.SerializeToString() != second.SerializeToString()
+
+
+def test_a_crash_before_the_entry_leaves_nothing_spent_and_the_task_can_be_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    noise: dict[str, Any] = {"clip_norm": 5.0, "noise_multiplier": 1.0}
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "_append", crash)
+        with pytest.raises(KeyboardInterrupt):
+            report(context(tmp_path, **noise))
+    at = context(tmp_path, **noise)
+    assert at.releases.ledger.spent(delta=1e-5) == 0
+    sent = report(at)
+    assert report(context(tmp_path, features=no_features, **noise)) == sent
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 0.5])
+def test_the_sites_own_budget_is_final(tmp_path: Path, multiplier: float) -> None:
+    noise: dict[str, Any] = {"clip_norm": 5.0, "noise_multiplier": multiplier}
+    with pytest.raises(PrivacyError, match="--max-epsilon"):
+        report(context(tmp_path, features=no_features, max_epsilon=3.0, **noise))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_large_delta_does_not_talk_a_site_out_of_its_budget(tmp_path: Path) -> None:
+    noise: dict[str, Any] = {"clip_norm": 5.0, "noise_multiplier": 0.5, "delta": 0.99}
+    with pytest.raises(PrivacyError):
+        report(context(tmp_path, features=no_features, max_epsilon=3.0, **noise))
+
+
+def test_the_budget_counts_earlier_tasks(tmp_path: Path) -> None:
+    one = calibrate_noise(epsilon=2, delta=1e-5)
+    for number in range(3):
+        report(context(tmp_path, task_id=f"select/{number}/ward", max_epsilon=4.0, clip_norm=1.0, noise_multiplier=one))
+    with pytest.raises(PrivacyError):
+        report(context(tmp_path, task_id="select/9/ward", max_epsilon=4.0, clip_norm=1.0, noise_multiplier=one))
+
+
+@pytest.mark.parametrize("strategy", ["full", "random"])
+def test_strategies_without_reports_let_nothing_out(tmp_path: Path, strategy: str) -> None:
+    with pytest.raises(TaskError, match="reports no clusters"):
+        report(context(tmp_path, features=no_features, strategy=strategy))
+
+
+@pytest.mark.parametrize("rows", range(6))
+def test_the_smallest_shards_have_reports_too(tmp_path: Path, rows: int) -> None:
+    values = np.random.default_rng(0).normal(size=(rows, 64)).astype(np.float32)
+    at = context(tmp_path, features=lambda: Features(np.arange(rows), values))
+    at = replace(at, spec=at.spec.model_copy(update={"fusion": "tsne"}), rows=rows)
+    sent = report(at)
+    assert len(sent.centroids) == (rows if rows < 4 else 0)
+    assert sent.dimension == 2

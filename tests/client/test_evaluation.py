@@ -1,0 +1,261 @@
+"""Evaluation: sums that add up, words in any script, answers that depend on neither padding nor sampling settings."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from fedhds.adapter import initial_tensor, write_adapter
+from fedhds.errors import TaskError
+from fedhds.runspec import RunSpec
+from fedhds_client.evaluation import EvaluationSums, evaluate, generate, rouge_l
+from fedhds_client.modeling import AdapterModel, InferenceModel, load_base_model
+from fedhds_client.prompts import Prompter
+from fedhds_client.response_loss import ResponseLoss
+from fedhds_client.shard import Shard
+from fedhds_client.training import Cancelled, train
+from tests.tiny import make_model, write_rows
+
+SHARED = Path(os.environ.get("FEDHDS_SHARED") or Path(__file__).resolve().parents[3] / "shared")
+NANO = SHARED / "models" / "nano-llama"
+SPEC = RunSpec.model_validate({"model": "m", "rounds": 1, "lora_rank": 4})
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama."""
+    return make_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "gpt_neox"])
+def any_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
+    """Tiny models with rotary and with learnt positions."""
+    if request.param == "llama":
+        return llama
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    model: Any
+    if request.param == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=259, n_positions=300, n_embd=32, n_layer=2, n_head=2))
+    else:
+        model = GPTNeoXForCausalLM(
+            GPTNeoXConfig(
+                vocab_size=259,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=300,
+            )
+        )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(llama).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Iterator[Shard]:
+    """Seven rows of three lengths."""
+    with Shard.open(write_rows(tmp_path / "rows.jsonl", {"cats": 4, "hippopotamuses": 3})) as opened:
+        yield opened
+
+
+def _opened(folder: Path, max_length: int = 256) -> tuple[InferenceModel, Prompter]:
+    base = load_base_model(str(folder), device="cpu")
+    return InferenceModel(base, base.model), Prompter(base.tokenizer, max_length=min(max_length, base.max_length))
+
+
+sums = st.builds(
+    EvaluationSums,
+    rows=st.integers(0, 99),
+    tokens=st.integers(0, 99),
+    loss_sum=st.integers(0, 99).map(float),
+    rouge_l_sum=st.integers(0, 99).map(float),
+)
+
+
+@given(sums, sums, sums)
+def test_sums_add_in_any_order(a: EvaluationSums, b: EvaluationSums, c: EvaluationSums) -> None:
+    assert (a + b) + c == a + (b + c) == c + (b + a)
+    assert a + EvaluationSums() == a
+
+
+def test_means_of_sums() -> None:
+    total = EvaluationSums(2, 10, 30.0, 0.5) + EvaluationSums(2, 20, 30.0, 1.5)
+    assert (total.loss, total.rouge_l) == (2.0, 0.5)
+    assert (EvaluationSums().loss, EvaluationSums().rouge_l) == (0.0, 0.0)
+
+
+@given(st.text(st.characters(max_codepoint=126)), st.text(st.characters(max_codepoint=126)))
+def test_on_ascii_text_rouge_l_is_that_of_rouge_score(answer: str, reference: str) -> None:
+    theirs = RougeScorer(["rougeL"], use_stemmer=False).score(reference, answer)["rougeL"].fmeasure
+    assert rouge_l(answer, [reference]) == theirs
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("мама мыла раму", "мама мыла раму", 1.0),
+        ("мама мыла", "мама мыла раму", 0.8),
+        ("我喜欢苹果", "我喜欢香蕉", 0.6),
+        ("ฉันชอบ", "ฉันชอบ", 1.0),
+        ("हिन्दी भाषा", "हिन्दी दिवस", 0.5),
+        ("Café", "cafe\u0301", 1.0),
+        ("γάτα", "σκύλος", 0.0),
+        ("", "word", 0.0),
+        ("!?", "!?", 0.0),
+    ],
+)
+def test_words_of_any_script_count(answer: str, reference: str, expected: float) -> None:
+    assert rouge_l(answer, [reference]) == pytest.approx(expected)
+
+
+def test_the_best_reference_counts() -> None:
+    assert rouge_l("the cat sat", ["a dog ran", "the cat sat", "the cat"]) == 1.0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batches_padding_and_order_change_nothing(any_model: Path, shard: Shard, tmp_path: Path, side: str) -> None:
+    model, prompter = _opened(any_model)
+    model.tokenizer.padding_side = side
+    options: dict[str, Any] = {"max_new_tokens": 8}
+    alone = evaluate(model, shard, prompter, batch_size=1, **options)
+    assert (alone.rows, model.tokenizer.padding_side) == (7, side)
+    encoded = [prompter.encode(row) for row in shard]
+    assert alone.tokens == sum(len(row.input_ids) - row.response_start for row in encoded)
+    for size in (3, 16):
+        together = evaluate(model, shard, prompter, batch_size=size, **options)
+        assert together.tokens == alone.tokens
+        assert together.loss_sum == pytest.approx(alone.loss_sum, rel=1e-5)
+        assert together.rouge_l_sum == pytest.approx(alone.rouge_l_sum)
+    rows = list(shard)
+    assert generate(model, prompter, rows, 8) == [generate(model, prompter, [row], 8)[0] for row in rows]
+    lines = shard.path.read_text().splitlines(keepends=True)
+    (tmp_path / "backwards.jsonl").write_text("".join(reversed(lines)))
+    with Shard.open(tmp_path / "backwards.jsonl") as backwards:
+        turned = evaluate(model, backwards, prompter, batch_size=3, **options)
+    assert turned.loss_sum == pytest.approx(alone.loss_sum, rel=1e-5)
+
+
+def test_answers_are_greedy(llama: Path, shard: Shard) -> None:
+    model, prompter = _opened(llama)
+    ids = prompter.encode_prompt(shard[0], reserve=6).input_ids
+    length = len(ids)
+    with torch.no_grad():
+        for _ in range(6):
+            ids = [*ids, int(model.module(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
+    assert model.tokenizer.eos_token_id not in ids[length:]
+    expected = model.tokenizer.decode(ids[length:], skip_special_tokens=True)
+    assert generate(model, prompter, [shard[0]], 6) == [expected]
+
+
+def test_the_models_own_sampling_settings_are_ignored_and_kept(tmp_path: Path, llama: Path, shard: Shard) -> None:
+    folder = shutil.copytree(llama, tmp_path / "m")
+    own = json.loads((folder / "generation_config.json").read_text())
+    own |= {"do_sample": True, "temperature": 5.0, "top_k": 3, "repetition_penalty": 9.0, "no_repeat_ngram_size": 1}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    plain, model = _opened(llama), _opened(folder)
+    rows = list(shard)
+    assert generate(*model, rows, 10) == generate(*plain, rows, 10)
+    assert model[0].module.generation_config.repetition_penalty == 9.0
+
+
+def test_answers_end_at_the_tokenizers_and_at_the_models_stop_tokens(tmp_path: Path, llama: Path, shard: Shard) -> None:
+    model, prompter = _opened(llama)
+    prompt = prompter.encode_prompt(shard[0], reserve=12).input_ids
+    whole = model.module.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
+    stop = whole[0]
+    folder = shutil.copytree(llama, tmp_path / "m")
+    own = json.loads((folder / "generation_config.json").read_text()) | {"eos_token_id": [2, stop]}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    stopped, prompter = _opened(folder)
+    (answer,) = generate(stopped, prompter, [shard[0]], 12)
+    assert answer == model.tokenizer.decode(whole[:1], skip_special_tokens=True)
+    assert answer != generate(model, prompter, [shard[0]], 12)[0]
+
+
+def test_answers_longer_than_the_context_are_cut_to_it(tmp_path: Path, llama: Path, shard: Shard) -> None:
+    folder = tmp_path / "short"
+    GPT2LMHeadModel(GPT2Config(vocab_size=259, n_positions=64, n_embd=32, n_layer=1, n_head=2)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(llama).save_pretrained(folder)
+    model, prompter = _opened(folder)
+    assert evaluate(model, shard, prompter, max_new_tokens=500, batch_size=4).rows == 7
+
+
+def test_an_adapter_is_measured_and_a_trained_one_is_better(tmp_path: Path, llama: Path, shard: Shard) -> None:
+    plain = evaluate(*_swapped(_opened(llama), shard), max_new_tokens=4, batch_size=4)
+    adapter = AdapterModel(load_base_model(str(llama), device="cpu"), SPEC)
+    prompter = Prompter(adapter.tokenizer, max_length=256)
+    assert evaluate(adapter, shard, prompter, max_new_tokens=4, batch_size=4) == plain
+    spec = SPEC.model_copy(update={"learning_rate": 1e-2, "local_epochs": 5})
+    train(adapter, shard, range(7), prompter, spec, seed=0, progress=lambda share: None, cancelled=lambda: False)
+    assert evaluate(adapter, shard, prompter, max_new_tokens=4, batch_size=4).loss < plain.loss
+
+
+def _swapped(opened: tuple[InferenceModel, Prompter], shard: Shard) -> tuple[InferenceModel, Shard, Prompter]:
+    return opened[0], shard, opened[1]
+
+
+def test_it_reports_progress_and_stops_between_batches(llama: Path, shard: Shard) -> None:
+    shares: list[float] = []
+    model, prompter = _opened(llama)
+    with pytest.raises(Cancelled):
+        evaluate(
+            model,
+            shard,
+            prompter,
+            max_new_tokens=2,
+            batch_size=3,
+            progress=shares.append,
+            cancelled=lambda: len(shares) == 2,
+        )
+    assert shares == [pytest.approx(3 / 7), pytest.approx(6 / 7)]
+
+
+def test_a_loss_that_is_not_finite_is_not_reported(tmp_path: Path, llama: Path, shard: Shard) -> None:
+    adapter = AdapterModel(load_base_model(str(llama), device="cpu"), SPEC)
+    write_adapter(tmp_path / "huge", adapter.manifest(), lambda spec: initial_tensor(spec, 1) * 0 + 3e38, "float32")
+    adapter.load(tmp_path / "huge")
+    with pytest.raises(TaskError, match="not finite"):
+        evaluate(adapter, shard, Prompter(adapter.tokenizer, max_length=256), max_new_tokens=2, batch_size=4)
+
+
+def test_memory_that_runs_out_says_what_to_lower(llama: Path, shard: Shard, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhaust(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ResponseLoss, "__call__", exhaust)
+    model, prompter = _opened(llama)
+    with pytest.raises(TaskError, match="--inference-batch-size"):
+        evaluate(model, shard, prompter, max_new_tokens=2, batch_size=4)
+
+
+@pytest.mark.skipif(not NANO.is_dir(), reason="the shared model is not here")
+def test_a_pretrained_model(tmp_path: Path) -> None:
+    texts = ["The city of", "In the summer of 1914 the king and his army", "Water is", "She opened the door and then"]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "completion": " the end of it."}) + "\n" for text in texts))
+    model, prompter = _opened(NANO, 512)
+    with Shard.open(path) as shard:
+        answers = generate(model, prompter, list(shard), 16)
+        assert len(set(answers)) == len(texts)
+        assert answers == [generate(model, prompter, [row], 16)[0] for row in shard]
+        one = evaluate(model, shard, prompter, max_new_tokens=16, batch_size=1)
+        many = evaluate(model, shard, prompter, max_new_tokens=16, batch_size=3)
+    assert one.loss_sum == pytest.approx(many.loss_sum, rel=1e-4)
+    assert one.rouge_l_sum == pytest.approx(many.rouge_l_sum)
+    assert one.rouge_l > 0
+    # Far better than a uniform guess over its 4,096 tokens.
+    assert one.loss < math.log(4096)
