@@ -119,7 +119,7 @@ def federation(
         f"--model={model}",
         f"--rounds={rounds}",
         f"--strategy={strategy}",
-        *(["--budget=5%"] if strategy == "random" else []),
+        *([] if strategy == "full" else ["--budget=5%"]),
         "--listen=127.0.0.1:0",
         f"--run-folder={run_folder}",
         f"--min-sites={len(SITES)}",

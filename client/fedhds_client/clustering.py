@@ -22,6 +22,8 @@ class Clusters:
     """(k, d) means of the members, weighted with their probability of belonging."""
     members: tuple[tuple[int, ...], ...]
     """Per cluster its sample ids, nearest to the centroid first, equally near ones by id."""
+    unclustered: tuple[int, ...]
+    """Sample ids of the noise, nearest to any centroid first, equally near ones by id."""
     note: str = ""
     """What was unusual, for the log."""
 
@@ -33,6 +35,8 @@ def cluster(ids: npt.NDArray[np.int64], points: npt.NDArray[np.float64], *, min_
     room for one only: then every row is a cluster of its own. When all is noise there is no cluster, and the site is
     not selected.
     """
+    from scipy.spatial.distance import cdist
+
     count = len(ids)
     if count < 2 * min_cluster_size:
         labels, weights = np.arange(count), np.ones(count)
@@ -50,7 +54,10 @@ def cluster(ids: npt.NDArray[np.int64], points: npt.NDArray[np.float64], *, min_
         centroids[number] = np.average(points[group], axis=0, weights=weights[group])
         distances = np.linalg.norm(points[group] - centroids[number], axis=1)
         members.append(tuple(int(ids[row]) for row in group[np.lexsort((ids[group], distances))]))
-    return Clusters(ids, renumbered, centroids, tuple(members), note)
+    noise = np.flatnonzero(renumbered == NOISE)
+    to_any = np.zeros(len(noise)) if not groups else cdist(points[noise], centroids).min(axis=1)
+    unclustered = tuple(int(ids[row]) for row in noise[np.lexsort((ids[noise], to_any))])
+    return Clusters(ids, renumbered, centroids, tuple(members), unclustered, note)
 
 
 def _hdbscan(

@@ -30,12 +30,20 @@ def coreset_rows(coreset: pb.Coreset, *, rows: int, run_id: str, folder: Path) -
             return tuple(sorted(int(row) for row in drawn))
         case "picks":
             task_id = coreset.picks.select_task_id
-            return _picked(coreset.picks, _load_clusters(_file(folder, run_id, task_id), task_id, rows))
+            return _picked(coreset.picks, *_load_clusters(_file(folder, run_id, task_id), task_id, rows))
         case other:
             raise TaskError(f"the task names its rows in a way that this version does not know ({other})")
 
 
-def save_clusters(folder: Path, run_id: str, task_id: str, members: Sequence[Sequence[int]], *, rows: int) -> None:
+def save_clusters(
+    folder: Path,
+    run_id: str,
+    task_id: str,
+    members: Sequence[Sequence[int]],
+    *,
+    unclustered: Sequence[int] = (),
+    rows: int,
+) -> None:
     """Durably keeps the clusters of a report, numbered as in it: row ids, nearest to the centroid first; no text.
 
     Call it before the report leaves, so that picks resolve however the process ends. Raises StorageError.
@@ -45,7 +53,8 @@ def save_clusters(folder: Path, run_id: str, task_id: str, members: Sequence[Seq
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
-            json.dump({"rows": rows, "members": [list(cluster) for cluster in members]}, stream)
+            kept = {"rows": rows, "members": [list(cluster) for cluster in members], "unclustered": list(unclustered)}
+            json.dump(kept, stream)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(file)
@@ -59,8 +68,8 @@ def save_clusters(folder: Path, run_id: str, task_id: str, members: Sequence[Seq
         raise StorageError(f"cannot write the clusters to {file}: {error.strerror}; make room there") from error
 
 
-def _picked(picks: pb.ClusterPicks, members: list[list[int]]) -> tuple[int, ...]:
-    chosen: set[int] = set()
+def _picked(picks: pb.ClusterPicks, members: list[list[int]], unclustered: list[int]) -> tuple[int, ...]:
+    chosen = set(unclustered[: picks.unclustered])
     for pick in picks.clusters:
         if pick.cluster >= len(members):
             raise TaskError(f"{picks.select_task_id} reported {len(members)} clusters; none has number {pick.cluster}")
@@ -68,10 +77,11 @@ def _picked(picks: pb.ClusterPicks, members: list[list[int]]) -> tuple[int, ...]
     return tuple(sorted(chosen))
 
 
-def _load_clusters(file: Path, task_id: str, rows: int) -> list[list[int]]:
+def _load_clusters(file: Path, task_id: str, rows: int) -> tuple[list[list[int]], list[int]]:
     try:
         kept = json.loads(file.read_text(encoding="ascii"))
         members: list[list[int]] = kept["members"]
+        unclustered: list[int] = kept["unclustered"]
         rows_then: int = kept["rows"]
     except FileNotFoundError as error:
         raise TaskError(f"this site has reported no clusters in the task {task_id}") from error
@@ -81,7 +91,7 @@ def _load_clusters(file: Path, task_id: str, rows: int) -> list[list[int]]:
         raise StorageError(f"the clusters in {file} are damaged; restore the file from a backup") from error
     if rows_then != rows:
         raise TaskError(f"the shard has {rows} rows, but had {rows_then} when its clusters were reported")
-    return members
+    return members, unclustered
 
 
 def _file(folder: Path, run_id: str, task_id: str) -> Path:

@@ -51,7 +51,7 @@ class Releases:
         """The report on `clusters`; its members, its bytes and its ledger entry are durable when it is returned.
 
         Unit: the client, under replacement of its whole shard. With noise, exactly `released_centroids` are reported,
-        the largest clusters first: others stay at home, and padding has no members. Sensitivity:
+        the largest clusters first: others stay at home, padding has no members, and no count leaves. Sensitivity:
         `centroid_sensitivity`. Without noise there is no guarantee, and the entry says so. It lapses also when one
         task is drawn twice, so ask `earlier` first. Raises PrivacyError when the budget forbids the release or the
         task has released, StorageError.
@@ -59,7 +59,9 @@ class Releases:
         self.check()
         spec = self.spec
         members, values, sensitivity = clusters.members, clusters.centroids, None
+        unclustered = clusters.unclustered
         if spec.noised:
+            unclustered = ()
             members = (*members, *[()] * spec.released_centroids)[: spec.released_centroids]
             values = noised_centroids(
                 values,
@@ -74,11 +76,15 @@ class Releases:
             sensitivity = centroid_sensitivity(clip_norm=spec.clip_norm, released=len(members))
         report = pb.ClusterReport(
             dimension=values.shape[1],
-            centroids=[pb.Centroid(cluster=number, values=row) for number, row in enumerate(values)],
+            centroids=[
+                pb.Centroid(cluster=number, values=row, size=0 if spec.noised else len(members[number]))
+                for number, row in enumerate(values)
+            ],
+            unclustered=len(unclustered),
             clip_norm=spec.clip_norm,
             noise_std=spec.noise_multiplier * (sensitivity or 0.0),
         )
-        save_clusters(self.folder, self.run_id, task_id, members, rows=rows)
+        save_clusters(self.folder, self.run_id, task_id, members, unclustered=unclustered, rows=rows)
         entry = self.ledger.record(
             report.SerializeToString(),
             run_id=self.run_id,

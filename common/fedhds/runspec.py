@@ -122,7 +122,7 @@ class RunSpec(BaseModel):
     strategy: Strategy = Field(
         "fedhds",
         description="Which rows train: full (FedIT, all), random (a uniform draw of --budget rows) or fedhds "
-        "(the paper's two layers of clustering).",
+        "(two layers of clustering).",
         json_schema_extra={"group": "Selection"},
     )
     schedule: Schedule = Field(
@@ -133,7 +133,8 @@ class RunSpec(BaseModel):
     budget: str = Field(
         "auto",
         description="Rows to train on, of all enrolled sites' rows (per-round: of the cohort's): a count, a share "
-        "such as 1.5%, or auto: what the strategy itself gives (random: 1.5%).",
+        "such as 1.5%, or auto: what the strategy itself gives (random: 1.5%; fedhds: a row of each group that the "
+        "paper's rule finds, which may be very few). Met exactly; under noise an upper bound.",
         json_schema_extra={"group": "Selection"},
     )
     fusion: Fusion = Field(
@@ -211,8 +212,6 @@ class RunSpec(BaseModel):
             raise ValueError("clip_norm: noise needs a clipping norm, else its guarantee is void; set it above 0")
         if self.strategy == "full" and self.budget != "auto":
             raise ValueError(f"budget: the strategy full trains on all rows; drop the budget {self.budget!r}")
-        if self.strategy == "fedhds" and self.budget != "auto":
-            raise ValueError("budget: the strategy fedhds takes what its clusters give; leave the budget at auto")
         return self
 
     @property

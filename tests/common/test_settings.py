@@ -68,7 +68,6 @@ def test_flags_win_over_environment_and_environment_over_the_file(tmp_path: Path
         ([*BASE, "--cohort-fraction", "1.5"], "--cohort-fraction", "'1.5'"),
         ([*BASE, "--budget", "0%"], "--budget", "'0%'"),
         ([*BASE, "--strategy", "full", "--budget", "5"], "--budget", "all rows"),
-        ([*BASE, "--strategy", "fedhds", "--budget", "5"], "--budget", "auto"),
         ([*BASE, "--noise-multiplier", "1"], "--clip-norm", "clipping norm"),
         ([*BASE, "--epsilon", "1"], "--clip-norm", "clipping norm"),
         ([*BASE, "--clip-norm", "1", "--epsilon", "1", "--noise-multiplier", "1"], "--epsilon", "drop"),

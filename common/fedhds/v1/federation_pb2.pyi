@@ -501,8 +501,11 @@ class ClusterPicks(_message.Message):
 
     SELECT_TASK_ID_FIELD_NUMBER: _builtins.int
     CLUSTERS_FIELD_NUMBER: _builtins.int
+    UNCLUSTERED_FIELD_NUMBER: _builtins.int
     select_task_id: _builtins.str
     """Task in which the site reported these clusters."""
+    unclustered: _builtins.int
+    """Rows to take of those in no cluster, nearest to any centroid first."""
     @_builtins.property
     def clusters(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClusterPick]:
         """The clusters that won."""
@@ -512,10 +515,11 @@ class ClusterPicks(_message.Message):
         *,
         select_task_id: _builtins.str = ...,
         clusters: _abc.Iterable[Global___ClusterPick] | None = ...,
+        unclustered: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clusters", b"clusters", "select_task_id", b"select_task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clusters", b"clusters", "select_task_id", b"select_task_id", "unclustered", b"unclustered"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -773,12 +777,15 @@ class ClusterReport(_message.Message):
     CENTROIDS_FIELD_NUMBER: _builtins.int
     CLIP_NORM_FIELD_NUMBER: _builtins.int
     NOISE_STD_FIELD_NUMBER: _builtins.int
+    UNCLUSTERED_FIELD_NUMBER: _builtins.int
     dimension: _builtins.int
     """Values per centroid."""
     clip_norm: _builtins.float
     """Norm to which every centroid was clipped before the noise; 0: not clipped."""
     noise_std: _builtins.float
     """Standard deviation of the Gaussian noise on every value; 0: none."""
+    unclustered: _builtins.int
+    """Rows in no cluster; 0 under noise, which covers values only."""
     @_builtins.property
     def centroids(self) -> _containers.RepeatedCompositeFieldContainer[Global___Centroid]:
         """One per released cluster."""
@@ -790,10 +797,11 @@ class ClusterReport(_message.Message):
         centroids: _abc.Iterable[Global___Centroid] | None = ...,
         clip_norm: _builtins.float = ...,
         noise_std: _builtins.float = ...,
+        unclustered: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["centroids", b"centroids", "clip_norm", b"clip_norm", "dimension", b"dimension", "noise_std", b"noise_std"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["centroids", b"centroids", "clip_norm", b"clip_norm", "dimension", b"dimension", "noise_std", b"noise_std", "unclustered", b"unclustered"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -807,8 +815,11 @@ class Centroid(_message.Message):
 
     CLUSTER_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
     cluster: _builtins.int
     """Number of the cluster within this report."""
+    size: _builtins.int
+    """Rows in the cluster; 0 under noise, which covers values only."""
     @_builtins.property
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """The centre, `dimension` values."""
@@ -818,10 +829,11 @@ class Centroid(_message.Message):
         *,
         cluster: _builtins.int = ...,
         values: _abc.Iterable[_builtins.float] | None = ...,
+        size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "size", b"size", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,12 +1,14 @@
-"""FedHDS's second layer (arXiv 2410.10926, inter-client selection): one centroid per group of alike centroids."""
+"""FedHDS's second layer (arXiv 2410.10926, inter-client selection): rows from every group of alike centroids."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping
 
 import hdbscan
 import numpy as np
+from scipy.cluster.hierarchy import fcluster, ward
+from scipy.spatial.distance import pdist
 
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.selection.base import Group, InterClientSelection, Report, Selection, SelectionContext
@@ -16,12 +18,19 @@ _MIN_CLUSTER_SIZE = 2
 # HDBSCAN needs more points than its core distance looks at.
 _FEWEST_POINTS = 3
 
+_Pool = tuple[str, int | None]
+"""Rows of one site: of a cluster, or (None) of no cluster."""
+
 
 class FedHds(InterClientSelection):
-    """HDBSCAN over all centroids; from each group the centroid nearest to its centre wins and gives one row.
+    """Groups alike centroids over all sites; from each group the centroid nearest to its centre gives a row.
 
-    As in the paper a centroid that is like no other is dropped (it is `noise` to HDBSCAN), and every site's centroids
-    live in a frame of their own. Where no two centroids are alike nothing is redundant: then each is a group by itself.
+    Without a budget the groups are the paper's, HDBSCAN's: a centroid that is like no other is dropped as noise, and
+    where no two are alike nothing is redundant and each is a group by itself. With a budget the centroids form as
+    many groups as rows are wanted, by Ward's linkage, so that the likest ones merge first and one that a single site
+    has is kept. Where the budget exceeds the clusters, each gives one row, and the remaining rows come from what is
+    left in the clusters and outside of them, in proportion. As in the paper every site's centroids live in a frame of
+    their own.
     """
 
     needs_reports = True
@@ -31,40 +40,53 @@ class FedHds(InterClientSelection):
         points: list[list[float]] = []
         notes: list[str] = []
         dimension = 0
+        pools: dict[_Pool, int] = {}
         for site in sorted(reports):
             clusters = reports[site].clusters
             dimension = dimension or clusters.dimension
-            fault = _fault(clusters, dimension)
-            if fault or site not in context.rows:
-                notes.append(f"site {site} is left out of the selection: {fault or 'it declared no rows'}")
+            fault = _fault(clusters, dimension, context.rows.get(site, 0), noised=context.spec.noised)
+            if fault:
+                notes.append(f"site {site} is left out of the selection: {fault}")
                 continue
+            pools[site, None] = clusters.unclustered
             for centroid in sorted(clusters.centroids, key=lambda item: item.cluster):
                 keys.append((site, centroid.cluster))
                 points.append(list(centroid.values))
-        groups = _groups(keys, np.array(points, dtype=np.float64).reshape(len(keys), dimension))
-        picks: dict[str, list[pb.ClusterPick]] = defaultdict(list)
-        for group in groups:
-            for site, cluster in group.winners:
-                picks[site].append(pb.ClusterPick(cluster=cluster, count=1))
-        coresets = {
-            site: pb.Coreset(
-                picks=pb.ClusterPicks(
-                    select_task_id=reports[site].select_task_id,
-                    clusters=sorted(chosen, key=lambda pick: pick.cluster)[: context.rows[site]],
-                )
-            )
-            for site, chosen in sorted(picks.items())
-        }
+                pools[site, centroid.cluster] = centroid.size
+        found = np.array(points, dtype=np.float64).reshape(len(keys), dimension)
+        groups = _groups(keys, found) if context.budget is None else _as_many_groups(keys, found, context.budget)
+        counts: Counter[_Pool] = Counter(winner for group in groups for winner in group.winners)
+        if context.budget is not None and context.budget > len(groups):
+            left = {pool: max(0, size - counts[pool]) for pool, size in pools.items()}
+            counts.update(_in_proportion(left, context.budget - len(groups)))
         merged = sum(len(group.members) for group in groups)
         notes.append(
-            f"{len(keys)} clusters of {len(reports)} sites: {merged} form {len(groups)} groups, "
-            f"{len(keys) - merged} are like no other and are dropped"
+            f"{len(keys)} clusters of {len(reports)} sites: {merged} form {len(groups)} groups, {len(keys) - merged} "
+            f"are like no other and are dropped; {counts.total()} rows are picked"
         )
-        return Selection(coresets, groups, tuple(notes))
+        return Selection(_coresets(counts, reports), groups, tuple(notes))
 
 
-def _fault(clusters: pb.ClusterReport, dimension: int) -> str:
-    """Why a report cannot be used; empty when it can."""
+def _coresets(counts: Mapping[_Pool, int], reports: Mapping[str, Report]) -> dict[str, pb.Coreset]:
+    coresets: dict[str, pb.Coreset] = {}
+    for (site, cluster), count in sorted(counts.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
+        picks = coresets.setdefault(site, pb.Coreset()).picks
+        picks.select_task_id = reports[site].select_task_id
+        if cluster is None:
+            picks.unclustered = count
+        else:
+            picks.clusters.add(cluster=cluster, count=count)
+    return coresets
+
+
+def _fault(clusters: pb.ClusterReport, dimension: int, rows: int, *, noised: bool) -> str:
+    """Why a report on a shard of `rows` rows cannot be used; empty when it can."""
+    if not rows:
+        return "it declared no rows"
+    if noised and (clusters.unclustered or any(centroid.size for centroid in clusters.centroids)):
+        return "it counts rows, which the noise does not cover"
+    if not noised and clusters.unclustered + sum(centroid.size for centroid in clusters.centroids) != rows:
+        return f"its clusters do not add up to the {rows} rows that it declared"
     if any(len(centroid.values) != clusters.dimension for centroid in clusters.centroids):
         return "a centroid has another number of values than the report says"
     if clusters.centroids and clusters.dimension != dimension:
@@ -77,17 +99,36 @@ def _fault(clusters: pb.ClusterReport, dimension: int) -> str:
 
 
 def _groups(keys: list[tuple[str, int]], points: np.ndarray) -> tuple[Group, ...]:
-    alone = tuple(Group((key,), (key,)) for key in keys)
-    if len(keys) < _FEWEST_POINTS:
-        return alone
-    labels = hdbscan.HDBSCAN(min_cluster_size=_MIN_CLUSTER_SIZE).fit(points).labels_
-    if labels.max() < 0:
-        return alone
+    """The paper's groups."""
+    labels = np.full(len(keys), -1)
+    if len(keys) >= _FEWEST_POINTS:
+        labels = hdbscan.HDBSCAN(min_cluster_size=_MIN_CLUSTER_SIZE).fit(points).labels_
+    return _with_winners(keys, points, labels if labels.max(initial=-1) >= 0 else np.arange(len(keys)))
+
+
+def _as_many_groups(keys: list[tuple[str, int]], points: np.ndarray, wanted: int) -> tuple[Group, ...]:
+    """`wanted` groups, or as many as there are centroids."""
+    if wanted >= len(keys):
+        return _with_winners(keys, points, np.arange(len(keys)))
+    return _with_winners(keys, points, fcluster(ward(pdist(points)), wanted, criterion="maxclust") - 1)
+
+
+def _with_winners(keys: list[tuple[str, int]], points: np.ndarray, labels: np.ndarray) -> tuple[Group, ...]:
     groups = []
-    for label in range(labels.max() + 1):
+    for label in range(labels.max(initial=-1) + 1):
         members = np.flatnonzero(labels == label)
         distances = np.linalg.norm(points[members] - points[members].mean(axis=0), axis=1)
         # argmin takes the first of equals: the smallest (site, cluster).
         winner = keys[members[int(distances.argmin())]]
         groups.append(Group(tuple(keys[index] for index in members), (winner,)))
-    return tuple(groups)
+    return tuple(sorted(groups, key=lambda group: (-len(group.members), group.members)))
+
+
+def _in_proportion(pools: Mapping[_Pool, int], wanted: int) -> dict[_Pool, int]:
+    """`wanted` rows (or all) divided by what each pool holds: largest remainders, equal ones by name."""
+    held = sum(pools.values())
+    wanted = min(wanted, held)
+    shares = {pool: divmod(wanted * size, held) for pool, size in pools.items() if size}
+    short = wanted - sum(whole for whole, _ in shares.values())
+    order = sorted(shares, key=lambda pool: (-shares[pool][1], pool[0], -1 if pool[1] is None else pool[1]))
+    return {pool: count for rank, pool in enumerate(order) if (count := shares[pool][0] + (rank < short))}
