@@ -14,8 +14,10 @@ from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.selection import STRATEGIES, Report, Selection, SelectionContext
 
 
-def context(rows: Mapping[str, int], budget: int | None = None, **fields: object) -> SelectionContext:
-    spec = RunSpec.model_validate({"model": "m", "rounds": 1} | fields)
+def context(
+    rows: Mapping[str, int], budget: int | None = None, fields: Mapping[str, object] | None = None
+) -> SelectionContext:
+    spec = RunSpec.model_validate({"model": "m", "rounds": 1, **(fields or {})})
     return SelectionContext(seed=spec.seed, round=0, rows=rows, budget=budget, spec=spec)
 
 
@@ -33,8 +35,8 @@ def rows_of(reports: Mapping[str, Report]) -> dict[str, int]:
     }
 
 
-def fedhds(reports: Mapping[str, Report], budget: int | None = None, **fields: object) -> Selection:
-    return STRATEGIES["fedhds"].select(context(rows_of(reports), budget, **fields), reports)
+def fedhds(reports: Mapping[str, Report], budget: int | None = None) -> Selection:
+    return STRATEGIES["fedhds"].select(context(rows_of(reports), budget), reports)
 
 
 def picked(selection: Selection) -> dict[tuple[str, int | None], int]:
@@ -144,11 +146,11 @@ def test_the_order_in_which_sites_answer_does_not_matter(reports: dict[str, Repo
 
 
 def test_under_noise_a_budget_is_an_upper_bound_and_no_count_is_asked_for() -> None:
-    noised = {"clip_norm": 1.0, "noise_multiplier": 1.0}
+    noised: dict[str, object] = {"clip_norm": 1.0, "noise_multiplier": 1.0}
     reports = {"a": report("a", [(0, 0), (9, 9)], (0, 0)), "b": report("b", [(0, 1)], (0,))}
     strategy = STRATEGIES["fedhds"]
     for budget, rows in ((2, 2), (50, 3)):
-        assert sum(picked(strategy.select(context({"a": 8, "b": 8}, budget, **noised), reports)).values()) == rows
+        assert sum(picked(strategy.select(context({"a": 8, "b": 8}, budget, noised), reports)).values()) == rows
 
 
 NARROW = pb.ClusterReport(dimension=2, centroids=[pb.Centroid(values=[1], size=4)])
@@ -175,8 +177,8 @@ def test_a_report_that_cannot_be_right_is_left_out_with_a_note(bad: Report, rows
 
 
 def test_counts_under_noise_are_refused() -> None:
-    noised = {"clip_norm": 1.0, "noise_multiplier": 1.0}
-    chosen = STRATEGIES["fedhds"].select(context({"a": 4}, **noised), {"a": report("a", [(0, 0)], (4,))})
+    noised: dict[str, object] = {"clip_norm": 1.0, "noise_multiplier": 1.0}
+    chosen = STRATEGIES["fedhds"].select(context({"a": 4}, None, noised), {"a": report("a", [(0, 0)], (4,))})
     assert not chosen.coresets
     assert "does not cover" in chosen.notes[0]
 
