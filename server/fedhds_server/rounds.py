@@ -183,6 +183,11 @@ class RunMachine:
     def _trainers(self) -> list[str]:
         return sorted(s.name for s in self.state.sites.values() if s.state is SiteState.ENROLLED and s.rows)
 
+    def _eligible(self) -> list[str]:
+        """Sites that a round may draw: in one-shot runs those that the selection gave rows."""
+        anyone = self.spec.schedule == "per-round"
+        return [site for site in self._trainers() if anyone or site in self.state.coresets]
+
     def _evaluators(self) -> list[str]:
         return sorted(s.name for s in self.state.sites.values() if s.state is SiteState.ENROLLED and s.evaluates)
 
@@ -262,12 +267,11 @@ class RunMachine:
         state.phase = Phase.TRAINING
         state.round_opened_at = at
         state.cohort, state.updates = [], {}
-        per_round = self.spec.schedule == "per-round"
-        eligible = self._trainers() if per_round else [site for site in self._trainers() if site in state.coresets]
+        eligible = self._eligible()
         if not eligible:
             state.message = f"round {state.round} waits: no site that could train is connected"
             return [Record(state.message, trouble=True)]
-        if per_round:
+        if self.spec.schedule == "per-round":
             return self._open_selection()
         cohort = draw_cohort(eligible, self.spec.cohort_fraction, seed=self.spec.seed, round_number=state.round)
         return self._issue_training(cohort, at)
@@ -377,10 +381,10 @@ class RunMachine:
         state = self.state
         match state.phase:
             case Phase.SELECTING if not self._open(TaskKind.SELECT):
-                return [] if self._awaits_lost(TaskKind.SELECT, bool(state.reports)) else self._selection_closed()
+                return self._reopen(at) if self._waits_for_lost(TaskKind.SELECT) else self._selection_closed()
             case Phase.TRAINING if state.cohort and not self._open(TaskKind.TRAIN):
-                if self._awaits_lost(TaskKind.TRAIN, bool(state.updates)):
-                    return []
+                if self._waits_for_lost(TaskKind.TRAIN):
+                    return self._reopen(at)
                 self._withdraw(TaskKind.TRAIN)
                 return [*self._close(at), Wake()]
             case Phase.FINISHING if not self._open(TaskKind.EVALUATE):
@@ -392,18 +396,25 @@ class RunMachine:
         self._withdraw(TaskKind.SELECT)
         return [self._selection(), Wake()]
 
-    def _awaits_lost(self, kind: TaskKind, some_came: bool) -> bool:
-        """True when nothing has come yet and only lost sites could still deliver: then their return is awaited."""
+    def _waits_for_lost(self, kind: TaskKind) -> bool:
+        """True when nothing has come yet and only lost sites could still deliver: then a return is awaited."""
+        came = self.state.updates if kind is TaskKind.TRAIN else self.state.reports
         waiting = [task.site for task in self.state.tasks.values() if task.kind is kind]
-        if some_came or not waiting:
+        if came or not waiting or self._open(kind):
             return False
         self.state.message = f"round {self.state.round} waits: all of its sites are lost ({', '.join(waiting)})"
         return True
 
     def _reopen(self, at: float) -> list[Instruction]:
-        """Draws anew for a round that had found nobody to train."""
-        if self.state.phase is Phase.TRAINING and not self.state.cohort:
+        """Draws anew where a round found nobody, or has only lost sites left, and another site could take part."""
+        state = self.state
+        nobody = state.phase is Phase.TRAINING and not state.cohort
+        if (nobody or self._waits_for_lost(TaskKind.TRAIN)) and self._eligible():
+            self._withdraw(TaskKind.TRAIN)
             return self._fill_round(at)
+        if self._waits_for_lost(TaskKind.SELECT) and self._trainers():
+            self._withdraw(TaskKind.SELECT)
+            return self._open_selection()
         return []
 
     def _end(self, phase: Phase, message: str, at: float) -> list[Instruction]:

@@ -178,15 +178,21 @@ def test_a_coordinator_that_is_killed_goes_on_and_the_adapter_is_the_same(federa
 
 def test_a_site_that_is_killed_is_taken_for_lost_and_comes_back(federation: Federation) -> None:
     folder = federation.folder
-    server = federation.server("--rounds=3", "--strategy=full", "--patience=2", "--min-sites=2")
+    server = federation.server("--rounds=60", "--strategy=full", "--patience=3", "--min-sites=2")
     a, b = shard(folder, "a"), shard(folder, "b")
-    federation.client("a", f"--data={a}")
-    site = federation.client("b", f"--data={b}")
-    server.wait_for("round 1 of 3 opens")
-    site.kill()
+    frozen = federation.client("a", f"--data={a}")
+    killed = federation.client("b", f"--data={b}")
+    server.wait_for("round 1 of 60 opens with a, b")
+    killed.kill()
+    server.wait_for("site b is lost")
+    # Nobody is left: the run waits, however long it takes until somebody is back.
+    frozen.process.send_signal(signal.SIGSTOP)
+    server.wait_for("site a is lost")
     again = federation.client("b", f"--data={b}")
+    server.wait_for("opens with b\n")
+    frozen.process.send_signal(signal.SIGCONT)
     assert server.wait() == 0, server.text
-    assert again.wait() == 0, again.text
+    assert [again.wait(), frozen.wait()] == [0, 0], again.text + frozen.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
