@@ -156,6 +156,48 @@ def test_a_round_whose_sites_are_all_lost_waits_for_them() -> None:
     assert work(update(run, "a")) == [Aggregate(1)]
 
 
+def test_another_site_takes_over_a_round_whose_cohort_is_lost() -> None:
+    run = started("ab", cohort_fraction=0.5)
+    (drawn,) = run.state.cohort
+    other = "b" if drawn == "a" else "a"
+    run.handle(SiteSilent(8.0, drawn))
+    assert run.state.cohort == [other]
+    assert set(run.state.tasks) == {f"train/1/{other}"}
+    run.handle(SiteHeard(9.0, drawn))
+    assert update(run, drawn) == []
+    assert work(update(run, other)) == [Aggregate(1)]
+
+
+def test_a_site_that_comes_takes_over_a_round_whose_cohort_is_lost() -> None:
+    run = started("ab", schedule="per-round")
+    for site in "ab":
+        run.handle(SiteSilent(8.0, site))
+    assert work(join(run, "c")) == [Select(1, ("c",))]
+    run.handle(SelectionMade(9.0, 1, {"c": ALL_ROWS}))
+    assert set(run.state.tasks) == {"train/1/c"}
+
+
+def test_another_site_takes_over_a_selection_whose_sites_are_lost() -> None:
+    run = machine(needs_reports=True)
+    join(run, "a")
+    join(run, "b")
+    run.handle(AdapterDrawn(2.0, artifact(0)))
+    for site in "ab":
+        run.handle(SiteSilent(3.0, site))
+    assert set(run.state.tasks) == {"select/0/a", "select/0/b"}
+    join(run, "c")
+    assert set(run.state.tasks) == {"select/0/c"}
+    assert work(run.handle(ReportReceived(4.0, "select/0/c", pb.ClusterReport()))) == [Select(0, ("c",))]
+
+
+def test_a_site_that_failed_is_drawn_once_more_when_the_others_are_lost_and_then_the_round_closes() -> None:
+    run = started()
+    run.handle(SiteSilent(4.0, "b"))
+    run.handle(TaskFailed(4.0, "train/1/a", "no memory"))
+    assert set(run.state.tasks) == {"train/1/a"}
+    assert work(run.handle(TaskFailed(5.0, "train/1/a", "no memory"))) == [Aggregate(1)]
+
+
 def test_a_round_without_any_eligible_site_waits_and_opens_when_one_returns() -> None:
     run = started(rounds=3)
     update(run, "a")
