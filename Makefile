@@ -55,4 +55,4 @@ wheel: $(STAMP)  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist
 
 clean:  ## remove environments, caches and demo runs
-	rm -rf $(VENV) .venv-proto build dist demo/run .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-proto build dist demo/output .mypy_cache .pytest_cache .ruff_cache

@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument("--model", default=str(HERE / "model"), help="base model: a hub id or a path")
     parser.add_argument("--strategy", default="fedhds", choices=("fedhds", "random", "full"))
     parser.add_argument("--rounds", default="8")
-    parser.add_argument("--folder", type=Path, default=HERE / "run", help="everything of the demo; emptied first")
+    parser.add_argument("--folder", type=Path, default=HERE / "output", help="everything of the demo; emptied first")
     chosen = parser.parse_args()
     folder: Path = chosen.folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)

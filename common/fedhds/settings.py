@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from fedhds import __version__
 from fedhds.errors import SettingsError
@@ -162,7 +163,7 @@ def _shown(value: object) -> str:
         return ",".join(str(item) for item in value)
     if isinstance(value, float):
         return f"{value:g}"
-    return "" if value is None else str(value)
+    return "" if value is None or value is PydanticUndefined else str(value)
 
 
 def _inner(field: FieldInfo) -> Any:

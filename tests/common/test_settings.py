@@ -130,6 +130,7 @@ def test_help_and_reference_name_every_setting(capsys: pytest.CaptureFixture[str
             assert settings.flag(name) in shown
             assert settings.variable(name) in shown
             assert field.description
+        assert "Undefined" not in shown
 
 
 def test_the_configuration_reference_is_up_to_date() -> None:
