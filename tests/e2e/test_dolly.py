@@ -1,0 +1,53 @@
+"""A small federation on real instruction data with a real model, when both are on this machine."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import math
+import subprocess
+
+import pytest
+
+from tests.e2e.federation import BIN, Federation
+from tests.shared import shared
+
+pytestmark = pytest.mark.e2e
+# The file is sorted by category; every fiftieth row gives all of them.
+STEP = 50
+
+
+@pytest.mark.parametrize("strategy", ["fedhds", "random", "full"])
+def test_sites_with_parts_of_dolly_tune_a_model_that_was_pretrained(federation: Federation, strategy: str) -> None:
+    data = shared("data/dolly/databricks-dolly-15k.jsonl.gz")
+    federation.model = shared("models/nano-llama")
+    folder = federation.folder
+    with gzip.open(data, "rt", encoding="utf-8") as file:
+        (folder / "dolly.jsonl").write_text("".join(itertools.islice(file, 0, None, STEP)), encoding="utf-8")
+    options = ["--clients=4", "--alpha=0.5", "--unseen=summarization", "--unseen-rows=16", f"--out={folder / 'shards'}"]
+    subprocess.run([BIN / "fedhds", "split", folder / "dolly.jsonl", *options], check=True, stdout=subprocess.DEVNULL)
+    server = federation.server(
+        "--rounds=2",
+        f"--strategy={strategy}",
+        *([] if strategy == "full" else ["--budget=3%"]),
+        "--learning-rate=1e-3",
+        "--min-sites=4",
+        "--min-evaluators=1",
+        "--evaluate-every=0",
+    )
+    sites = federation.client("sites", "--data", *sorted((folder / "shards").glob("client-*.jsonl")))
+    evaluator = federation.client("evaluator", f"--eval-data={folder / 'shards' / 'unseen.jsonl'}")
+    assert server.wait() == 0, server.text
+    assert [sites.wait(), evaluator.wait()] == [0, 0], sites.text + evaluator.text
+    report = json.loads((folder / "run" / "report.json").read_text())
+    pool, trained = int(report["pool_rows"]), int(report["trained_rows"])
+    assert pool > 200
+    before, after = report["evaluations"]
+    if strategy == "full":
+        assert trained == pool
+        # Two passes over hundreds of rows are felt on unseen tasks; two over a few rows need not be.
+        assert after["loss"] < before["loss"]
+    else:
+        assert trained == math.ceil(0.03 * pool)
+    assert before["loss"] != after["loss"]
