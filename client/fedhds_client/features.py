@@ -1,11 +1,12 @@
-"""Features of a shard: the hidden state of every row's last token at every layer (FedHDS, arXiv 2410.10926, 3.2)."""
+"""Features of a shard: hidden states of every row at many layers (FedHDS, arXiv 2410.10926, 3.2), projected."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,9 @@ import torch
 from torch import nn
 
 from fedhds.errors import TaskError
+
+if TYPE_CHECKING:
+    from fedhds_client.space import FeatureSpace
 
 # Rows are sorted by length within a window of this many batches: that leaves little padding, while no more than a
 # window's tokens are held at once.
@@ -26,44 +30,38 @@ class Features:
     ids: npt.NDArray[np.int64]
     """(n,)"""
     values: npt.NDArray[np.float32]
-    """(n, (n_layers + 1) * hidden): embedding output first, last layer (after the model's final norm) last."""
+    """(n, dimension) points of a feature space."""
 
 
 def extract_features(
     model: nn.Module,
     encode: Callable[[int], Sequence[int]],
     ids: Sequence[int],
+    space: FeatureSpace,
     *,
     pad_id: int,
     batch_size: int,
-    normalise: bool = False,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Features:
     """Features of the rows `ids`, in that order, under `model` as it is: with its adapter, if PEFT put one on.
 
-    `encode(id)` gives the tokens of a whole row, prompt and response. `normalise` scales every layer's vector of
-    every row to L2 norm 1 (for a space that sites share); the paper takes them as they are. `progress` hears the
-    share that is done after every batch; what it raises ends the extraction. The model computes in its own dtype,
-    without dropout and without its LM head, and is left in the training or evaluation mode it was found in. Memory
-    besides the result: one window of token ids and one batch of hidden states.
+    `encode(id)` gives the tokens of a whole row, prompt and response. `progress` hears the share that is done after
+    every batch; what it raises ends the extraction. The model computes in its own dtype, without dropout and without
+    its LM head, and is left in the training or evaluation mode it was found in. Memory besides the result: one window
+    of token ids and one batch of hidden states.
 
-    Raises TaskError when hidden states are not finite or memory runs out, ValueError for a row without tokens.
+    Raises TaskError when features are not finite, memory runs out or the space names a layer that is not there,
+    ValueError for a row without tokens.
     """
     body = _body(model)
-    values: npt.NDArray[np.float32] | None = None
+    values = np.empty((len(ids), space.dimension), dtype=np.float32)
     done = 0
     try:
         with _evaluating(model), torch.inference_mode():
             for places, tokens in _batches(encode, ids, batch_size):
-                states = _last_states(body, tokens, pad_id, normalise)
-                if values is None:
-                    values = np.empty((len(ids), states.shape[1]), dtype=np.float32)
-                values[places] = states
+                values[places] = _features(body, tokens, pad_id, space)
                 done += len(places)
                 progress(done / len(ids))
-            if values is None:
-                # No row says how wide features are, but one token does.
-                values = _last_states(body, [[pad_id]], pad_id, normalise)[:0]
     except torch.OutOfMemoryError as error:
         raise TaskError("the device ran out of memory in taking features; lower --inference-batch-size") from error
     return Features(np.asarray(ids, dtype=np.int64), values)
@@ -85,43 +83,37 @@ def _batches(
             yield places, [tokens[place] for place in places]
 
 
-def _last_states(
-    body: nn.Module, tokens: Sequence[Sequence[int]], pad_id: int, normalise: bool
+def _features(
+    body: nn.Module, tokens: Sequence[Sequence[int]], pad_id: int, space: FeatureSpace
 ) -> npt.NDArray[np.float32]:
-    """Hidden states of the last tokens, float32 (batch, (n_layers + 1) * hidden)."""
+    """Features of one batch, float32 (batch, dimension)."""
     device = next(body.parameters()).device
     lengths = torch.tensor([len(row) for row in tokens])
     longest = int(lengths.max())
     # Padded on the right, whatever side the tokenizer would choose: positions then count from each row's start.
     padded = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in tokens])
     mask = torch.arange(longest)[None, :] < lengths[:, None]
+    options = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
     output = body(
         input_ids=padded.to(device),
         attention_mask=mask.long().to(device),
         output_hidden_states=True,
-        use_cache=False,
+        **options,
     )
-    batch = torch.arange(len(tokens))
-    # Indexed on each layer's own device: a model that is spread over several GPUs has them on several.
-    layers = [
-        states[batch.to(states.device), (lengths - 1).to(states.device)].float().cpu()
-        for states in output.hidden_states
-    ]
-    gathered = torch.stack(layers, dim=1)
-    if normalise:
-        gathered = nn.functional.normalize(gathered, dim=2)
-    states: npt.NDArray[np.float32] = gathered.flatten(1).numpy()
-    if not np.isfinite(states).all():
+    found: npt.NDArray[np.float32] = space.features(output.hidden_states, lengths).cpu().numpy()
+    if not np.isfinite(found).all():
         raise TaskError("the model's hidden states are not finite; the adapter has diverged or the dtype is too narrow")
-    return states
+    return found
 
 
 def _body(model: nn.Module) -> nn.Module:
-    """The transformer without its LM head, with the adapter's layers in place."""
+    """The transformer without its LM head, with the adapter's layers in place; an encoder is one already."""
     inner: Any = model
     if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
-    body: nn.Module = inner.get_decoder()
+    if getattr(inner.config, "is_encoder_decoder", False):
+        raise TaskError("features are taken with a causal model or an encoder, not with an encoder-decoder model")
+    body: nn.Module = inner if inner.get_output_embeddings() is None else inner.base_model
     return body
 
 

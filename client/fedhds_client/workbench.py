@@ -133,6 +133,7 @@ class Workbench:
         from fedhds_client.features import extract_features
         from fedhds_client.release import Releases
         from fedhds_client.selection import SelectionContext, selection_of
+        from fedhds_client.space import FeatureSpace
         from fedhds_client.training import Cancelled
 
         spec, shard = self._checked_spec(), site.shard
@@ -151,6 +152,7 @@ class Workbench:
                 self._model.module,
                 lambda row: self._prompter.encode(shard[row]).input_ids,
                 range(len(shard)),
+                FeatureSpace.of(spec),
                 pad_id=int(self._model.tokenizer.pad_token_id),
                 batch_size=self._chosen.inference_batch_size,
                 progress=progress,

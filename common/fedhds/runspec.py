@@ -13,9 +13,10 @@ from fedhds.v1 import runspec_pb2
 
 WireDtype = Literal["float32", "bfloat16", "float16"]
 PromptFormat = Literal["auto", "chat", "alpaca"]
-Strategy = Literal["full", "random", "fedhds"]
+Strategy = Literal["full", "random", "fedhds", "fedhds-aligned", "global"]
 Schedule = Literal["one-shot", "per-round"]
-Fusion = Literal["tsne", "pca", "none"]
+Fusion = Literal["tsne", "umap", "pca", "kpca", "none"]
+FeaturePooling = Literal["last", "mean"]
 
 
 def budget_rows(budget: str, pool: int) -> int | None:
@@ -26,6 +27,11 @@ def budget_rows(budget: str, pool: int) -> int | None:
         # A share is met by the next whole row; the small slack keeps 1.5 % of 200 at 3 despite binary floats.
         return min(pool, math.ceil(pool * float(budget[:-1]) / 100 - 1e-9))
     return min(pool, int(budget))
+
+
+def shared_space(spec: RunSpec) -> bool:
+    """Whether the run's features must compare between sites."""
+    return spec.strategy in ("fedhds-aligned", "global")
 
 
 class RunSpec(BaseModel):
@@ -121,8 +127,9 @@ class RunSpec(BaseModel):
 
     strategy: Strategy = Field(
         "fedhds",
-        description="Which rows train: full (FedIT, all), random (a uniform draw of --budget rows) or fedhds "
-        "(two layers of clustering).",
+        description="Which rows train: full (FedIT, all), random (a uniform draw of --budget rows), fedhds (two "
+        "layers of clustering, each site in a frame of its own, as published), fedhds-aligned (the same in a space "
+        "that all sites share) or global (federated k-means in that space).",
         json_schema_extra={"group": "Selection"},
     )
     schedule: Schedule = Field(
@@ -133,17 +140,49 @@ class RunSpec(BaseModel):
     budget: str = Field(
         "auto",
         description="Rows to train on, of all enrolled sites' rows (per-round: of the cohort's): a count, a share "
-        "such as 1.5%, or auto: what the strategy itself gives (random: 1.5%; fedhds: a row of each group that the "
-        "paper's rule finds, which may be very few). Met exactly; under noise an upper bound.",
+        "such as 1.5%, or auto: what the strategy itself gives (random, global: 1.5%; fedhds: a row of each group that "
+        "the paper's rule finds, which may be very few; fedhds-aligned: a row of each group). Met exactly; under noise "
+        "an upper bound.",
         json_schema_extra={"group": "Selection"},
     )
     fusion: Fusion = Field(
         "tsne",
-        description="Reduction of the all-layer features before a site clusters them.",
+        description="Reduction of the features before a site clusters them.",
         json_schema_extra={"group": "Selection"},
     )
     min_cluster_size: int = Field(
         2, ge=2, description="Smallest cluster at a site, in rows.", json_schema_extra={"group": "Selection"}
+    )
+    feature_layers: str = Field(
+        "all",
+        description="Layers whose hidden states are a row's features: all, last, or numbers such as 0,6,-1, where 0 is "
+        "the embeddings' output.",
+        json_schema_extra={"group": "Selection"},
+    )
+    feature_pooling: FeaturePooling = Field(
+        "last",
+        description="Hidden state of a row's last token, or the mean over its tokens.",
+        json_schema_extra={"group": "Selection"},
+    )
+    feature_dimension: int = Field(
+        256,
+        ge=2,
+        le=8192,
+        description="Values per row after the seeded random projection that every site derives alike.",
+        json_schema_extra={"group": "Selection"},
+    )
+    feature_model: str = Field(
+        "",
+        description="Take features with this model (hub id or path; any small causal model or encoder) in place of "
+        "the one that is tuned.",
+        json_schema_extra={"group": "Selection"},
+    )
+    lloyd_passes: int = Field(
+        5,
+        ge=1,
+        le=100,
+        description="Passes of the strategy global over all sites with all of its centres.",
+        json_schema_extra={"group": "Selection"},
     )
 
     clip_norm: float = Field(
@@ -210,6 +249,10 @@ class RunSpec(BaseModel):
             raise ValueError(f"budget: {self.budget!r} is neither auto, a count from 1, nor a share up to 100%")
         if self.noise_multiplier and not self.clip_norm:
             raise ValueError("clip_norm: noise needs a clipping norm, else its guarantee is void; set it above 0")
+        if not re.fullmatch(r"all|last|-?\d+(,-?\d+)*", self.feature_layers):
+            raise ValueError(
+                f"feature_layers: {self.feature_layers!r} is neither all, last, nor numbers such as 0,6,-1"
+            )
         if self.strategy == "full" and self.budget != "auto":
             raise ValueError(f"budget: the strategy full trains on all rows; drop the budget {self.budget!r}")
         return self

@@ -49,6 +49,11 @@ class RunSpec(_message.Message):
     BUDGET_FIELD_NUMBER: _builtins.int
     FUSION_FIELD_NUMBER: _builtins.int
     MIN_CLUSTER_SIZE_FIELD_NUMBER: _builtins.int
+    FEATURE_LAYERS_FIELD_NUMBER: _builtins.int
+    FEATURE_POOLING_FIELD_NUMBER: _builtins.int
+    FEATURE_DIMENSION_FIELD_NUMBER: _builtins.int
+    FEATURE_MODEL_FIELD_NUMBER: _builtins.int
+    LLOYD_PASSES_FIELD_NUMBER: _builtins.int
     CLIP_NORM_FIELD_NUMBER: _builtins.int
     NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
@@ -93,15 +98,25 @@ class RunSpec(_message.Message):
     seed: _builtins.int
     """Seed of cohorts, initial adapter, data order and dropout; never of privacy noise."""
     strategy: _builtins.str
-    """Selection strategy: "full", "random", "fedhds" or a later one."""
+    """Selection strategy: "full", "random", "fedhds", "fedhds-aligned", "global" or a later one."""
     schedule: _builtins.str
     """"one-shot" (once, before the first round) or "per-round"."""
     budget: _builtins.str
     """Samples to train on: "auto", a count such as "200", or a share such as "1.5%"."""
     fusion: _builtins.str
-    """Reduction before intra-client clustering: "tsne", "pca" or "none"."""
+    """Reduction before intra-client clustering: "tsne", "umap", "pca", "kpca" or "none"."""
     min_cluster_size: _builtins.int
     """HDBSCAN's smallest cluster, in rows, at a site."""
+    feature_layers: _builtins.str
+    """Layers whose hidden states are a row's features: "all", "last" or numbers such as "0,6,-1" (0: embeddings)."""
+    feature_pooling: _builtins.str
+    """"last" (the last token's state) or "mean" (over the row's tokens)."""
+    feature_dimension: _builtins.int
+    """Values per row after the seeded random projection that every site derives alike."""
+    feature_model: _builtins.str
+    """Model that features are taken with, a hub id or a path; empty: the base model under the current adapter."""
+    lloyd_passes: _builtins.int
+    """Passes of the strategy "global" over all sites with all of its centres."""
     clip_norm: _builtins.float
     """Largest L2 norm of a released centroid; 0: centroids are not clipped."""
     noise_multiplier: _builtins.float
@@ -150,6 +165,11 @@ class RunSpec(_message.Message):
         budget: _builtins.str = ...,
         fusion: _builtins.str = ...,
         min_cluster_size: _builtins.int = ...,
+        feature_layers: _builtins.str = ...,
+        feature_pooling: _builtins.str = ...,
+        feature_dimension: _builtins.int = ...,
+        feature_model: _builtins.str = ...,
+        lloyd_passes: _builtins.int = ...,
         clip_norm: _builtins.float = ...,
         noise_multiplier: _builtins.float = ...,
         delta: _builtins.float = ...,
@@ -162,7 +182,7 @@ class RunSpec(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "budget", b"budget", "clip_norm", b"clip_norm", "cohort_fraction", b"cohort_fraction", "data_licence", b"data_licence", "delta", b"delta", "evaluate_every", b"evaluate_every", "fusion", b"fusion", "learning_rate", b"learning_rate", "local_epochs", b"local_epochs", "lora_alpha", b"lora_alpha", "lora_dropout", b"lora_dropout", "lora_rank", b"lora_rank", "lora_targets", b"lora_targets", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_new_tokens", b"max_new_tokens", "min_cluster_size", b"min_cluster_size", "min_evaluators", b"min_evaluators", "min_sites", b"min_sites", "model", b"model", "model_licence", b"model_licence", "model_revision", b"model_revision", "noise_multiplier", b"noise_multiplier", "patience", b"patience", "prompt_format", b"prompt_format", "released_centroids", b"released_centroids", "rounds", b"rounds", "schedule", b"schedule", "seed", b"seed", "strategy", b"strategy", "wire_dtype", b"wire_dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "budget", b"budget", "clip_norm", b"clip_norm", "cohort_fraction", b"cohort_fraction", "data_licence", b"data_licence", "delta", b"delta", "evaluate_every", b"evaluate_every", "feature_dimension", b"feature_dimension", "feature_layers", b"feature_layers", "feature_model", b"feature_model", "feature_pooling", b"feature_pooling", "fusion", b"fusion", "learning_rate", b"learning_rate", "lloyd_passes", b"lloyd_passes", "local_epochs", b"local_epochs", "lora_alpha", b"lora_alpha", "lora_dropout", b"lora_dropout", "lora_rank", b"lora_rank", "lora_targets", b"lora_targets", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_new_tokens", b"max_new_tokens", "min_cluster_size", b"min_cluster_size", "min_evaluators", b"min_evaluators", "min_sites", b"min_sites", "model", b"model", "model_licence", b"model_licence", "model_revision", b"model_revision", "noise_multiplier", b"noise_multiplier", "patience", b"patience", "prompt_format", b"prompt_format", "released_centroids", b"released_centroids", "rounds", b"rounds", "schedule", b"schedule", "seed", b"seed", "strategy", b"strategy", "wire_dtype", b"wire_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
