@@ -29,11 +29,15 @@ def _place(path: Path, content: str | Path) -> None:
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(descriptor)
     partial = Path(name)
-    partial.chmod(0o644)
-    if isinstance(content, Path):
-        shutil.copyfile(content, partial)
-    else:
-        partial.write_text(content, encoding="utf-8")
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        partial.chmod(0o644)
+        if isinstance(content, Path):
+            shutil.copyfile(content, partial)
+        else:
+            partial.write_text(content, encoding="utf-8")
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        # Only a failure leaves it: half an adapter on a full disk.
+        partial.unlink(missing_ok=True)

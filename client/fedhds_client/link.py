@@ -75,29 +75,30 @@ class CoordinatorLink:
             self.bytes_sent += request.ByteSize()
             return await method(request, timeout=_ANSWER_S + wait_s)
 
-        return await self._repeated(attempt)
+        return await self._repeated(attempt, held_s=wait_s)
 
     async def upload(self, session: str, path: Path, artifact: Artifact) -> None:
         """Sends a file; after a broken link it goes on where the coordinator says it stands."""
+        sent = 0
+
+        async def parts(offset: int) -> AsyncIterator[pb.UploadRequest]:
+            nonlocal sent
+            header = pb.UploadHeader(session=session, artifact=artifact.to_proto(), offset=offset)
+            yield pb.UploadRequest(header=header)
+            with path.open("rb") as file:
+                file.seek(offset)
+                while chunk := await asyncio.to_thread(file.read, CHUNK_SIZE):
+                    sent = max(sent, file.tell() - len(chunk))
+                    self.bytes_sent += len(chunk)
+                    yield pb.UploadRequest(chunk=chunk)
 
         async def attempt() -> None:
             request = pb.GetUploadRequest(session=session, artifact=artifact.to_proto())
             held = await self.federation.GetUpload(request, timeout=_ANSWER_S)
-            if held.offset < artifact.size:
-                await self.federation.Upload(self._parts(session, path, artifact, held.offset))
+            # Also when all bytes are there: the link may have broken before they were checked and made durable.
+            await self.federation.Upload(parts(held.offset))
 
-        await self._repeated(attempt)
-
-    async def _parts(
-        self, session: str, path: Path, artifact: Artifact, offset: int
-    ) -> AsyncIterator[pb.UploadRequest]:
-        header = pb.UploadHeader(session=session, artifact=artifact.to_proto(), offset=offset)
-        yield pb.UploadRequest(header=header)
-        with path.open("rb") as file:
-            file.seek(offset)
-            while chunk := await asyncio.to_thread(file.read, CHUNK_SIZE):
-                self.bytes_sent += len(chunk)
-                yield pb.UploadRequest(chunk=chunk)
+        await self._transferred(attempt, lambda: sent)
 
     async def download(self, session: str, artifact: Artifact, path: Path) -> None:
         """Fetches an artifact to `path`, resuming a partial file beside it; the bytes are those of its digest."""
@@ -117,17 +118,21 @@ class CoordinatorLink:
                 partial.unlink()
                 raise ArtifactError(f"the download of {artifact.digest[:12]} has another digest; it is fetched anew")
 
-        for last in (False, True):
-            try:
-                await self._repeated(attempt)
-                break
-            except ArtifactError:
-                if last:
-                    raise
+        await self._transferred(attempt, lambda: partial.stat().st_size if partial.exists() else 0)
         partial.replace(path)
 
-    async def _repeated(self, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
-        started = time.monotonic()
+    async def _transferred(self, attempt: Callable[[], Awaitable[None]], position: Callable[[], int]) -> None:
+        # Bytes that turned out wrong are gone at both ends: what was half a transfer is now made anew.
+        try:
+            await self._repeated(attempt, position)
+        except ArtifactError:
+            await self._repeated(attempt, position)
+
+    async def _repeated(
+        self, attempt: Callable[[], Awaitable[Answer]], position: Callable[[], int] = int, *, held_s: float = 0.0
+    ) -> Answer:
+        """Neither the time for which a poll is held nor that in which a transfer's `position` grows is silence."""
+        started, reached = time.monotonic(), position()
         pause, told = _FIRST_PAUSE_S, False
         while True:
             try:
@@ -145,6 +150,9 @@ class CoordinatorLink:
                 if told:
                     logger.info("the coordinator answers again")
                 return answer
+            if (now_at := position()) > reached:
+                reached, started, pause = now_at, time.monotonic(), _FIRST_PAUSE_S
+            started, held_s = min(time.monotonic(), started + held_s), 0.0
             remaining = self._patience - (time.monotonic() - started)
             if not told or remaining <= 0:
                 reason = await self._diagnosis() or reason

@@ -63,14 +63,12 @@ class Row:
         if self.history:
             turns = [*self.history, ("user", self.instruction), ("assistant", self.response)]
             return {"messages": [{"role": role, "content": text} for role, text in turns], "category": category}
-        if self.verbatim:
-            return {"prompt": self.instruction, "completion": self.response, "category": category}
-        row: dict[str, Any] = {
-            "instruction": self.instruction,
-            "context": self.context,
-            "response": self.response,
-            "category": category,
-        }
+        row: dict[str, Any] = (
+            {"prompt": self.instruction, "completion": self.response}
+            if self.verbatim
+            else {"instruction": self.instruction, "context": self.context, "response": self.response}
+        )
+        row["category"] = category
         return row | ({"references": list(self.references)} if len(self.references) > 1 else {})
 
     @property
@@ -81,6 +79,16 @@ class Row:
 
 def normalised(row: object) -> dict[str, Any]:
     """The content of one row of any known format; raises BadRow."""
+    content = _content(row)
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        # JSON can spell it; no tokenizer and no file takes it.
+        raise BadRow("it holds half a surrogate pair (\\ud800 to \\udfff), which is not text") from None
+    return content
+
+
+def _content(row: object) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise BadRow(f"a row must be a JSON object, this is {_kind(row)}")
     keys = set(row)
@@ -136,7 +144,7 @@ def _plain(row: Mapping[Any, Any], question: str, context: str | None, answer: s
         "context": _optional(row, context) if context else "",
         "response": response,
         "category": "" if category is None else str(category),
-        "references": references,
+        "references": [response, *(reference for reference in references if reference != response)],
         "history": [],
         "verbatim": False,
     }

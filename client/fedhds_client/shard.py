@@ -11,6 +11,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, cast
@@ -154,9 +155,12 @@ def _parsed(text: bytes) -> Any:
         return json.loads(text.decode("utf-8"))
     except UnicodeDecodeError:
         raise BadRow("it is not valid UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise BadRow(f"it is not valid JSON ({reason})") from None
+    except json.JSONDecodeError as error:
+        raise BadRow(f"it is not valid JSON ({error.msg})") from None
+    except RecursionError:
+        raise BadRow("it is not valid JSON (nested too deeply)") from None
+    except ValueError:
+        raise BadRow("it is not valid JSON (a number has too many digits)") from None
 
 
 def _document_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -194,8 +198,24 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
+                for row in _table_rows(batch):
                     number += 1
                     yield number, row
     except pyarrow.ArrowException as error:
         raise DataError(path, "is not a readable Parquet file; write it anew", number + 1) from error
+
+
+def _table_rows(batch: Any) -> list[Any]:
+    try:
+        rows: list[Any] = batch.to_pylist()
+    except UnicodeDecodeError:
+        # Parquet does not check its strings; one by one, so that only the rows at fault are bad.
+        return [partial(_decoded, batch.slice(index, 1)) for index in range(batch.num_rows)]
+    return rows
+
+
+def _decoded(row: Any) -> Any:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError:
+        raise BadRow("it is not valid UTF-8") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -29,46 +30,48 @@ def split(
 ) -> None:
     """Split DATA into shards for many clients, with held-out categories and a manifest."""
     import random
+    from contextlib import ExitStack
 
     from fedhds.errors import UsageError
     from fedhds_client.partition import partition
     from fedhds_client.shard import Shard
 
-    if alpha <= 0:
-        raise UsageError(f"--alpha: {alpha:g} is not above 0")
-    shards = [Shard.open(file, skip_bad_rows=skip_bad_rows) for file in _files(data)]
-    pool = [(shard, number) for shard in shards for number in range(len(shard))]
-    # A file without categories is one task by itself: the layout of Natural Instructions.
-    names = [shard[number].category or shard.path.name.split(".")[0] for shard, number in pool]
-    held_out = set(unseen or ())
-    unknown = sorted(held_out - set(names))
-    if unknown:
-        raise UsageError(f"--unseen: there is no category {unknown[0]!r}; there are {', '.join(sorted(set(names)))}")
-    seen = [index for index, name in enumerate(names) if name not in held_out]
-    if not seen:
-        raise UsageError("--unseen: it leaves no rows for the clients; hold out fewer categories")
-    parts = partition(
-        [names[index] for index in seen], clients=clients, by=by, alpha=alpha, min_rows=min_rows, seed=seed
-    )
-    width = len(str(len(parts) - 1))
-    files = {f"client-{i:0{max(width, 2)}d}.jsonl": [seen[index] for index in part] for i, part in enumerate(parts)}
-    if held_out:
-        rows = [index for index, name in enumerate(names) if name in held_out]
-        if unseen_rows is not None and unseen_rows < len(rows):
-            rows = sorted(random.Random(seed).sample(rows, unseen_rows))
-        files["unseen.jsonl"] = rows
-    arguments: dict[str, object] = {
-        "clients": len(parts),
-        "by": by,
-        "alpha": alpha,
-        "unseen": sorted(held_out),
-        "unseen_rows": unseen_rows,
-        "min_rows": min_rows,
-        "seed": seed,
-    }
-    _write(out, files, pool, names, arguments, {shard.path.name: shard.digest for shard in shards})
-    for shard in shards:
-        shard.close()
+    if not 0 < alpha < float("inf"):
+        raise UsageError(f"--alpha: {alpha:g} is not a finite number above 0")
+    with ExitStack() as stack:
+        shards = [stack.enter_context(Shard.open(file, skip_bad_rows=skip_bad_rows)) for file in _files(data)]
+        pool = [(shard, number) for shard in shards for number in range(len(shard))]
+        # A file without categories is one task by itself: the layout of Natural Instructions.
+        names = [shard[number].category or shard.path.name.split(".")[0] for shard, number in pool]
+        held_out = set(unseen or ())
+        unknown = sorted(held_out - set(names))
+        if unknown:
+            raise UsageError(
+                f"--unseen: there is no category {unknown[0]!r}; there are {', '.join(sorted(set(names)))}"
+            )
+        seen = [index for index, name in enumerate(names) if name not in held_out]
+        if not seen:
+            raise UsageError("--unseen: it leaves no rows for the clients; hold out fewer categories")
+        parts = partition(
+            [names[index] for index in seen], clients=clients, by=by, alpha=alpha, min_rows=min_rows, seed=seed
+        )
+        width = len(str(len(parts) - 1))
+        files = {f"client-{i:0{max(width, 2)}d}.jsonl": [seen[index] for index in part] for i, part in enumerate(parts)}
+        if held_out:
+            rows = [index for index, name in enumerate(names) if name in held_out]
+            if unseen_rows is not None and unseen_rows < len(rows):
+                rows = sorted(random.Random(seed).sample(rows, unseen_rows))
+            files["unseen.jsonl"] = rows
+        arguments: dict[str, object] = {
+            "clients": len(parts),
+            "by": by,
+            "alpha": alpha,
+            "unseen": sorted(held_out),
+            "unseen_rows": unseen_rows,
+            "min_rows": min_rows,
+            "seed": seed,
+        }
+        _write(out, files, pool, names, arguments, _inputs(shards))
     _show(files, names, out)
 
 
@@ -82,6 +85,12 @@ def _files(data: list[Path]) -> list[Path]:
             raise UsageError(f"DATA: the folder {path} holds no file")
         found += inside
     return found
+
+
+def _inputs(shards: list[Shard]) -> dict[str, str]:
+    """Digests by file name, or by path where two files share a name."""
+    names = [shard.path.name for shard in shards]
+    return {str(shard.path) if names.count(shard.path.name) > 1 else shard.path.name: shard.digest for shard in shards}
 
 
 def _write(
@@ -108,7 +117,7 @@ def _write(
     try:
         out.mkdir(parents=True, exist_ok=True)
         if manifest.exists():
-            for name in json.loads(manifest.read_text(encoding="utf-8"))["files"]:
+            for name in _earlier_files(manifest):
                 (out / name).unlink(missing_ok=True)
             manifest.unlink()
         described = {}
@@ -137,17 +146,35 @@ def _write(
         raise UsageError(f"--out: cannot write to {out}: {error.strerror}") from error
 
 
+def _earlier_files(manifest: Path) -> list[str]:
+    import json
+
+    from fedhds.errors import UsageError
+
+    try:
+        names = list(json.loads(manifest.read_text(encoding="utf-8"))["files"])
+    except (ValueError, KeyError, TypeError):
+        names = []
+    # The files are about to be deleted: only such as a split writes.
+    if not names or not all(
+        isinstance(name, str) and re.fullmatch(r"(client-\d+|unseen)\.jsonl", name) for name in names
+    ):
+        raise UsageError(f"--out: {manifest} is not the manifest of a split; choose an empty folder")
+    return names
+
+
 def _show(files: dict[str, list[int]], names: list[str], out: Path) -> None:
     from collections import Counter
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     categories = sorted(set(names))
     table = Table()
     table.add_column("file", no_wrap=True)
     for head in ("rows", *categories):
-        table.add_column(head, overflow="fold", justify="right")
+        table.add_column(escape(head), overflow="fold", justify="right")
     for name, rows in files.items():
         counts = Counter(names[index] for index in rows)
         table.add_row(name, str(len(rows)), *(str(counts[category] or "") for category in categories))

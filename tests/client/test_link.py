@@ -1,0 +1,581 @@
+"""The link against a real server behind a relay that can be cut: calls are repeated, transfers go on, patience ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import grpc
+import numpy as np
+import pytest
+
+from fedhds import status
+from fedhds.adapter import Artifact
+from fedhds.errors import (
+    ArtifactError,
+    CoordinatorUnreachable,
+    EnrolmentRefused,
+    FedhdsError,
+    PrivacyError,
+    SessionLost,
+    StorageError,
+    TaskError,
+)
+from fedhds.security.credentials import server_credentials
+from fedhds.security.identity import Role
+from fedhds.security.pki import init_authority, issue
+from fedhds.v1 import federation_pb2 as pb
+from fedhds.v1 import federation_pb2_grpc as rpc
+from fedhds_client.link import CHUNK_SIZE, CoordinatorLink, file_key
+from fedhds_server.artifacts import ArtifactStore
+from fedhds_server.servicer import FederationServicer
+from tests.common.tls_servers import serving
+
+SESSION = "session"
+BEAT = pb.HeartbeatRequest(session=SESSION, task_id="train/1/ward")
+
+Fault = Callable[[Any], Awaitable[None]]
+
+
+class Relay:
+    """A TCP relay before the server: what breaks a link without either end being at fault."""
+
+    def __init__(self) -> None:
+        self.server_port = 0
+        self.port = 0
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def up(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    def cut(self) -> None:
+        """Breaks all connections; new ones are let through."""
+        for writer in self._writers:
+            writer.transport.abort()
+
+    def down(self) -> None:
+        """Breaks all connections; new ones are refused until it is up again."""
+        if self._server:
+            self._server.close()
+        self.cut()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inside, outside = await asyncio.open_connection("127.0.0.1", self.server_port)
+        ends = {writer, outside}
+        self._writers |= ends
+        await asyncio.gather(self._pump(reader, outside), self._pump(inside, writer))
+        self._writers -= ends
+
+    @staticmethod
+    async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+
+class Store(ArtifactStore):
+    """The coordinator's own store; notes where transfers begin and does `on_chunk` at every chunk that passes."""
+
+    on_chunk: Callable[[], None] | None = None
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, largest_upload=1 << 30)
+        self.uploads: list[int] = []
+        self.downloads: list[int] = []
+
+    def append(self, artifact: Artifact, offset: int, chunk: bytes) -> None:
+        super().append(artifact, offset, chunk)
+        self.uploads.append(offset)
+        if self.on_chunk:
+            self.on_chunk()
+
+    def open_chunks(self, artifact: Artifact, offset: int, chunk_size: int = CHUNK_SIZE) -> Iterator[bytes]:
+        self.downloads.append(offset)
+        for chunk in super().open_chunks(artifact, offset, chunk_size):
+            yield chunk
+            if self.on_chunk:
+                self.on_chunk()
+
+
+class Faults(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Notes every call, and answers the next ones as planned."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.planned: list[Fault] = []
+        self.always: Fault | None = None
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        self.calls.append(details.method.rpartition("/")[2])
+        handler = await continuation(details)
+        fault = self.planned.pop(0) if self.planned else self.always
+        if fault is None:
+            return handler
+
+        async def fail(request: Any, context: Any) -> None:
+            await fault(context)
+
+        return grpc.unary_unary_rpc_method_handler(fail, handler.request_deserializer, handler.response_serializer)
+
+
+@dataclass
+class World:
+    """A coordinator's server in this process, and the way to it."""
+
+    folder: Path
+    store: Store
+    adapters: dict[int, Artifact]
+    relay: Relay = field(default_factory=Relay)
+    faults: Faults = field(default_factory=Faults)
+    links: list[CoordinatorLink] = field(default_factory=list)
+
+    def link(self, *, patience: float = 20.0) -> CoordinatorLink:
+        link = CoordinatorLink(f"127.0.0.1:{self.relay.port}", None, patience=patience)
+        self.links.append(link)
+        return link
+
+    def breaks_after(self, chunks: int, ready: Callable[[], bool] = lambda: True, *, slow_s: float = 0.0) -> None:
+        """Cuts the link once, behind so many chunks of `slow_s` each and when `ready`; what was under way is lost."""
+        loop, passed = asyncio.get_running_loop(), 0
+
+        def on_chunk() -> None:
+            nonlocal passed
+            passed += 1
+            time.sleep(slow_s)
+            if passed != chunks:
+                return
+            while not ready():
+                time.sleep(0.01)
+            is_cut = threading.Event()
+
+            def cut() -> None:
+                self.relay.cut()
+                is_cut.set()
+
+            loop.call_soon_threadsafe(cut)
+            is_cut.wait()
+            raise StorageError("the link is cut")
+
+        self.store.on_chunk = on_chunk
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("grpc_proxy", "https_proxy", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    adapters: dict[int, Artifact] = {}
+
+    async def site_of(session: str) -> Any:
+        if session != SESSION:
+            raise SessionLost("the session is not known")
+        return SimpleNamespace(bytes_received=0)
+
+    async def next_task(site: Any, wait_s: float) -> None:
+        await asyncio.sleep(wait_s)
+
+    state = SimpleNamespace(adapters=adapters, tasks={}, phase=SimpleNamespace(over=False), round=3, message="wait")
+    coordinator = cast(Any, SimpleNamespace(site_of=site_of, next_task=next_task, state=state))
+    made = World(tmp_path, Store(tmp_path / "artifacts"), adapters)
+    server = grpc.aio.server(interceptors=(made.faults,))
+    rpc.add_FederationServicer_to_server(FederationServicer(coordinator, made.store), server)
+    made.relay.server_port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    await made.relay.up()
+    yield made
+    for link in made.links:
+        await link.close()
+    made.relay.down()
+    await server.stop(None)
+
+
+def _file(path: Path, size: int) -> Artifact:
+    path.write_bytes(np.random.default_rng(size).bytes(size))
+    return Artifact.of_file(path)
+
+
+def _refuses(code: grpc.StatusCode) -> Fault:
+    async def fault(context: Any) -> None:
+        await context.abort(code, "as planned")
+
+    return fault
+
+
+def _raises(error: Exception) -> Fault:
+    async def fault(context: Any) -> None:
+        await status.abort(context, error)
+
+    return fault
+
+
+async def _beat(link: CoordinatorLink) -> bool:
+    return bool((await link.call(link.federation.Heartbeat, BEAT)).withdrawn)
+
+
+@asynccontextmanager
+async def _after(delay_s: float, action: Callable[[], Any]) -> AsyncIterator[None]:
+    """Does something while the body is under way."""
+
+    async def act() -> None:
+        await asyncio.sleep(delay_s)
+        result = action()
+        if asyncio.iscoroutine(result):
+            await result
+
+    task = asyncio.create_task(act())
+    yield
+    await task
+
+
+# Calls.
+
+
+async def test_a_call_is_answered_and_its_bytes_are_counted(world: World) -> None:
+    link = world.link()
+    assert await _beat(link)
+    assert world.faults.calls == ["Heartbeat"]
+    assert link.bytes_sent == BEAT.ByteSize() > 0
+
+
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "RESOURCE_EXHAUSTED"])
+async def test_a_call_that_fails_in_passing_is_repeated(world: World, code: str) -> None:
+    world.faults.planned = [_refuses(grpc.StatusCode[code])] * 2
+    link = world.link()
+    assert await _beat(link)
+    assert len(world.faults.calls) == 3
+    assert link.bytes_sent == 3 * BEAT.ByteSize()
+
+
+async def test_a_coordinator_that_cannot_store_is_asked_again(world: World) -> None:
+    world.faults.planned = [_raises(StorageError("the disk is full"))]
+    assert await _beat(world.link())
+    assert len(world.faults.calls) == 2
+
+
+async def test_a_call_that_was_under_way_when_the_link_broke_is_repeated(world: World) -> None:
+    async def cut(context: Any) -> None:
+        world.relay.cut()
+        await asyncio.sleep(60)
+
+    world.faults.planned = [cut, cut]
+    assert await _beat(world.link())
+    assert len(world.faults.calls) == 3
+
+
+async def test_a_coordinator_that_is_away_for_a_while_is_waited_for(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="fedhds_client.link")
+    link = world.link()
+    assert await _beat(link)
+    world.relay.down()
+    async with _after(1.0, world.relay.up):
+        assert await _beat(link)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert told[0].startswith(f"cannot reach 127.0.0.1:{world.relay.port}: nothing listens on")
+    assert "trying again for " in told[0]
+    assert told[1] == "the coordinator answers again"
+
+
+async def test_sites_of_one_process_share_a_link(world: World) -> None:
+    link = world.link()
+    world.faults.planned = [_refuses(grpc.StatusCode.UNAVAILABLE)] * 3
+    assert all(await asyncio.gather(*(_beat(link) for _ in range(20))))
+    assert len(world.faults.calls) == 23
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SessionLost("enrol again"),
+        TaskError("no such task"),
+        ArtifactError("wrong digest"),
+        EnrolmentRefused("another model"),
+        PrivacyError("too much"),
+    ],
+)
+async def test_what_the_coordinator_refuses_is_raised_as_what_it_is_and_not_repeated(
+    world: World, error: FedhdsError
+) -> None:
+    world.faults.planned = [_raises(error)]
+    with pytest.raises(type(error), match=f"^{error}$"):
+        await _beat(world.link())
+    assert len(world.faults.calls) == 1
+
+
+@pytest.mark.parametrize("code", ["INTERNAL", "UNIMPLEMENTED", "PERMISSION_DENIED"])
+async def test_any_other_failure_is_an_error_that_names_coordinator_and_status(world: World, code: str) -> None:
+    world.faults.planned = [_refuses(grpc.StatusCode[code])]
+    with pytest.raises(FedhdsError, match=rf"the coordinator at 127\.0\.0\.1:\d+ answered {code}: as planned"):
+        await _beat(world.link())
+    assert len(world.faults.calls) == 1
+
+
+# Patience.
+
+
+async def _gives_up(link: CoordinatorLink, patience: float) -> str:
+    started = time.monotonic()
+    with pytest.raises(CoordinatorUnreachable) as caught:
+        await _beat(link)
+    assert patience <= time.monotonic() - started < patience + 5
+    return str(caught.value)
+
+
+async def test_patience_ends_with_the_reason_and_what_to_check(world: World) -> None:
+    world.relay.down()
+    said = await _gives_up(world.link(patience=0.7), 0.7)
+    target = f"127.0.0.1:{world.relay.port}"
+    assert said.startswith(f"no answer from the coordinator at {target} for 0.7 s: nothing listens on {target}; ")
+    assert said.endswith("check --server and that fedhds-server runs there")
+
+
+async def test_patience_ends_also_with_a_coordinator_that_answers_but_never_well(world: World) -> None:
+    world.faults.always = _raises(StorageError("the disk is full"))
+    assert "the disk is full" in await _gives_up(world.link(patience=0.7), 0.7)
+    world.faults.always = _refuses(grpc.StatusCode.UNAVAILABLE)
+    before = len(world.faults.calls)
+    assert "as planned" in await _gives_up(world.link(patience=1.5), 1.5)
+    # After 0, 0.2, 0.6, 1.4 and 1.5 s: the pauses grow.
+    assert 3 <= len(world.faults.calls) - before <= 6
+
+
+async def test_patience_begins_anew_with_every_call(world: World) -> None:
+    link = world.link(patience=1.0)
+    for _ in range(3):
+        world.faults.planned = [_refuses(grpc.StatusCode.UNAVAILABLE)] * 2
+        assert await _beat(link)
+
+
+async def test_the_time_for_which_a_poll_is_held_does_not_try_the_patience(world: World) -> None:
+    link = world.link(patience=0.6)
+    request = pb.NextTaskRequest(session=SESSION, wait_s=1.5)
+    async with _after(1.2, world.relay.cut):
+        answer = await link.call(link.federation.NextTask, request, wait_s=1.5)
+    assert answer.wait.reason == "wait"
+    assert world.faults.calls == ["NextTask"] * 2
+
+
+async def test_a_link_without_tls_to_a_coordinator_with_it_says_so(tmp_path: Path) -> None:
+    folder = init_authority(tmp_path / "certs").parent
+    async with serving(server_credentials(issue(folder, "coordinator", role=Role.COORDINATOR))) as listener:
+        link = CoordinatorLink(listener.target, None, patience=0.3)
+        assert "speaks TLS, but no --tls-* flags were given" in await _gives_up(link, 0.3)
+        await link.close()
+        link = CoordinatorLink(listener.target, issue(folder, "ward", role=Role.SITE), patience=20)
+        # It gets through: this server has none of a coordinator's methods.
+        with pytest.raises(FedhdsError, match="UNIMPLEMENTED"):
+            await _beat(link)
+        await link.close()
+
+
+# Uploads.
+
+
+async def test_an_upload_arrives_whole_and_is_counted(world: World) -> None:
+    for size in (1, CHUNK_SIZE, 2 * CHUNK_SIZE + 5):
+        link, path = world.link(), world.folder / "update"
+        artifact = _file(path, size)
+        await link.upload(SESSION, path, artifact)
+        assert world.store.path(artifact).read_bytes() == path.read_bytes()
+        assert link.bytes_sent == size
+
+
+async def test_an_upload_goes_on_where_the_link_broke(world: World) -> None:
+    path, size = world.folder / "update", 5 * CHUNK_SIZE + 7
+    artifact = _file(path, size)
+    world.breaks_after(2)
+    link = world.link()
+    await link.upload(SESSION, path, artifact)
+    assert world.store.path(artifact).read_bytes() == path.read_bytes()
+    assert world.store.uploads == [number * CHUNK_SIZE for number in range(6)]
+    assert world.faults.calls.count("Upload") == 2
+    assert size <= link.bytes_sent < 2 * size
+
+
+async def test_an_upload_of_a_restarted_site_goes_on_too(world: World) -> None:
+    path = world.folder / "update"
+    artifact = _file(path, 3 * CHUNK_SIZE)
+    world.store.append(artifact, 0, path.read_bytes()[: CHUNK_SIZE + 1])
+    await world.link().upload(SESSION, path, artifact)
+    assert world.store.uploads[1:] == [CHUNK_SIZE + 1, 2 * CHUNK_SIZE + 1]
+    assert world.store.has(artifact)
+
+
+async def test_an_upload_whose_last_byte_arrived_just_before_the_link_broke_is_made_durable(world: World) -> None:
+    path = world.folder / "update"
+    artifact = _file(path, CHUNK_SIZE + 3)
+    world.store.append(artifact, 0, path.read_bytes())
+    assert not world.store.has(artifact)
+    await world.link().upload(SESSION, path, artifact)
+    assert world.store.has(artifact)
+
+
+async def test_an_upload_that_is_there_already_sends_no_bytes(world: World) -> None:
+    path = world.folder / "update"
+    artifact = _file(path, CHUNK_SIZE)
+    await world.link().upload(SESSION, path, artifact)
+    link = world.link()
+    await link.upload(SESSION, path, artifact)
+    assert link.bytes_sent == 0
+    assert world.store.uploads == [0]
+
+
+async def test_an_upload_onto_damaged_bytes_is_made_anew(world: World) -> None:
+    path = world.folder / "update"
+    artifact = _file(path, 3 * CHUNK_SIZE)
+    world.store.append(artifact, 0, bytes(CHUNK_SIZE))
+    await world.link().upload(SESSION, path, artifact)
+    assert world.store.path(artifact).read_bytes() == path.read_bytes()
+
+
+async def test_an_upload_of_a_file_that_has_changed_is_an_error(world: World) -> None:
+    path = world.folder / "update"
+    artifact = _file(path, 1000)
+    for content in (bytes(1000), bytes(1001), bytes(999)):
+        path.write_bytes(content)
+        with pytest.raises(ArtifactError):
+            await world.link().upload(SESSION, path, artifact)
+        assert not world.store.has(artifact)
+
+
+async def test_an_upload_in_a_lost_session_is_an_error_at_once(world: World) -> None:
+    path = world.folder / "update"
+    artifact = _file(path, 1000)
+    with pytest.raises(SessionLost):
+        await world.link().upload("another", path, artifact)
+    assert world.faults.calls == ["GetUpload"]
+
+
+async def test_an_upload_that_makes_no_progress_ends_with_the_patience(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def append(*_: object) -> None:
+        raise StorageError("the disk is full")
+
+    path = world.folder / "update"
+    artifact = _file(path, 3 * CHUNK_SIZE)
+    monkeypatch.setattr(world.store, "append", append)
+    with pytest.raises(CoordinatorUnreachable, match=r"for 0\.7 s: the disk is full"):
+        await asyncio.wait_for(world.link(patience=0.7).upload(SESSION, path, artifact), 20)
+    assert world.faults.calls.count("Upload") > 1
+
+
+async def test_the_time_in_which_an_upload_makes_progress_does_not_try_the_patience(world: World) -> None:
+    path = world.folder / "update"
+    artifact = _file(path, 5 * CHUNK_SIZE)
+    world.breaks_after(4, slow_s=0.3)
+    await world.link(patience=0.6).upload(SESSION, path, artifact)
+    assert world.store.has(artifact)
+    assert world.faults.calls.count("Upload") == 2
+
+
+# Downloads.
+
+
+@pytest.fixture
+def adapter(world: World) -> Artifact:
+    """A global adapter of five chunks and a bit, at the coordinator."""
+    artifact = _file(world.folder / "source", 5 * CHUNK_SIZE + 7)
+    world.store.adopt(world.folder / "source", artifact)
+    world.adapters[0] = artifact
+    return artifact
+
+
+def _fetched(world: World, adapter: Artifact) -> bool:
+    """Whether the download is there, whole and alone."""
+    names = {path.name for path in world.folder.iterdir()}
+    return names == {"artifacts", "fetched"} and Artifact.of_file(world.folder / "fetched") == adapter
+
+
+async def test_a_download_arrives_whole(world: World, adapter: Artifact) -> None:
+    await world.link().download(SESSION, adapter, world.folder / "fetched")
+    assert _fetched(world, adapter)
+    assert world.store.downloads == [0]
+
+
+async def test_a_download_goes_on_where_the_link_broke(world: World, adapter: Artifact) -> None:
+    partial = world.folder / "fetched.partial"
+    world.breaks_after(3, lambda: partial.stat().st_size >= 2 * CHUNK_SIZE)
+    await world.link().download(SESSION, adapter, world.folder / "fetched")
+    assert _fetched(world, adapter)
+    first, second = world.store.downloads
+    assert first == 0
+    assert 2 * CHUNK_SIZE <= second <= 3 * CHUNK_SIZE
+
+
+async def test_the_time_in_which_a_download_makes_progress_does_not_try_the_patience(
+    world: World, adapter: Artifact
+) -> None:
+    partial = world.folder / "fetched.partial"
+    world.breaks_after(4, lambda: partial.stat().st_size >= 3 * CHUNK_SIZE, slow_s=0.3)
+    await world.link(patience=0.6).download(SESSION, adapter, world.folder / "fetched")
+    assert _fetched(world, adapter)
+    assert len(world.store.downloads) == 2
+
+
+async def test_a_download_of_a_restarted_site_goes_on_too(world: World, adapter: Artifact) -> None:
+    content = world.store.path(adapter).read_bytes()
+    for held in (1, 2 * CHUNK_SIZE + 1, adapter.size):
+        (world.folder / "fetched.partial").write_bytes(content[:held])
+        await world.link().download(SESSION, adapter, world.folder / "fetched")
+        assert world.store.downloads.pop() == held
+        assert _fetched(world, adapter)
+
+
+@pytest.mark.parametrize("held", [1, CHUNK_SIZE, 5 * CHUNK_SIZE + 7, 9 * CHUNK_SIZE])
+async def test_a_download_onto_other_bytes_is_made_anew(world: World, adapter: Artifact, held: int) -> None:
+    (world.folder / "fetched.partial").write_bytes(bytes(held))
+    await world.link().download(SESSION, adapter, world.folder / "fetched")
+    assert _fetched(world, adapter)
+    assert world.store.downloads == ([held, 0] if held <= adapter.size else [0])
+
+
+async def test_a_download_replaces_what_was_there(world: World, adapter: Artifact) -> None:
+    (world.folder / "fetched").write_text("an older adapter")
+    await world.link().download(SESSION, adapter, world.folder / "fetched")
+    assert _fetched(world, adapter)
+
+
+async def test_a_download_that_is_wrong_twice_is_an_error_and_leaves_what_was_there(
+    world: World, adapter: Artifact
+) -> None:
+    world.store.path(adapter).write_bytes(bytes(adapter.size))
+    (world.folder / "fetched").write_text("an older adapter")
+    with pytest.raises(ArtifactError, match="has another digest"):
+        await world.link().download(SESSION, adapter, world.folder / "fetched")
+    assert world.store.downloads == [0, 0]
+    assert (world.folder / "fetched").read_text() == "an older adapter"
+
+
+async def test_a_download_of_what_the_coordinator_has_not_is_an_error(world: World) -> None:
+    with pytest.raises(ArtifactError, match="there is no such global adapter"):
+        await world.link().download(SESSION, Artifact("0" * 64, 5), world.folder / "fetched")
+    assert not (world.folder / "fetched").exists()
+
+
+# Names of files.
+
+
+def test_a_file_key_is_a_short_name_that_depends_on_the_text_alone() -> None:
+    texts = ["hospital-a/ward", "hospital-a", "../../etc/passwd", "", "Größe", "x" * 10_000]
+    keys = [file_key(text) for text in texts]
+    assert keys == [file_key(text) for text in texts]
+    assert len(set(keys)) == len(texts)
+    assert all(key.isalnum() and len(key) == 24 for key in keys)
