@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
+import reprlib
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from fedhds.errors import AdapterError
+from fedhds.errors import AdapterError, StorageError
 from fedhds.runspec import RunSpec, WireDtype
 from fedhds.v1 import federation_pb2 as pb
 
@@ -30,6 +32,8 @@ _NUMPY_TYPES: dict[str, np.dtype[Any]] = {
 }
 # A header lists names and offsets only; adapters of the largest models stay far below this.
 _LARGEST_HEADER = 64 << 20
+# Values of one factor: the highest rank, 1024, times a million features, which no known model has.
+_LARGEST_TENSOR = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,8 @@ class AdapterManifest:
                 raise AdapterError(f"the manifest names {tensor.name!r}, which is no LoRA factor")
             if len(tensor.shape) != 2 or not all(tensor.shape):
                 raise AdapterError(f"the manifest gives {tensor.name!r} the shape {tensor.shape}, not a matrix's")
+            if math.prod(tensor.shape) > _LARGEST_TENSOR:
+                raise AdapterError(f"the manifest gives {tensor.name!r} the shape {tensor.shape}, beyond any model's")
         return cls(tensors, tuple(message.target_modules))
 
 
@@ -100,7 +106,8 @@ def write_adapter(
     """Writes a safetensors file durably, asking `tensor` for one float32 array after the other.
 
     The bytes depend on nothing but manifest, values and dtype, so equal adapters have equal digests. The file
-    appears under `path` only when it is complete. Raises AdapterError when an array has another shape.
+    appears under `path` only when it is complete. Raises AdapterError when an array has another shape, StorageError
+    when the file cannot be written.
     """
     stored = _SAFETENSORS_NAMES[dtype]
     item = _NUMPY_TYPES[stored].itemsize
@@ -118,20 +125,25 @@ def write_adapter(
     encoded += b" " * (-len(encoded) % 8)
     digest = hashlib.sha256()
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        for part in (struct.pack("<Q", len(encoded)), encoded):
-            digest.update(part)
-            file.write(part)
-        for spec in manifest.tensors:
-            values = tensor(spec)
-            if values.shape != spec.shape:
-                raise AdapterError(f"{spec.name} has shape {values.shape}, the manifest says {spec.shape}")
-            data = values.astype(_NUMPY_TYPES[stored], copy=False).tobytes()
-            digest.update(data)
-            file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            for part in (struct.pack("<Q", len(encoded)), encoded):
+                digest.update(part)
+                file.write(part)
+            for spec in manifest.tensors:
+                values = tensor(spec)
+                if values.shape != spec.shape:
+                    raise AdapterError(f"{spec.name} has shape {values.shape}, the manifest says {spec.shape}")
+                data = values.astype(_NUMPY_TYPES[stored], copy=False).tobytes()
+                digest.update(data)
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the adapter to {path.parent}: {error.strerror or error}; make room there"
+        ) from error
     return Artifact(digest.hexdigest(), 8 + len(encoded) + offset)
 
 
@@ -193,7 +205,7 @@ def _checked_header(data: mmap.mmap, manifest: AdapterManifest) -> tuple[int, di
     expected = {spec.name: spec.shape for spec in manifest.tensors}
     if header.keys() != expected.keys():
         odd = sorted(set(header) ^ set(expected))
-        raise AdapterError(f"tensors differ from the run's manifest, {len(odd)} of them; the first is {odd[0]!r}")
+        raise AdapterError(f"tensors differ from the run's manifest, {len(odd)} of them; the first is {odd[0][:200]!r}")
     entries: dict[str, tuple[str, int, int]] = {}
     payload = len(data) - 8 - length
     for name, shape in expected.items():
@@ -204,9 +216,10 @@ def _checked_header(data: mmap.mmap, manifest: AdapterManifest) -> tuple[int, di
             case _:
                 raise AdapterError(f"the header's entry for {name} is malformed")
         if tuple(found) != shape:
-            raise AdapterError(f"{name} has shape {tuple(found)}, the run's manifest says {shape}")
+            # What the file says may be anything, of any length: it is shown escaped and abbreviated.
+            raise AdapterError(f"{name} has shape {reprlib.repr(tuple(found))}, the run's manifest says {shape}")
         if stored not in _NUMPY_TYPES:
-            raise AdapterError(f"{name} has type {stored}; adapters travel as F32, BF16 or F16")
+            raise AdapterError(f"{name} has type {reprlib.repr(stored)}; adapters travel as F32, BF16 or F16")
         if not 0 <= begin <= end <= payload or end - begin != _NUMPY_TYPES[stored].itemsize * int(np.prod(shape)):
             raise AdapterError(f"{name} has byte offsets that do not fit its shape or the file")
         entries[name] = (stored, begin, end)

@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedhds.adapter import Artifact
@@ -41,8 +41,10 @@ class ArtifactStore:
 
     def has(self, artifact: Artifact) -> bool:
         """Whether the artifact is complete and durable."""
-        path = self.path(artifact)
-        return path.is_file() and path.stat().st_size == artifact.size
+        # One look: between two, another thread may delete it.
+        with self._guarded(), suppress(FileNotFoundError):
+            return self.path(artifact).stat().st_size == artifact.size
+        return False
 
     def scratch(self, name: str) -> Path:
         """A path in the same file system for a file that `adopt` will take."""
@@ -51,10 +53,11 @@ class ArtifactStore:
     def received(self, artifact: Artifact) -> int:
         """Bytes held of an upload; the artifact's size when it is complete."""
         self._check(artifact)
-        if self.has(artifact):
-            return artifact.size
-        part = self._part(artifact)
-        return min(part.stat().st_size, artifact.size) if part.is_file() else 0
+        with self._lock, self._guarded():
+            if self.has(artifact):
+                return artifact.size
+            part = self._part(artifact)
+            return min(part.stat().st_size, artifact.size) if part.is_file() else 0
 
     def append(self, artifact: Artifact, offset: int, chunk: bytes) -> None:
         """Writes `chunk` at `offset` of an upload; bytes that are held already may come again."""
@@ -100,9 +103,11 @@ class ArtifactStore:
             self._place(path, artifact)
 
     def open_chunks(self, artifact: Artifact, offset: int, chunk_size: int = 1 << 20) -> Iterator[bytes]:
-        """The bytes from `offset` on; raises ArtifactError for an artifact that is not here."""
+        """The bytes from `offset` on; raises ArtifactError for an artifact that is not here or ends before `offset`."""
         if not self.has(artifact):
             raise ArtifactError(f"there is no artifact {artifact.digest[:12]}")
+        if offset > artifact.size:
+            raise ArtifactError(f"the download goes on at byte {offset} of {artifact.size}; fetch it anew")
         with self._guarded(), self.path(artifact).open("rb") as file:
             file.seek(offset)
             while chunk := file.read(chunk_size):

@@ -15,7 +15,8 @@ from fedhds.adapter import AdapterManifest, peft_config
 from fedhds.errors import StorageError
 from fedhds.runspec import RunSpec
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# No dot first: ../model is a path.
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ def write_checkpoint(folder: Path, adapter: Path, manifest: AdapterManifest, spe
         for file in version.iterdir():
             _sync(file)
         _sync(version)
+        _sync(versions)
         partial = folder / "checkpoint.partial"
         partial.unlink(missing_ok=True)
         partial.symlink_to(Path("checkpoints") / version.name)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fedhds.adapter import AdapterManifest, AdapterReader, Artifact, FloatArray, TensorSpec, write_adapter
-from fedhds.errors import AdapterError
+from fedhds.errors import AdapterError, StorageError
 from fedhds.runspec import WireDtype
 
 
@@ -44,7 +44,19 @@ class Aggregator(ABC):
     def aggregate(
         self, manifest: AdapterManifest, current: Path, updates: Sequence[Update], out: Path, dtype: WireDtype
     ) -> Artifact:
-        """Writes the next global adapter to `out`; `current` is the one that the updates started from."""
+        """Writes the next global adapter to `out`; `current` is the one that the updates started from.
+
+        Raises AdapterError, naming the tensor, for an update that does not fit; StorageError when a file cannot be read
+        or written.
+        """
+        try:
+            return self._aggregated(manifest, current, updates, out, dtype)
+        except OSError as error:
+            raise StorageError(f"cannot aggregate into {out.parent}: {error}; check the disk and the limits") from error
+
+    def _aggregated(
+        self, manifest: AdapterManifest, current: Path, updates: Sequence[Update], out: Path, dtype: WireDtype
+    ) -> Artifact:
         ordered = sorted((update for update in updates if update.weight > 0), key=lambda update: update.site)
         if not ordered:
             shutil.copyfile(current, out)

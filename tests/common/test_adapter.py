@@ -1,0 +1,415 @@
+"""Adapters on disk: the same bytes for the same values, and nothing but AdapterError for whatever else a file holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from fedhds.adapter import (
+    AdapterManifest,
+    AdapterReader,
+    Artifact,
+    FloatArray,
+    TensorSpec,
+    initial_tensor,
+    peft_config,
+    write_adapter,
+)
+from fedhds.errors import AdapterError, StorageError
+from fedhds.runspec import RunSpec, WireDtype
+from fedhds.v1 import federation_pb2 as pb
+
+A, B = TensorSpec("q.lora_A.weight", (2, 3)), TensorSpec("q.lora_B.weight", (4, 2))
+MANIFEST = AdapterManifest((A, B), ("q",))
+WIRE_DTYPES: tuple[WireDtype, ...] = get_args(WireDtype)
+NUMPY_TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+Header = dict[str, Any]
+
+
+def counted(spec: TensorSpec) -> FloatArray:
+    """Small whole numbers, which every wire type holds exactly."""
+    return np.arange(np.prod(spec.shape), dtype=np.float32).reshape(spec.shape) - 3
+
+
+def written(path: Path, dtype: WireDtype = "float32") -> Path:
+    write_adapter(path, MANIFEST, counted, dtype)
+    return path
+
+
+def taken_apart(path: Path) -> tuple[Header, bytes]:
+    """Header and tensor bytes."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
+
+
+def put_together(header: bytes, payload: bytes) -> bytes:
+    return struct.pack("<Q", len(header)) + header + payload
+
+
+def opened(path: Path) -> None:
+    AdapterReader(path, MANIFEST).close()
+
+
+# References.
+
+
+def test_a_reference_is_the_digest_and_size_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc" * 100_000)
+    artifact = Artifact.of_file(path)
+    assert artifact == Artifact(hashlib.sha256(b"abc" * 100_000).hexdigest(), 300_000)
+    assert Artifact.from_proto(artifact.to_proto()) == artifact
+
+
+@pytest.mark.parametrize(
+    "digest", ["", "a" * 63, "a" * 65, "A" * 64, "g" * 64, "a" * 63 + "\n", "٣" * 64, "/" + "a" * 63, "../" * 21 + "a"]
+)
+def test_a_reference_whose_digest_is_none_is_refused(digest: str) -> None:
+    with pytest.raises(AdapterError, match="64 lower-case"):
+        Artifact.from_proto(pb.ArtifactRef(digest=digest, size=1))
+
+
+# Manifests.
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> AdapterManifest:
+    stems = st.text(st.characters(codec="utf-8"), max_size=8)
+    factors = st.sampled_from((".lora_A.weight", ".lora_B.weight"))
+    names = draw(st.sets(st.builds(str.__add__, stems, factors), min_size=1, max_size=4))
+    shapes = st.tuples(st.integers(1, 4), st.integers(1, 4))
+    return AdapterManifest(tuple(TensorSpec(name, draw(shapes)) for name in sorted(names)), tuple(draw(st.sets(stems))))
+
+
+@given(manifests())
+def test_a_manifest_survives_the_wire(manifest: AdapterManifest) -> None:
+    message = pb.AdapterManifest.FromString(manifest.to_proto().SerializeToString())
+    assert AdapterManifest.from_proto(message) == manifest
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ((), "at least one tensor"),
+        ((B, A), "sorted by name"),
+        ((A, A), "each once"),
+        ((TensorSpec("q.weight", (2, 3)),), "no LoRA factor"),
+        ((TensorSpec("q.lora_A.weight", (6,)),), "not a matrix's"),
+        ((TensorSpec("q.lora_A.weight", (2, 3, 1)),), "not a matrix's"),
+        ((TensorSpec("q.lora_A.weight", (2, 0)),), "not a matrix's"),
+        ((TensorSpec("q.lora_A.weight", (1 << 20, 1 << 20)),), "beyond any model's"),
+        ((TensorSpec("q.lora_A.weight", (2, (1 << 64) - 1)),), "beyond any model's"),
+    ],
+)
+def test_a_manifest_of_no_lora_adapter_is_refused(tensors: tuple[TensorSpec, ...], words: str) -> None:
+    with pytest.raises(AdapterError, match=words):
+        AdapterManifest.from_proto(AdapterManifest(tensors, ()).to_proto())
+
+
+# Writing.
+
+
+def test_the_bytes_of_an_adapter_are_fixed(tmp_path: Path) -> None:
+    manifest = AdapterManifest((TensorSpec("a.lora_A.weight", (1, 2)), TensorSpec("a.lora_B.weight", (2, 1))), ())
+    values = {"a.lora_A.weight": [[1, -2]], "a.lora_B.weight": [[0.5], [0]]}
+    write_adapter(tmp_path / "adapter", manifest, lambda spec: np.array(values[spec.name], np.float32), "float32")
+    header = (
+        b'{"__metadata__":{"format":"pt"},'
+        b'"a.lora_A.weight":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]},'
+        b'"a.lora_B.weight":{"dtype":"F32","shape":[2,1],"data_offsets":[8,16]}}'
+    )
+    # Padded with blanks, so that tensors start at a multiple of 8.
+    header += b" " * (-len(header) % 8)
+    assert (tmp_path / "adapter").read_bytes() == put_together(header, struct.pack("<4f", 1, -2, 0.5, 0))
+
+
+@pytest.mark.parametrize("dtype", WIRE_DTYPES)
+def test_equal_values_give_equal_bytes_however_they_lie_in_memory(tmp_path: Path, dtype: WireDtype) -> None:
+    first = write_adapter(tmp_path / "first", MANIFEST, counted, dtype)
+    second = write_adapter(tmp_path / "second", MANIFEST, lambda spec: np.asfortranarray(counted(spec)), dtype)
+    assert first == second == Artifact.of_file(tmp_path / "first") == Artifact.of_file(tmp_path / "second")
+    changed = write_adapter(tmp_path / "third", MANIFEST, lambda spec: counted(spec) + (spec == B), dtype)
+    assert changed.digest != first.digest
+
+
+def test_tensors_are_asked_for_one_after_the_other_and_the_file_appears_when_it_is_complete(tmp_path: Path) -> None:
+    path, asked = tmp_path / "adapter", []
+
+    def tensor(spec: TensorSpec) -> FloatArray:
+        assert not path.exists()
+        asked.append(spec)
+        return counted(spec)
+
+    write_adapter(path, MANIFEST, tensor, "float32")
+    assert asked == [A, B]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_array_of_another_shape_is_refused_and_the_file_before_stays(tmp_path: Path) -> None:
+    path = written(tmp_path / "adapter")
+    before = path.read_bytes()
+    with pytest.raises(AdapterError, match=r"q\.lora_B\.weight has shape \(2, 4\), the manifest says \(4, 2\)"):
+        write_adapter(path, MANIFEST, lambda spec: counted(spec).T if spec == B else counted(spec), "float32")
+    assert path.read_bytes() == before
+
+
+def test_a_full_disk_is_a_named_error_and_the_file_before_stays(tmp_path: Path) -> None:
+    path = written(tmp_path / "adapter")
+    before = path.read_bytes()
+    (tmp_path / "adapter.partial").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match="No space left"):
+        write_adapter(path, MANIFEST, lambda spec: counted(spec) + 1, "float32")
+    assert path.read_bytes() == before
+
+
+# Reading.
+
+
+@settings(max_examples=60, deadline=None)
+@given(manifests(), st.sampled_from(WIRE_DTYPES), st.integers(0, 2**32))
+def test_what_is_written_is_read_and_written_again_bit_for_bit(
+    manifest: AdapterManifest, dtype: WireDtype, seed: int
+) -> None:
+    kind = np.dtype(NUMPY_TYPES[dtype])
+    random = np.random.default_rng(seed)
+
+    def drawn(spec: TensorSpec) -> FloatArray:
+        # Any bits: subnormal, negative zero, the largest; what is not finite becomes 1.
+        values = np.frombuffer(random.bytes(kind.itemsize * int(np.prod(spec.shape))), dtype=kind)
+        widened = values.astype(np.float32).reshape(spec.shape)
+        return np.where(np.isfinite(widened), widened, np.float32(1))
+
+    tensors = {spec: drawn(spec) for spec in manifest.tensors}
+    with TemporaryDirectory() as folder:
+        first, second = Path(folder) / "first", Path(folder) / "second"
+        artifact = write_adapter(first, manifest, tensors.__getitem__, dtype)
+        with AdapterReader(first, manifest) as reader:
+            for spec, values in tensors.items():
+                found = reader.tensor(spec)
+                assert found.dtype == np.float32
+                assert found.tobytes() == values.tobytes()
+            assert write_adapter(second, manifest, reader.tensor, dtype) == artifact
+
+
+@pytest.mark.parametrize("dtype", WIRE_DTYPES)
+def test_the_safetensors_library_reads_what_is_written(tmp_path: Path, dtype: WireDtype) -> None:
+    found = load_file(written(tmp_path / "adapter", dtype))
+    assert {tensor.dtype for tensor in found.values()} == {getattr(torch, dtype)}
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+        spec.name: counted(spec).tolist() for spec in MANIFEST.tensors
+    }
+
+
+@pytest.mark.parametrize("dtype", WIRE_DTYPES)
+@pytest.mark.parametrize("metadata", [None, {"format": "pt", "made": "elsewhere"}])
+def test_what_the_safetensors_library_writes_is_read(
+    tmp_path: Path, dtype: WireDtype, metadata: dict[str, str] | None
+) -> None:
+    tensors = {spec.name: torch.from_numpy(counted(spec)).to(getattr(torch, dtype)) for spec in (B, A)}
+    save_file(tensors, tmp_path / "adapter", metadata)
+    with AdapterReader(tmp_path / "adapter", MANIFEST) as reader:
+        for spec in MANIFEST.tensors:
+            assert np.array_equal(reader.tensor(spec), counted(spec))
+
+
+def test_a_tensor_is_a_copy_that_outlives_the_reader(tmp_path: Path) -> None:
+    path = written(tmp_path / "adapter")
+    with AdapterReader(path, MANIFEST) as reader:
+        first, second = reader.tensor(A), reader.tensor(A)
+    first += 1
+    assert np.array_equal(second, counted(A))
+    assert Artifact.of_file(path) == Artifact.of_file(written(tmp_path / "again"))
+
+
+# Files that are no adapter of the run.
+
+
+def test_every_truncated_file_is_refused(tmp_path: Path) -> None:
+    content = written(tmp_path / "adapter").read_bytes()
+    cut = tmp_path / "cut"
+    for length in range(len(content)):
+        cut.write_bytes(content[:length])
+        with pytest.raises(AdapterError):
+            opened(cut)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "empty"),
+        (bytes(7), "shorter than a safetensors header"),
+        (struct.pack("<Q", 3) + b"{}", "longer than the file"),
+        (struct.pack("<Q", 1 << 63) + b"{}", "longer than the file"),
+        (put_together(b"", b""), "not JSON"),
+        (put_together(b'{"a":', b""), "not JSON"),
+        (put_together(b'{"a": "\xff\xfe"}', b""), "not JSON"),
+        (put_together(b"[" * 1_000_000, b""), "not JSON"),
+        (put_together(b"9" * 10_000, b""), "not JSON"),
+        (put_together(b"[]", b""), "not a JSON object"),
+        (put_together(b"{}", b""), "2 of them; the first is 'q.lora_A.weight'"),
+    ],
+)
+def test_a_file_without_a_safetensors_header_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "adapter"
+    path.write_bytes(content)
+    with pytest.raises(AdapterError, match=words):
+        opened(path)
+
+
+def test_a_header_longer_than_any_adapter_needs_is_refused_though_the_file_holds_it(tmp_path: Path) -> None:
+    # A file of holes: it takes no room.
+    with (tmp_path / "adapter").open("wb") as file:
+        file.write(struct.pack("<Q", (64 << 20) + 1))
+        file.truncate(65 << 20)
+    with pytest.raises(AdapterError, match="longer than the file or than any adapter needs"):
+        opened(tmp_path / "adapter")
+
+
+def _set(**fields: object) -> Callable[[Header], object]:
+    return lambda header: header[A.name].update(fields)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda header: header.pop(A.name), r"1 of them; the first is 'q\.lora_A\.weight'"),
+        (lambda header: header.update(extra=header[A.name]), "1 of them; the first is 'extra'"),
+        (lambda header: header.update(p=header.pop(A.name)), "2 of them; the first is 'p'"),
+        (lambda header: header.update({A.name: [1, 2]}), r"entry for q\.lora_A\.weight is malformed"),
+        (lambda header: header[A.name].pop("dtype"), "malformed"),
+        (_set(dtype=32), "malformed"),
+        (_set(shape="2, 3"), "malformed"),
+        (_set(data_offsets=[0, 24, 48]), "malformed"),
+        (_set(data_offsets=[0, "24"]), "malformed"),
+        (_set(data_offsets=[0.0, 24.0]), "malformed"),
+        (_set(shape=[3, 2]), r"q\.lora_A\.weight has shape \(3, 2\), the run's manifest says \(2, 3\)"),
+        (_set(shape=[6]), r"has shape \(6,\)"),
+        (_set(shape=[[2], 3]), "has shape"),
+        (_set(dtype="F64"), "has type 'F64'; adapters travel as F32, BF16 or F16"),
+        (_set(dtype="I32"), "has type 'I32'"),
+        (_set(dtype="F16"), "byte offsets that do not fit"),
+        (_set(data_offsets=[0, 20]), "byte offsets that do not fit"),
+        (_set(data_offsets=[-24, 0]), "byte offsets that do not fit"),
+        (_set(data_offsets=[24, 0]), "byte offsets that do not fit"),
+        (_set(data_offsets=[40, 64]), "byte offsets that do not fit"),
+        (_set(data_offsets=[1 << 70, (1 << 70) + 24]), "byte offsets that do not fit"),
+    ],
+)
+def test_tensors_that_differ_from_the_manifest_are_refused_by_name(
+    tmp_path: Path, spoil: Callable[[Header], object], words: str
+) -> None:
+    header, payload = taken_apart(written(tmp_path / "adapter"))
+    spoil(header)
+    (tmp_path / "spoiled").write_bytes(put_together(json.dumps(header).encode(), payload))
+    with pytest.raises(AdapterError, match=words):
+        opened(tmp_path / "spoiled")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _set(dtype="\ud800"),
+        _set(dtype="x" * 1_000_000),
+        _set(shape=["\ud800"] * 100_000),
+        lambda header: header.update({"\ud800" * 1_000_000: {}}),
+    ],
+)
+def test_an_error_quotes_a_hostile_header_briefly_and_in_characters_that_travel(
+    tmp_path: Path, spoil: Callable[[Header], object]
+) -> None:
+    header, payload = taken_apart(written(tmp_path / "adapter"))
+    spoil(header)
+    (tmp_path / "spoiled").write_bytes(put_together(json.dumps(header).encode(), payload))
+    with pytest.raises(AdapterError) as caught:
+        opened(tmp_path / "spoiled")
+    # A lone surrogate could be neither sent nor saved.
+    assert len(str(caught.value).encode("utf-8")) < 2_000
+
+
+@pytest.mark.parametrize("dtype", WIRE_DTYPES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_refused_naming_its_tensor(
+    tmp_path: Path, dtype: WireDtype, value: float
+) -> None:
+    path = written(tmp_path / "adapter", dtype)
+    odd = np.array([value], dtype=NUMPY_TYPES[dtype]).tobytes()
+    path.write_bytes(path.read_bytes()[: -len(odd)] + odd)
+    with AdapterReader(path, MANIFEST) as reader:
+        assert np.array_equal(reader.tensor(A), counted(A))
+        with pytest.raises(AdapterError, match=r"q\.lora_B\.weight holds values that are not finite"):
+            reader.tensor(B)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_damage_anywhere_is_an_adapter_error_or_another_whole_adapter(data: st.DataObject) -> None:
+    with TemporaryDirectory() as folder:
+        path = written(Path(folder) / "adapter", data.draw(st.sampled_from(WIRE_DTYPES)))
+        content = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 3))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        path.write_bytes(content)
+        try:
+            with AdapterReader(path, MANIFEST) as reader:
+                tensors = [reader.tensor(spec) for spec in MANIFEST.tensors]
+        except AdapterError:
+            return
+        assert [tensor.shape for tensor in tensors] == [A.shape, B.shape]
+        assert all(np.isfinite(tensor).all() for tensor in tensors)
+
+
+# First values.
+
+
+def test_a_first_b_is_zero_and_a_first_a_is_uniform_within_the_bound_of_its_input() -> None:
+    wide = TensorSpec("q.lora_A.weight", (64, 400))
+    values = initial_tensor(wide, 1)
+    bound = 1 / np.sqrt(400)
+    assert values.shape == wide.shape
+    assert values.dtype == np.float32
+    assert 0.99 * bound < np.abs(values).max() <= np.float32(bound)
+    # Standard deviation and mean of a uniform distribution, within five standard errors.
+    assert values.std() == pytest.approx(bound / np.sqrt(3), rel=0.02)
+    assert abs(values.mean()) < 5 * bound / np.sqrt(3 * values.size)
+    zero = initial_tensor(TensorSpec("q.lora_B.weight", (400, 64)), 1)
+    assert zero.shape == (400, 64)
+    assert zero.dtype == np.float32
+    assert not zero.any()
+
+
+def test_first_values_follow_from_seed_and_name_alone() -> None:
+    other = TensorSpec("k.lora_A.weight", A.shape)
+    draws = {(spec, seed): initial_tensor(spec, seed) for spec in (A, other) for seed in (0, 1, 2**63 - 1)}
+    assert len({values.tobytes() for values in draws.values()}) == len(draws)
+    for (spec, seed), values in reversed(draws.items()):
+        assert np.array_equal(initial_tensor(spec, seed), values)
+
+
+# PEFT's configuration.
+
+
+def test_the_peft_configuration_has_the_runs_values() -> None:
+    spec = RunSpec(model="org/base", rounds=1, lora_rank=3, lora_alpha=7.5, lora_dropout=0.25)
+    config = json.loads(peft_config(spec, AdapterManifest((A,), ("v_proj", "q_proj"))))
+    assert config["base_model_name_or_path"] == "org/base"
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 7.5, 0.25)
+    # Never all-linear: what it stands for is resolved at the sites.
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    assert config["revision"] is None
+    pinned = spec.model_copy(update={"model_revision": "v1"})
+    assert json.loads(peft_config(pinned, MANIFEST))["revision"] == "v1"

@@ -1,0 +1,273 @@
+"""The checkpoint: a folder that PEFT loads, a model card that the hub reads, and never half a version."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM
+
+from fedhds.adapter import AdapterManifest, TensorSpec, initial_tensor, write_adapter
+from fedhds.errors import StorageError
+from fedhds.runspec import RunSpec
+from fedhds_server.checkpoint import EvaluationFacts, RunFacts, model_card, write_checkpoint
+from tests.tiny import make_model
+
+MANIFEST = AdapterManifest((TensorSpec("q.lora_A.weight", (2, 3)), TensorSpec("q.lora_B.weight", (4, 2))), ("q",))
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+FACTS = RunFacts(
+    rounds=3,
+    sites=2,
+    rows=2000,
+    samples=30,
+    fingerprint={"weights": "aa", "config": "bb"},
+    version="1.2.3",
+    evaluations=(EvaluationFacts(0, 40, 2.5, 0.125), EvaluationFacts(3, 40, 1.25, 0.5)),
+)
+
+
+def spec(**fields: Any) -> RunSpec:
+    return RunSpec.model_validate({"model": "org/base", "rounds": 5} | fields)
+
+
+def write(folder: Path, number: int) -> None:
+    """Writes a checkpoint whose every file tells its number."""
+    adapter = folder / "adapter"
+    write_adapter(adapter, MANIFEST, lambda tensor: np.full(tensor.shape, number, np.float32), "float32")
+    write_checkpoint(folder, adapter, MANIFEST, spec(lora_rank=number), f"card {number}")
+
+
+def number_of(folder: Path) -> int:
+    """The number that all files of a checkpoint agree on."""
+    found = folder / "checkpoint"
+    assert sorted(path.name for path in found.iterdir()) == FILES
+    number = int(json.loads((found / "adapter_config.json").read_text())["r"])
+    assert (found / "README.md").read_text() == f"card {number}"
+    expected = folder / "expected"
+    write_adapter(expected, MANIFEST, lambda tensor: np.full(tensor.shape, number, np.float32), "float32")
+    assert (found / "adapter_model.safetensors").read_bytes() == expected.read_bytes()
+    return number
+
+
+# The folder.
+
+
+def test_peft_loads_the_checkpoint_with_the_runs_values(tmp_path: Path) -> None:
+    model = str(make_model(tmp_path / "model"))
+    base: Any = AutoModelForCausalLM.from_pretrained(model)
+    ids = torch.tensor([[5, 9, 40]])
+    with torch.no_grad():
+        plain = base(input_ids=ids).logits
+    run = spec(model=model, lora_rank=3, lora_alpha=6.0, lora_dropout=0.5)
+    targets = ("q_proj", "up_proj")
+    config = LoraConfig(r=3, target_modules=list(targets), task_type="CAUSAL_LM")
+    shapes = {name: tuple(at.shape) for name, at in get_peft_model_state_dict(get_peft_model(base, config)).items()}
+    manifest = AdapterManifest(tuple(TensorSpec(name, shapes[name]) for name in sorted(shapes)), targets)
+    values = {tensor.name: initial_tensor(tensor, 1) + np.float32(0.1) for tensor in manifest.tensors}
+    write_adapter(tmp_path / "adapter", manifest, lambda tensor: values[tensor.name], "float32")
+    write_checkpoint(tmp_path, tmp_path / "adapter", manifest, run, "card")
+
+    fresh: Any = AutoModelForCausalLM.from_pretrained(model)
+    loaded: Any = PeftModel.from_pretrained(fresh, str(tmp_path / "checkpoint"))
+    found = get_peft_model_state_dict(loaded)
+    assert {name: at.tolist() for name, at in found.items()} == {name: at.tolist() for name, at in values.items()}
+    assert loaded.peft_config["default"].base_model_name_or_path == model
+    assert {at.scaling["default"] for at in loaded.modules() if hasattr(at, "lora_A")} == {2.0}
+    with torch.no_grad():
+        # Loaded for inference: no dropout, and the adapter counts.
+        assert torch.equal(loaded(input_ids=ids).logits, loaded(input_ids=ids).logits)
+        assert not torch.allclose(loaded(input_ids=ids).logits, plain, atol=1e-2)
+
+
+def test_a_checkpoint_is_replaced_and_the_one_before_removed(tmp_path: Path) -> None:
+    for number in range(1, 6):
+        write(tmp_path, number)
+        assert number_of(tmp_path) == number
+        assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+    assert not (tmp_path / "checkpoint.partial").is_symlink()
+
+
+def test_a_run_folder_can_be_moved_with_its_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    write(tmp_path / "old", 1)
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert number_of(tmp_path / "new") == 1
+    write(tmp_path / "new", 2)
+    assert number_of(tmp_path / "new") == 2
+
+
+def crashed_at(step: int, act: Callable[[], None]) -> bool:
+    """Runs `act` in a child that dies before the step number `step` on files or folders; whether it got so far."""
+    steps = count()
+
+    def audit(event: str, _: tuple[object, ...]) -> None:
+        if event.startswith(("open", "os.", "shutil.")) and next(steps) == step:
+            os._exit(9)
+
+    child = os.fork()
+    if not child:
+        try:
+            sys.addaudithook(audit)
+            act()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) == 9
+
+
+# From Python 3.12 on, forking a process with threads warns; the child does nothing but write files.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("earlier", [0, 1, 2])
+def test_a_crash_at_any_step_leaves_a_whole_version_and_the_next_write_mends_the_rest(
+    tmp_path: Path, earlier: int
+) -> None:
+    seen = []
+    for step in count():
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        for number in range(1, earlier + 1):
+            write(folder, number)
+        crashed = crashed_at(step, partial(write, folder, earlier + 1))
+        seen.append(number_of(folder) if (folder / "checkpoint").is_symlink() else 0)
+        write(folder, earlier + 2)
+        assert number_of(folder) == earlier + 2
+        assert len(list((folder / "checkpoints").iterdir())) == 1
+        if not crashed:
+            break
+    # The version before up to some step, from then on the new one.
+    assert seen == sorted(seen)
+    assert set(seen) == {earlier, earlier + 1}
+
+
+def test_a_failed_write_is_a_named_error_and_the_version_before_stays(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    with pytest.raises(StorageError, match=r"cannot write the checkpoint to .*No such file"):
+        write_checkpoint(tmp_path, tmp_path / "vanished", MANIFEST, spec(), "card")
+    assert number_of(tmp_path) == 1
+    with pytest.raises(StorageError, match="absent"):
+        write_checkpoint(tmp_path / "absent", tmp_path / "adapter", MANIFEST, spec(), "card")
+
+
+# The model card.
+
+
+def card(facts: RunFacts = FACTS, **fields: Any) -> str:
+    return model_card(spec(**fields), facts)
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    """What the Hugging Face hub reads of a card."""
+    data: dict[str, Any] = ModelCard(text).data.to_dict()
+    return data
+
+
+def test_the_hub_reads_the_cards_front_matter() -> None:
+    assert front_matter(card(model_licence="apache-2.0")) == {
+        "base_model": "org/base",
+        "library_name": "peft",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["fedhds", "federated-learning", "instruction-tuning", "lora"],
+    }
+
+
+@pytest.mark.parametrize("model", ["/srv/models/base", "base", "./base", "../base", "a/b/c", "org/", "C:\\models"])
+def test_a_local_model_is_not_taken_for_one_of_the_hub(model: str) -> None:
+    text = card(model=model)
+    assert "base_model" not in front_matter(text)
+    assert f"An adapter for `{model}`" in text
+
+
+@pytest.mark.parametrize(("licence", "expected"), [("not declared", "other"), ("no", "no"), ("a: b # c", "a: b # c")])
+def test_licences_stand_in_the_card_as_declared(licence: str, expected: str) -> None:
+    text = card(model_licence=licence, data_licence="cc-by-sa-3.0")
+    assert front_matter(text)["license"] == expected
+    assert f"- base model: {licence}\n- data: cc-by-sa-3.0" in text
+
+
+def test_the_card_tells_how_the_adapter_was_made() -> None:
+    text = card(
+        budget="1.5%",
+        schedule="per-round",
+        cohort_fraction=0.25,
+        lora_rank=4,
+        lora_alpha=12,
+        lora_targets=("q_proj", "v_proj"),
+        learning_rate=0.001,
+        seed=7,
+    )
+    for line in (
+        "tuned with fedhds 1.2.3 on instruction data of\n2 sites.",
+        "| rounds | 3 of 5, cohort fraction 0.25 |",
+        "| selection | fedhds, per-round, budget 1.5% |",
+        "| rows trained on | 30 of 2000 (1.5%) |",
+        "| LoRA | rank 4, alpha 12, dropout 0.05, q_proj, v_proj |",
+        "| training | Adam, learning rate 0.001, batch 4, 1 local epochs, rows up to 1024 tokens |",
+        "| seed | 7 |",
+        "| SHA-256 of the base model's config | `bb` |\n| SHA-256 of the base model's weights | `aa` |",
+        "format `auto`",
+    ):
+        assert line in text
+
+
+def test_the_card_tells_what_was_measured() -> None:
+    assert (
+        "| round | rows | loss (nats per response token) | Rouge-L F1 |\n"
+        "| --- | --- | --- | --- |\n"
+        "| before | 40 | 2.5000 | 0.1250 |\n"
+        "| 3 | 40 | 1.2500 | 0.5000 |\n"
+    ) in card()
+
+
+def test_a_run_without_rows_or_evaluators_has_a_card_too() -> None:
+    text = card(RunFacts(rounds=0, sites=0, rows=0, samples=0, fingerprint={}, version="1", evaluations=()))
+    assert "| rows trained on | 0 of 0 (none) |" in text
+    assert "No site evaluated." in text
+    assert "SHA-256" not in text
+
+
+CENTROIDS_NOISED = (
+    "clipped to L2 norm 0.5 and noised (Gaussian, noise multiplier 1.25); every site's own ledger states the "
+    "client-level epsilon at delta 1e-06"
+)
+CENTROIDS_PLAIN = "Released centroids carried no noise: no differential-privacy guarantee is claimed for them."
+
+
+@pytest.mark.parametrize(
+    ("fields", "said", "unsaid"),
+    [
+        ({"clip_norm": 0.5, "noise_multiplier": 1.25, "delta": 1e-6}, [CENTROIDS_NOISED], ["centroids carried no"]),
+        (
+            {"clip_norm": 0.5},
+            [CENTROIDS_PLAIN, "they sent adapter tensors and cluster centroids."],
+            ["noise multiplier"],
+        ),
+        ({"strategy": "random"}, ["they sent adapter tensors."], ["centroids"]),
+        ({"strategy": "full"}, ["they sent adapter tensors."], ["centroids"]),
+    ],
+)
+def test_the_card_claims_no_more_privacy_than_there_is(
+    fields: dict[str, Any], said: list[str], unsaid: list[str]
+) -> None:
+    text = card(**fields)
+    for words in [*said, "Adapter updates carried no noise: no differential-privacy guarantee is claimed"]:
+        assert words in text
+    for words in unsaid:
+        assert words not in text
+
+
+@pytest.mark.parametrize("model", ["org/base", '/srv/it\'s "here"/base', "C:\\new\\base"])
+def test_the_cards_example_is_python_that_names_the_model(model: str) -> None:
+    example = card(model=model).split("```python\n")[1].split("```")[0]
+    assert model in compile(example, "card", "exec").co_consts
