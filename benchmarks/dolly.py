@@ -84,7 +84,8 @@ def run(chosen: argparse.Namespace, method: str, seed: int, folder: Path) -> dic
         files = sorted(shards.glob("client-*.jsonl"))
         for number in range(chosen.processes):
             data = [str(file) for file in files[number :: chosen.processes]]
-            start(f"clients-{number}", "fedhds-client", f"--server={server}", "--data", *data, *_home(folder, number))
+            flags = ["--data", *data, "--share-exact-cells", *_home(folder, number)]
+            start(f"clients-{number}", "fedhds-client", f"--server={server}", *flags)
         unseen = f"--eval-data={shards / 'unseen.jsonl'}"
         start("evaluator", "fedhds-client", f"--server={server}", unseen, *_home(folder, "evaluator"))
         for daemon in daemons:

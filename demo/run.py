@@ -15,12 +15,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import get_args
 
 from google.protobuf import json_format
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fedhds.runspec import Strategy
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
 from fedhds.v1 import federation_pb2 as pb
@@ -75,7 +77,7 @@ def main() -> int:
     """Runs the demo; the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default=str(HERE / "model"), help="base model: a hub id or a path")
-    parser.add_argument("--strategy", default="fedhds", choices=("fedhds", "random", "full"))
+    parser.add_argument("--strategy", default="fedhds", choices=get_args(Strategy))
     parser.add_argument("--rounds", default="8")
     parser.add_argument("--folder", type=Path, default=HERE / "output", help="everything of the demo; emptied first")
     chosen = parser.parse_args()
@@ -146,6 +148,7 @@ def federation(
             f"--data={folder / 'shards' / name}.jsonl",
             f"--out={folder / name / 'adapter'}",
             f"--state={folder / name / 'state'}",
+            "--share-exact-cells",
         )
     start(
         EVALUATOR,

@@ -19,7 +19,7 @@ class Clusters:
     labels: npt.NDArray[np.int64]
     """(n,) cluster of every row of `ids`; -1 is noise."""
     centroids: npt.NDArray[np.float64]
-    """(k, d) means of the members, weighted with their probability of belonging."""
+    """(k, d) means of the members' places, weighted with their probability of belonging."""
     members: tuple[tuple[int, ...], ...]
     """Per cluster its sample ids, nearest to the centroid first, equally near ones by id."""
     unclustered: tuple[int, ...]
@@ -28,12 +28,18 @@ class Clusters:
     """What was unusual, for the log."""
 
 
-def cluster(ids: npt.NDArray[np.int64], points: npt.NDArray[np.float64], *, min_cluster_size: int) -> Clusters:
-    """Clusters the finite `points` (n, d) of the samples `ids` (n,); deterministic.
+def cluster(
+    ids: npt.NDArray[np.int64],
+    points: npt.NDArray[np.float64],
+    *,
+    min_cluster_size: int,
+    places: npt.NDArray[np.floating] | None = None,
+) -> Clusters:
+    """Clusters the finite `points` (n, f) of the samples `ids` (n,); deterministic.
 
-    Settings are the paper's: min_samples at its default, no single cluster. HDBSCAN finds no cluster where there is
-    room for one only: then every row is a cluster of its own. When all is noise there is no cluster, and the site is
-    not selected.
+    Centroids and nearness to them are taken of `places` (n, d), or of the points themselves. Settings are the paper's:
+    min_samples at its default, no single cluster. HDBSCAN finds no cluster where there is room for one only: then
+    every row is a cluster of its own. When all is noise there is no cluster, and the site is not selected.
     """
     from scipy.spatial.distance import cdist
 
@@ -44,18 +50,19 @@ def cluster(ids: npt.NDArray[np.int64], points: npt.NDArray[np.float64], *, min_
     else:
         labels, weights = _hdbscan(points, min_cluster_size)
         note = "" if (labels != NOISE).any() else f"no cluster among {count} rows: all are noise"
+    places = points if places is None else places
     groups = [np.flatnonzero(labels == label) for label in range(int(labels.max(initial=NOISE)) + 1)]
     groups.sort(key=lambda group: (-len(group), int(ids[group].min())))
     renumbered = np.full(count, NOISE, dtype=np.int64)
-    centroids = np.zeros((len(groups), points.shape[1]))
+    centroids = np.zeros((len(groups), places.shape[1]))
     members = []
     for number, group in enumerate(groups):
         renumbered[group] = number
-        centroids[number] = np.average(points[group], axis=0, weights=weights[group])
-        distances = np.linalg.norm(points[group] - centroids[number], axis=1)
+        centroids[number] = np.average(places[group], axis=0, weights=weights[group])
+        distances = np.linalg.norm(places[group] - centroids[number], axis=1)
         members.append(tuple(int(ids[row]) for row in group[np.lexsort((ids[group], distances))]))
     noise = np.flatnonzero(renumbered == NOISE)
-    to_any = np.zeros(len(noise)) if not groups else cdist(points[noise], centroids).min(axis=1)
+    to_any = np.zeros(len(noise)) if not groups else cdist(places[noise], centroids).min(axis=1)
     unclustered = tuple(int(ids[row]) for row in noise[np.lexsort((ids[noise], to_any))])
     return Clusters(ids, renumbered, centroids, tuple(members), unclustered, note)
 

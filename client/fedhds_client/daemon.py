@@ -201,9 +201,12 @@ class SiteLoop:
         match kind:
             case "select":
                 report = await self._beating(
-                    task.task_id, lambda control: self._workbench.select(site, run_id, task.task_id, adapter, control)
+                    task.task_id, lambda control: self._workbench.select(site, run_id, task, adapter, control)
                 )
-                request.clusters.CopyFrom(report)
+                if isinstance(report, pb.CellReport):
+                    request.cells.CopyFrom(report)
+                else:
+                    request.clusters.CopyFrom(report)
             case "train":
                 trained = await self._beating(
                     task.task_id, lambda control: self._workbench.train(site, run_id, task, adapter, control)

@@ -22,7 +22,7 @@ import transformers
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
@@ -43,7 +43,10 @@ _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass
 class BaseModel:
-    """A loaded causal LM; `max_length` is its longest row in tokens, `weight_files` are what it was loaded from."""
+    """A loaded model, a causal LM but for a model of features.
+
+    `max_length` is its longest row in tokens, `weight_files` are what it was loaded from.
+    """
 
     name: str
     model: Any
@@ -100,9 +103,17 @@ class InferenceModel:
 
 
 def load_base_model(
-    name: str, *, revision: str = "", device: str = "auto", dtype: str = "auto", cache_dir: Path | None = None
+    name: str,
+    *,
+    revision: str = "",
+    device: str = "auto",
+    dtype: str = "auto",
+    cache_dir: Path | None = None,
+    body_only: bool = False,
 ) -> BaseModel:
     """Loads a causal LM and its tokenizer; a local path makes no network call and takes no revision.
+
+    With `body_only` it may be an encoder, too, and comes without a head: enough to take features.
 
     `device` is auto (a GPU when there is one), cpu or cuda. `dtype` is a floating type's name, or auto: bfloat16
     on a GPU that has it, else float32 (half precision is slow and coarse on a CPU). `cache_dir` remembers digests of
@@ -118,10 +129,10 @@ def load_base_model(
     if revision and not local.is_dir():
         options["revision"] = revision
     where = _device(device)
-    config = _config(name, source, options)
+    config = _config(name, source, options, body_only)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    tokenizer = _tokenizer(name, source, options)
-    model = _model(name, source, options | {"config": config, "dtype": _dtype(dtype, where)}, where)
+    tokenizer = _tokenizer(name, source, options, body_only)
+    model = _model(name, source, options | {"config": config, "dtype": _dtype(dtype, where)}, where, body_only)
     limits = (getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None))
     known = [limit for limit in (*limits, tokenizer.model_max_length) if isinstance(limit, int) and 0 < limit < 10**9]
     files = tuple(_weight_files(source, options))
@@ -254,7 +265,7 @@ def _dtype(wanted: str, where: torch.device) -> torch.dtype:
     return found
 
 
-def _config(name: str, source: str, options: dict[str, Any]) -> Any:
+def _config(name: str, source: str, options: dict[str, Any], body_only: bool) -> Any:
     folder = Path(source)
     # transformers would load an adapter folder's base model, from wherever the folder says.
     if folder.is_dir() and (folder / "adapter_config.json").exists():
@@ -272,33 +283,38 @@ def _config(name: str, source: str, options: dict[str, Any]) -> Any:
             f"there is no folder {name}, and no model of that name can be had from the hub ({_first_line(error)}); "
             "check the name, the network and, for a gated model, HF_TOKEN, or give a local folder"
         ) from error
+    if body_only:
+        if config.is_encoder_decoder:
+            raise ModelError(f"{name} is an encoder-decoder; take features with an encoder or a causal language model")
+        return config
     masked = any(kind.endswith("ForMaskedLM") for kind in config.architectures or ())
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or masked:
         raise ModelError(f"{name} is a {config.model_type} model, not a causal language model; choose one that is")
     return config
 
 
-def _tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
+def _tokenizer(name: str, source: str, options: dict[str, Any], body_only: bool) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
         # The Rust library behind it raises plain Exception for a damaged tokenizer.json.
         raise ModelError(f"{name} has no usable tokenizer ({_first_line(error)}); put its files there") from error
-    if not len(tokenizer) or tokenizer.eos_token_id is None:
+    if not len(tokenizer) or (tokenizer.eos_token_id is None and not body_only):
         raise ModelError(f"the tokenizer of {name} has no vocabulary or no end-of-text token; it cannot end an answer")
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
         logger.info("the tokenizer of %s has no padding token; it pads with %s", name, tokenizer.eos_token)
     return tokenizer
 
 
-def _model(name: str, source: str, options: dict[str, Any], where: torch.device) -> Any:
+def _model(name: str, source: str, options: dict[str, Any], where: torch.device, body_only: bool) -> Any:
     damaged = f"the weight files of {name} are missing or damaged"
-    auto: Any = AutoModelForCausalLM
+    auto: Any = AutoModel if body_only else AutoModelForCausalLM
     try:
         model, report = auto.from_pretrained(source, output_loading_info=True, **options)
         # transformers fills gaps with random values.
-        missing = sorted(report["missing_keys"])
+        # A pooler sits on top of the hidden states and is not used; many checkpoints of encoders lack it.
+        missing = sorted(key for key in report["missing_keys"] if not (body_only and "pooler" in key))
         if missing:
             raise ModelError(f"{damaged}: they hold no {missing[0]} ({len(missing)} lacking); get the model anew")
         return model.to(where)

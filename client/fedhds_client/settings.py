@@ -78,11 +78,18 @@ class ClientSettings(BaseModel):
         description="Rows per batch when features are taken and when answers are generated.",
         json_schema_extra={"group": "Compute"},
     )
+    share_exact_cells: bool = Field(
+        False,
+        description="Take part when the strategy global runs without noise: it then sends, for every centre, the sum "
+        "of the features of this site's rows there and the distance of the nearest; a sum over one row is that row's "
+        "features.",
+        json_schema_extra={"group": "Policy"},
+    )
     max_epsilon: float | None = Field(
         None,
         gt=0,
-        description="Largest client-level epsilon that this site's releases of centroids may cost, ever; more is "
-        "refused whatever the coordinator asks.",
+        description="Largest epsilon that this site's releases for selection may cost, ever, in each privacy unit; "
+        "more, and a release without noise, is refused whatever the coordinator asks.",
         json_schema_extra={"group": "Policy"},
     )
     state: Path = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ from fedhds_client.settings import ClientSettings
 from fedhds_client.site import Site
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fedhds_client.features import Features
-    from fedhds_client.modeling import AdapterModel
+    from fedhds_client.modeling import AdapterModel, BaseModel
     from fedhds_client.prompts import Prompter
+    from fedhds_client.shard import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +98,8 @@ class Workbench:
         self._model: AdapterModel
         self._prompter: Prompter
         self._proof: tuple[pb.ModelFingerprint, AdapterManifest]
+        self._feature_source: tuple[BaseModel, Prompter] | None = None
+        self._held: dict[str, tuple[str, Features]] = {}
         self._adapters = chosen.state / "adapters"
         self._fetching = asyncio.Lock()
 
@@ -110,6 +116,19 @@ class Workbench:
             length = min(spec.max_length, base.max_length)
             self._prompter = Prompter(base.tokenizer, max_length=length, prompt_format=spec.prompt_format)
             proof = fingerprint(base, self._prompter.fingerprint)
+            if spec.feature_model:
+                logger.info("loading the feature model %s", spec.feature_model)
+                body = load_base_model(
+                    spec.feature_model, device=self._chosen.device, cache_dir=self._chosen.state, body_only=True
+                )
+                prompter = Prompter(
+                    body.tokenizer,
+                    max_length=min(spec.max_length, body.max_length),
+                    prompt_format=spec.prompt_format,
+                )
+                self._feature_source = body, prompter
+                whole = fingerprint(body, prompter.fingerprint).SerializeToString(deterministic=True)
+                proof.feature_model = hashlib.sha256(whole).hexdigest()
             self._model = AdapterModel(base, spec)
             self._proof = proof, self._model.manifest()
             self._spec = spec
@@ -128,39 +147,79 @@ class Workbench:
                 await link.download(session, artifact, path)
         return path
 
-    def select(self, site: Site, run_id: str, task_id: str, adapter: Path, control: Control) -> pb.ClusterReport:
-        """Clusters the site's shard; the report is what leaves the site."""
-        from fedhds_client.features import extract_features
+    def select(
+        self, site: Site, run_id: str, task: pb.NextTaskResponse, adapter: Path, control: Control
+    ) -> pb.ClusterReport | pb.CellReport:
+        """Groups the site's rows; the report is what leaves the site."""
         from fedhds_client.release import Releases
         from fedhds_client.selection import SelectionContext, selection_of
-        from fedhds_client.space import FeatureSpace
-        from fedhds_client.training import Cancelled
 
         spec, shard = self._checked_spec(), site.shard
         if shard is None:
             raise TaskError("this site holds no training rows to select from")
+        chosen = self._chosen
+        releases = Releases(
+            site.name, site.folder, site.ledger, run_id, spec, chosen.max_epsilon, chosen.share_exact_cells
+        )
+        context = SelectionContext(
+            task.task_id,
+            spec,
+            len(shard),
+            lambda: self._features(site, shard, adapter, control),
+            releases,
+            task.select.centres if task.select.HasField("centres") else None,
+        )
+        return selection_of(spec.strategy).report(context)
+
+    def _features(self, site: Site, shard: Shard, adapter: Path, control: Control) -> Features:
+        """Features of the shard under `adapter`, or under the run's feature model; from the cache where they are."""
+        from fedhds_client.feature_cache import cached_features
+        from fedhds_client.features import extract_features
+        from fedhds_client.space import FeatureSpace
+        from fedhds_client.training import Cancelled
+
+        spec = self._checked_spec()
+        space = FeatureSpace.of(spec)
+        body, prompter = self._feature_source or (self._model.base, self._prompter)
+        key = f"{body.weights}/{'' if self._feature_source else adapter.name}/{space.key}/{body.model.dtype}"
+        held = self._held.get(site.name)
+        if held and held[0] == key:
+            return held[1]
+
+        def encode(row: int) -> list[int]:
+            return prompter.encode(shard[row]).input_ids
 
         def progress(share: float) -> None:
             control.report(share)
             if control.cancelled():
                 raise Cancelled("the extraction of features was stopped")
 
-        def features() -> Features:
-            logger.info("%s: taking the features of %d rows", site.name, len(shard))
-            self._model.load(adapter)
+        def extract(rows: Sequence[int]) -> Features:
+            logger.info("%s: taking the features of %d rows", site.name, len(rows))
+            if not self._feature_source:
+                self._model.load(adapter)
             return extract_features(
-                self._model.module,
-                lambda row: self._prompter.encode(shard[row]).input_ids,
-                range(len(shard)),
-                FeatureSpace.of(spec),
-                pad_id=int(self._model.tokenizer.pad_token_id),
+                body.model if self._feature_source else self._model.module,
+                encode,
+                rows,
+                space,
+                pad_id=int(body.tokenizer.pad_token_id or 0),
                 batch_size=self._chosen.inference_batch_size,
                 progress=progress,
             )
 
-        releases = Releases(site.name, site.folder, site.ledger, run_id, spec, self._chosen.max_epsilon)
-        context = SelectionContext(task_id, spec, len(shard), features, releases)
-        return selection_of(spec.strategy).report(context)
+        found = cached_features(
+            site.folder / "features",
+            key=key,
+            encode=encode,
+            ids=range(len(shard)),
+            dimension=space.dimension,
+            extract=extract,
+            note=lambda text: logger.warning("%s: %s", site.name, text),
+        )
+        # A strategy that makes many passes asks again within the second; the next task lets go of it.
+        self._held[site.name] = (key, found)
+        return found
 
     def train(
         self, site: Site, run_id: str, task: pb.NextTaskResponse, adapter: Path, control: Control
@@ -171,6 +230,7 @@ class Workbench:
         spec, shard = self._checked_spec(), site.shard
         if shard is None:
             raise TaskError("this site holds no training rows")
+        self._held.pop(site.name, None)
         folder = site.folder / file_key(run_id)
         path = folder / f"update-{file_key(task.task_id + adapter.name)}.safetensors"
         if finished := Trained.found(path):

@@ -188,26 +188,29 @@ class RunSpec(BaseModel):
     clip_norm: float = Field(
         0.0,
         ge=0,
-        description="Clip every released centroid to this L2 norm, 0 for no clipping; noise needs it.",
+        description="Clip every released centroid (global: every row's features, of norm 1) to this L2 norm, 0 for no "
+        "clipping; noise needs it.",
         json_schema_extra={"group": "Privacy"},
     )
     noise_multiplier: float = Field(
         0.0,
         ge=0,
-        description="Noise on released centroids: standard deviation over the release's L2 sensitivity.",
+        description="Noise on released centroids, or sums and counts: standard deviation over the release's L2 "
+        "sensitivity.",
         json_schema_extra={"group": "Privacy"},
     )
     delta: float = Field(
         1e-5,
         gt=0,
         lt=1,
-        description="Delta of the client-level guarantee.",
+        description="Delta of the guarantee.",
         json_schema_extra={"group": "Privacy"},
     )
     released_centroids: int = Field(
         16,
         ge=1,
-        description="Under noise, every site releases exactly this many centroids (padded).",
+        description="Under noise, every site releases exactly this many centroids (padded); global: the number of "
+        "centres.",
         json_schema_extra={"group": "Privacy"},
     )
 

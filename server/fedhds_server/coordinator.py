@@ -14,6 +14,7 @@ from fedhds import adapter as adapters
 from fedhds.adapter import Artifact
 from fedhds.errors import FedhdsError, SessionLost, StorageError
 from fedhds.runspec import budget_rows
+from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.aggregation.base import Aggregator, Update
 from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.checkpoint import write_checkpoint
@@ -27,6 +28,7 @@ from fedhds_server.state import (
     DrawAdapter,
     Event,
     Instruction,
+    PassOpened,
     Record,
     RoundAggregated,
     RunState,
@@ -241,10 +243,13 @@ class Coordinator:
                 artifact = await asyncio.to_thread(self._draw_adapter)
                 await self.post(AdapterDrawn(time.time(), artifact))
             case Select():
-                selection = await asyncio.to_thread(self._select, instruction)
-                await self.post(
-                    SelectionMade(time.time(), instruction.round, dict(selection.coresets), tuple(selection.notes))
-                )
+                done = self.state.selection_pass
+                decided = await asyncio.to_thread(self._select, instruction)
+                if isinstance(decided, pb.Centres):
+                    await self.post(PassOpened(time.time(), instruction.round, done, decided))
+                else:
+                    coresets, notes = dict(decided.coresets), tuple(decided.notes)
+                    await self.post(SelectionMade(time.time(), instruction.round, coresets, notes))
             case Aggregate() if instruction.round == self.state.round:
                 await self._aggregate()
             case WriteCheckpoint() if self.state.adapters:
@@ -259,18 +264,25 @@ class Coordinator:
         self._artifacts.adopt(path, artifact)
         return artifact
 
-    def _select(self, instruction: Select) -> Selection:
+    def _select(self, instruction: Select) -> Selection | pb.Centres:
         state = self.state
         rows = {site: state.sites[site].rows for site in instruction.sites}
         budget = budget_rows(state.spec.budget, sum(rows.values()))
         context = SelectionContext(
-            seed=state.spec.seed, round=instruction.round, rows=rows, budget=budget, spec=state.spec
+            seed=state.spec.seed,
+            round=instruction.round,
+            rows=rows,
+            budget=budget,
+            spec=state.spec,
+            passes=state.selection_pass,
+            centres=state.centres_now,
+            cells=state.cells_now,
         )
-        reports = {
-            site: Report(state.report_tasks[site], state.report_of(site))
-            for site in instruction.sites
-            if site in state.report_tasks
-        }
+        answered = [site for site in instruction.sites if site in state.report_tasks]
+        if state.cells:
+            reports = {site: Report(state.report_tasks[site], cells=state.cells_of(site)) for site in answered}
+        else:
+            reports = {site: Report(state.report_tasks[site], state.clusters_of(site)) for site in answered}
         return self._strategy.select(context, reports)
 
     async def _aggregate(self) -> None:

@@ -17,6 +17,7 @@ _PARTS = {
     "config": "the model configuration",
     "tokenizer": "the tokenizer",
     "template": "the prompt template",
+    "feature_model": "the feature model",
 }
 
 
@@ -78,7 +79,8 @@ def check_attestation(
     """Checks that a site holds the run's base model; raises EnrolmentRefused saying what differs."""
     if not rows and not evaluates:
         raise EnrolmentRefused("the site brings neither training rows nor held-out rows; give --data or --eval-data")
-    if set(fingerprint) != set(_PARTS) or not all(fingerprint.values()):
+    needed = {part for part in _PARTS if part != "feature_model" or state.spec.feature_model}
+    if set(fingerprint) != set(_PARTS) or not all(fingerprint[part] for part in needed):
         raise EnrolmentRefused("the site sent no complete fingerprint of its base model")
     if not state.fingerprint:
         return
@@ -86,7 +88,7 @@ def check_attestation(
     if differing:
         raise EnrolmentRefused(
             f"the site's base model is not the run's ({state.spec.model}): {', '.join(differing)} "
-            f"differ{'s' if len(differing) == 1 else ''}; load the same files at the same revision (--model)"
+            f"differ{'s' if len(differing) == 1 else ''}; load the same files at the same revision"
         )
     if manifest != state.adapter_manifest:
         raise EnrolmentRefused("the site's adapter has other tensors than the run's; install the same peft version")

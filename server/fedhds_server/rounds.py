@@ -6,6 +6,8 @@ import hashlib
 import math
 
 from fedhds.runspec import RunSpec
+from fedhds.v1 import federation_pb2 as pb
+from fedhds_server.selection.cells import added, without_sums
 from fedhds_server.state import (
     AdapterDrawn,
     Aggregate,
@@ -15,6 +17,7 @@ from fedhds_server.state import (
     Event,
     FinalDelivered,
     Instruction,
+    PassOpened,
     Phase,
     Record,
     ReportReceived,
@@ -113,6 +116,8 @@ class RunMachine:
                 return self._start_if_ready(event.at)
             case ReportReceived():
                 return self._reported(event)
+            case PassOpened():
+                return self._pass_opened(event)
             case SelectionMade():
                 return self._selected(event)
             case UpdateReceived():
@@ -218,6 +223,7 @@ class RunMachine:
         state = self.state
         state.phase = Phase.SELECTING
         state.reports, state.report_tasks, state.coresets = {}, {}, {}
+        state.selection_pass, state.centres, state.cells = 0, "", ""
         sites = self._trainers()
         if self.spec.schedule == "per-round":
             sites = draw_cohort(sites, self.spec.cohort_fraction, seed=self.spec.seed, round_number=state.round)
@@ -236,9 +242,30 @@ class RunMachine:
         task = self.state.tasks.pop(event.task_id, None)
         if task is None:
             return []
-        self.state.reports[task.site] = packed(event.report)
+        report = event.report
+        if isinstance(report, pb.CellReport):
+            # Folded as they come: what is kept does not grow with the sites, and integers add up in any order.
+            self.state.cells = packed(added(self.state.cells_now, report))
+            report = without_sums(report)
+        self.state.reports[task.site] = packed(report)
         self.state.report_tasks[task.site] = task.id
         return self._advance(event.at)
+
+    def _pass_opened(self, event: PassOpened) -> list[Instruction]:
+        """Asks the sites that answered the last pass; who dropped out stays out of this selection."""
+        state = self.state
+        if state.phase is not Phase.SELECTING or (event.round, event.done) != (state.round, state.selection_pass):
+            return []
+        sites = sorted(state.reports)
+        state.selection_pass += 1
+        state.centres, state.cells = packed(event.centres), ""
+        state.reports, state.report_tasks = {}, {}
+        # The centres are part of the task's name: a selection that starts anew must not meet answers to others.
+        name = f"{state.round}.{state.selection_pass}-{hashlib.sha256(state.centres.encode()).hexdigest()[:12]}"
+        for site in sites:
+            self._add_task(TaskKind.SELECT, state.round, site, name)
+        state.message = f"selecting: pass {state.selection_pass + 1}, waiting for the sums of {len(sites)} sites"
+        return [Wake()]
 
     def _selected(self, event: SelectionMade) -> list[Instruction]:
         state = self.state
@@ -247,7 +274,7 @@ class RunMachine:
         state.coresets = {site: packed(coreset) for site, coreset in sorted(event.coresets.items())}
         notes: list[Instruction] = [Record(note) for note in event.notes]
         notes.append(Record(f"selection: {len(state.coresets)} of {len(state.reports)} sites have rows to train on"))
-        state.reports = {}
+        state.reports, state.centres, state.cells = {}, "", ""
         if self.spec.schedule == "per-round":
             return [*notes, *self._issue_training(sorted(state.coresets), event.at), Wake()]
         if not state.coresets:
@@ -431,8 +458,8 @@ class RunMachine:
     def _withdraw(self, kind: TaskKind) -> None:
         self.state.tasks = {key: task for key, task in self.state.tasks.items() if task.kind is not kind}
 
-    def _add_task(self, kind: TaskKind, number: int, site: str) -> None:
-        task = Task(id=f"{kind}/{number}/{site}", kind=kind, round=number, site=site)
+    def _add_task(self, kind: TaskKind, number: int, site: str, name: str = "") -> None:
+        task = Task(id=f"{kind}/{name or number}/{site}", kind=kind, round=number, site=site)
         self.state.tasks.setdefault(task.id, task)
 
     def _is_last(self, number: int) -> bool:

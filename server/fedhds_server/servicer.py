@@ -23,6 +23,7 @@ from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.coordinator import Coordinator
 from fedhds_server.enrolment import admit, check_attestation, negotiate, session_digest
 from fedhds_server.report import run_card, run_status
+from fedhds_server.selection import cells
 from fedhds_server.state import (
     Evaluation,
     EvaluationReceived,
@@ -82,6 +83,7 @@ class FederationServicer(rpc.FederationServicer):
             "config": request.fingerprint.config,
             "tokenizer": request.fingerprint.tokenizer,
             "template": request.fingerprint.template,
+            "feature_model": request.fingerprint.feature_model,
         }
         manifest = AdapterManifest.from_proto(request.manifest)
 
@@ -137,14 +139,26 @@ class FederationServicer(rpc.FederationServicer):
             return pb.CompleteTaskResponse(reason="the task is closed; its result came too late to count")
         now = time.time()
         match task.kind, result:
-            case TaskKind.SELECT, "clusters":
+            case TaskKind.SELECT, "clusters" if self._coordinator.state.spec.strategy != "global":
                 await self._coordinator.post(ReportReceived(now, task.id, request.clusters))
+            case TaskKind.SELECT, "cells" if self._coordinator.state.spec.strategy == "global":
+                return await self._take_cells(task, request.cells)
             case TaskKind.EVALUATE, "evaluation":
                 await self._coordinator.post(EvaluationReceived(now, task.id, _evaluation(request.evaluation)))
             case TaskKind.TRAIN, "train":
                 return await self._take_update(task, request.train)
             case _:
                 raise TaskError(f"a {task.kind} task cannot be completed by a result of kind {result!r}")
+        return pb.CompleteTaskResponse(accepted=True)
+
+    async def _take_cells(self, task: Task, report: pb.CellReport) -> pb.CompleteTaskResponse:
+        state = self._coordinator.state
+        rows = state.sites[task.site].rows
+        if fault := cells.check(report, state.spec, centres=state.centres_now, rows=rows):
+            reason = f"the report is rejected: {fault}"
+            await self._coordinator.post(TaskFailed(time.time(), task.id, reason))
+            return pb.CompleteTaskResponse(reason=reason)
+        await self._coordinator.post(ReportReceived(time.time(), task.id, report))
         return pb.CompleteTaskResponse(accepted=True)
 
     async def _take_update(self, task: Task, result: pb.TrainResult) -> pb.CompleteTaskResponse:
@@ -268,6 +282,8 @@ def _task_message(state: RunState, task: Task) -> pb.NextTaskResponse:
     match task.kind:
         case TaskKind.SELECT:
             message.select.adapter.CopyFrom(newest.to_proto())
+            if centres := state.centres_now:
+                message.select.centres.CopyFrom(centres)
         case TaskKind.TRAIN:
             message.train.adapter.CopyFrom(newest.to_proto())
             message.train.coreset.CopyFrom(state.coreset_of(task.site))

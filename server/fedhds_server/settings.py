@@ -8,6 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from fedhds.lloyd import all_passes
 from fedhds.runspec import RunSpec
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
@@ -29,8 +30,8 @@ class ServerSettings(RunSpec):
     epsilon: float | None = Field(
         None,
         gt=0,
-        description="Choose the noise so that a site's releases in the whole run cost at most this client-level "
-        "epsilon at --delta, in place of --noise-multiplier.",
+        description="Choose the noise so that a site's releases for selection in the whole run cost at most this "
+        "epsilon at --delta (global: example-level, else client-level), in place of --noise-multiplier.",
         json_schema_extra={"group": "Privacy"},
     )
     listen: str = Field(
@@ -83,6 +84,8 @@ class ServerSettings(RunSpec):
         if self.epsilon is not None:
             from fedhds.privacy.mechanisms import calibrate_noise
 
-            releases = 1 if self.schedule == "one-shot" else self.rounds
+            # What one selection releases, as often as a site may be asked for it.
+            once = all_passes(self.released_centroids, self.lloyd_passes) if self.strategy == "global" else 1
+            releases = once * (1 if self.schedule == "one-shot" else self.rounds)
             fields["noise_multiplier"] = calibrate_noise(epsilon=self.epsilon, delta=self.delta, releases=releases)
         return RunSpec(**fields)

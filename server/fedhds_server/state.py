@@ -128,6 +128,9 @@ class RunState(_Record):
     tasks: dict[str, Task] = Field(default_factory=dict)
     reports: dict[str, str] = Field(default_factory=dict)  # site -> base64 of its cluster report
     report_tasks: dict[str, str] = Field(default_factory=dict)  # site -> task in which it reported
+    selection_pass: int = 0  # passes of the selection in progress that are done
+    centres: str = ""  # base64 of the centres of the pass in progress; empty in the first one
+    cells: str = ""  # base64 of the sums of all reports of the pass in progress
     coresets: dict[str, str] = Field(default_factory=dict)  # site -> base64 of its coreset, of the last selection
     cohort: list[str] = Field(default_factory=list)  # sites that train in the open round; empty while it has none
     updates: dict[str, Update] = Field(default_factory=dict)
@@ -162,12 +165,26 @@ class RunState(_Record):
         """The rows that `site` trains on by the last selection."""
         return pb.Coreset.FromString(base64.b64decode(self.coresets[site]))
 
-    def report_of(self, site: str) -> pb.ClusterReport:
+    def clusters_of(self, site: str) -> pb.ClusterReport:
         """The report of `site` for the selection in progress."""
         return pb.ClusterReport.FromString(base64.b64decode(self.reports[site]))
 
+    def cells_of(self, site: str) -> pb.CellReport:
+        """The counts that `site` reported in the pass in progress."""
+        return pb.CellReport.FromString(base64.b64decode(self.reports[site]))
 
-def packed(message: pb.AdapterManifest | pb.Coreset | pb.ClusterReport) -> str:
+    @property
+    def centres_now(self) -> pb.Centres | None:
+        """The centres of the pass in progress; None in the first."""
+        return pb.Centres.FromString(base64.b64decode(self.centres)) if self.centres else None
+
+    @property
+    def cells_now(self) -> pb.CellReport:
+        """What the sites that answered in the pass in progress sum up to."""
+        return pb.CellReport.FromString(base64.b64decode(self.cells))
+
+
+def packed(message: pb.AdapterManifest | pb.Coreset | pb.ClusterReport | pb.CellReport | pb.Centres) -> str:
     """A wire message as text for the state's row; the same message gives the same text."""
     return base64.b64encode(message.SerializeToString(deterministic=True)).decode()
 
@@ -231,11 +248,21 @@ class AdapterDrawn:
 
 @dataclass(frozen=True, slots=True)
 class ReportReceived:
-    """A site's clusters."""
+    """A site's clusters, or its cells (checked by selection.cells.check before)."""
 
     at: float
     task_id: str
-    report: pb.ClusterReport
+    report: pb.ClusterReport | pb.CellReport
+
+
+@dataclass(frozen=True, slots=True)
+class PassOpened:
+    """The strategy wants another pass over the sites that answered the one with the number `done`."""
+
+    at: float
+    round: int
+    done: int
+    centres: pb.Centres
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +328,7 @@ Event = (
     | SiteLeft
     | AdapterDrawn
     | ReportReceived
+    | PassOpened
     | SelectionMade
     | UpdateReceived
     | EvaluationReceived
@@ -320,7 +348,7 @@ class DrawAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Select:
-    """Run the strategy over the reports of `sites`; answer with SelectionMade."""
+    """Run the strategy over the reports of `sites`; answer with SelectionMade or PassOpened."""
 
     round: int
     sites: tuple[str, ...]

@@ -140,7 +140,9 @@ def context(
 
 
 def report(at: SelectionContext) -> pb.ClusterReport:
-    return selection_of(at.spec.strategy).report(at)
+    made = selection_of(at.spec.strategy).report(at)
+    assert isinstance(made, pb.ClusterReport)
+    return made
 
 
 def no_features() -> Features:

@@ -86,7 +86,8 @@ def one_by_one(model: Any, row: list[int]) -> npt.NDArray[np.float64]:
     matrix = np.concatenate(
         [signs(seed=SEED, layer=layer, hidden=HIDDEN, dimension=DIMENSION) for layer in range(LAYERS + 1)]
     )
-    return states @ matrix / np.sqrt(DIMENSION)
+    projected: npt.NDArray[np.float64] = states @ matrix / np.sqrt(DIMENSION)
+    return projected
 
 
 def layers_of(model: Any, row: list[int]) -> npt.NDArray[np.float64]:

@@ -12,7 +12,7 @@ from fedhds_server.enrolment import admit, check_attestation, negotiate, session
 from fedhds_server.state import Phase, RunState, Site, SiteState, packed
 
 MANIFEST = AdapterManifest((TensorSpec("q.lora_A.weight", (2, 4)),), ("q",))
-FINGERPRINT = {"weights": "1", "config": "2", "tokenizer": "3", "template": "4"}
+FINGERPRINT = {"weights": "1", "config": "2", "tokenizer": "3", "template": "4", "feature_model": ""}
 SITE_A = PeerIdentity("a", Role.SITE, "k" * 64)
 
 

@@ -35,8 +35,15 @@ def rows_of(reports: Mapping[str, Report]) -> dict[str, int]:
     }
 
 
+def select(strategy: str, context: SelectionContext, reports: Mapping[str, Report]) -> Selection:
+    """The decision of a strategy that needs one pass only."""
+    chosen = STRATEGIES[strategy].select(context, reports)
+    assert isinstance(chosen, Selection)
+    return chosen
+
+
 def fedhds(reports: Mapping[str, Report], budget: int | None = None) -> Selection:
-    return STRATEGIES["fedhds"].select(context(rows_of(reports), budget), reports)
+    return select("fedhds", context(rows_of(reports), budget), reports)
 
 
 def picked(selection: Selection) -> dict[tuple[str, int | None], int]:
@@ -52,22 +59,22 @@ def picked(selection: Selection) -> dict[tuple[str, int | None], int]:
 
 
 def test_full_takes_all_rows_of_every_site_that_has_some() -> None:
-    chosen = STRATEGIES["full"].select(context({"b": 3, "a": 2, "evaluator": 0}), {})
+    chosen = select("full", context({"b": 3, "a": 2, "evaluator": 0}), {})
     assert {site: coreset.WhichOneof("rows") for site, coreset in chosen.coresets.items()} == {"a": "all", "b": "all"}
 
 
 @given(st.dictionaries(st.text("abc", min_size=1), st.integers(0, 50), min_size=1), st.integers(1, 200))
 def test_random_meets_its_budget_and_asks_no_site_for_more_than_it_has(rows: dict[str, int], budget: int) -> None:
-    chosen = STRATEGIES["random"].select(context(rows, budget), {})
+    chosen = select("random", context(rows, budget), {})
     counts = {site: coreset.random.count for site, coreset in chosen.coresets.items()}
     assert sum(counts.values()) == min(budget, sum(rows.values()))
     assert all(0 < count <= rows[site] for site, count in counts.items())
     shuffled = dict(reversed(rows.items()))
-    assert STRATEGIES["random"].select(context(shuffled, budget), {}).coresets == chosen.coresets
+    assert select("random", context(shuffled, budget), {}).coresets == chosen.coresets
 
 
 def test_random_without_a_budget_takes_one_and_a_half_per_cent() -> None:
-    chosen = STRATEGIES["random"].select(context({"a": 1000, "b": 1000}), {})
+    chosen = select("random", context({"a": 1000, "b": 1000}), {})
     assert sum(coreset.random.count for coreset in chosen.coresets.values()) == 30
 
 
@@ -75,7 +82,7 @@ def test_random_draws_differ_between_seeds_rounds_and_sites() -> None:
     rows = {"a": 100, "b": 100}
     spec = RunSpec(model="m", rounds=1)
     draws = [
-        STRATEGIES["random"].select(SelectionContext(seed=seed, round=number, rows=rows, budget=50, spec=spec), {})
+        select("random", SelectionContext(seed=seed, round=number, rows=rows, budget=50, spec=spec), {})
         for seed, number in ((1, 0), (1, 1), (2, 0))
     ]
     seeds = {coreset.random.seed for draw in draws for coreset in draw.coresets.values()}
@@ -148,9 +155,8 @@ def test_the_order_in_which_sites_answer_does_not_matter(reports: dict[str, Repo
 def test_under_noise_a_budget_is_an_upper_bound_and_no_count_is_asked_for() -> None:
     noised: dict[str, object] = {"clip_norm": 1.0, "noise_multiplier": 1.0}
     reports = {"a": report("a", [(0, 0), (9, 9)], (0, 0)), "b": report("b", [(0, 1)], (0,))}
-    strategy = STRATEGIES["fedhds"]
     for budget, rows in ((2, 2), (50, 3)):
-        assert sum(picked(strategy.select(context({"a": 8, "b": 8}, budget, noised), reports)).values()) == rows
+        assert sum(picked(select("fedhds", context({"a": 8, "b": 8}, budget, noised), reports)).values()) == rows
 
 
 NARROW = pb.ClusterReport(dimension=2, centroids=[pb.Centroid(values=[1], size=4)])
@@ -170,7 +176,7 @@ TWICE = pb.ClusterReport(dimension=2, centroids=2 * [pb.Centroid(values=[1, 2], 
 )
 def test_a_report_that_cannot_be_right_is_left_out_with_a_note(bad: Report, rows: int, words: str) -> None:
     reports = {"a": report("a", [(0, 0)], (4,)), "z": bad}
-    chosen = STRATEGIES["fedhds"].select(context({"a": 4, "z": rows}), reports)
+    chosen = select("fedhds", context({"a": 4, "z": rows}), reports)
     assert set(chosen.coresets) == {"a"}
     assert words in chosen.notes[0]
     assert "site z" in chosen.notes[0]
@@ -178,7 +184,7 @@ def test_a_report_that_cannot_be_right_is_left_out_with_a_note(bad: Report, rows
 
 def test_counts_under_noise_are_refused() -> None:
     noised: dict[str, object] = {"clip_norm": 1.0, "noise_multiplier": 1.0}
-    chosen = STRATEGIES["fedhds"].select(context({"a": 4}, None, noised), {"a": report("a", [(0, 0)], (4,))})
+    chosen = select("fedhds", context({"a": 4}, None, noised), {"a": report("a", [(0, 0)], (4,))})
     assert not chosen.coresets
     assert "does not cover" in chosen.notes[0]
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 from fedhds.errors import TaskError
 from fedhds.runspec import Strategy
 from fedhds_client.selection.base import IntraClientSelection, SelectionContext
+from fedhds_client.selection.federated_lloyd import Global
 from fedhds_client.selection.fedhds import FedHds
 
 __all__ = ["REPORTING", "IntraClientSelection", "SelectionContext", "selection_of"]
 
-REPORTING: dict[Strategy, IntraClientSelection] = {"fedhds": FedHds()}
+REPORTING: dict[Strategy, IntraClientSelection] = {
+    "fedhds": FedHds(aligned=False),
+    "fedhds-aligned": FedHds(aligned=True),
+    "global": Global(),
+}
 
 
 def selection_of(strategy: Strategy) -> IntraClientSelection:

@@ -13,7 +13,6 @@ from fedhds_client.release import Releases
 if TYPE_CHECKING:
     from fedhds.runspec import RunSpec
     from fedhds.v1 import federation_pb2 as pb
-    from fedhds_client.clustering import Clusters
     from fedhds_client.features import Features
 
 logger = logging.getLogger(__name__)
@@ -30,20 +29,25 @@ class SelectionContext:
     features: Callable[[], Features]
     """Takes the features of the whole shard under the task's adapter: the expensive part, so only when needed."""
     releases: Releases
+    centres: pb.Centres | None = None
+    """What the coordinator gave for this pass, if the strategy has centres."""
 
 
 class IntraClientSelection(ABC):
-    """A strategy at the site that reports clusters, from which the coordinator decides who trains on what.
+    """A strategy at the site that reports clusters or cells, from which the coordinator decides who trains on what.
 
     Strategies whose coresets need nothing of the rows themselves (`full`, `random`) have no such class; which rows
     train is resolved for all of them by `coreset_rows`.
     """
 
     @abstractmethod
-    def clusters(self, features: Features, spec: RunSpec) -> Clusters:
-        """Groups the rows. MUST keep ids with whatever it computes of them, and depend on nothing but its arguments."""
+    def release(self, context: SelectionContext) -> pb.ClusterReport | pb.CellReport:
+        """Groups the rows and releases what the task asks for, through `context.releases` and by nothing else.
 
-    def report(self, context: SelectionContext) -> pb.ClusterReport:
+        MUST keep ids with whatever it computes of rows, and depend on nothing but its arguments.
+        """
+
+    def report(self, context: SelectionContext) -> pb.ClusterReport | pb.CellReport:
         """What the site sends, durable when it is returned: a task that comes again gets the same bytes.
 
         Raises PrivacyError, before any work, when the site's budget forbids the release; StorageError; and what
@@ -53,7 +57,4 @@ class IntraClientSelection(ABC):
         if earlier is not None:
             return earlier
         context.releases.check()
-        clusters = self.clusters(context.features(), context.spec)
-        if clusters.note:
-            logger.info("%s: %s", context.releases.site, clusters.note)
-        return context.releases.release(context.task_id, clusters, rows=context.rows)
+        return self.release(context)

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedhds.errors import PrivacyError, StorageError
 from fedhds.privacy.mechanisms import composed_multiplier, gaussian_epsilon
 
+Unit = Literal["client", "example"]
+
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -31,15 +33,20 @@ class Entry(BaseModel):
     time: str = Field(default_factory=_now, description="When it was recorded: UTC, ISO 8601.")
     run_id: str = Field(description="The run it was released in.")
     task_id: str = Field(description="The task it answered; unique only within the run.")
-    release: Literal["centroids"] = Field(default="centroids", description="What was released.")
+    release: Literal["centroids", "cells"] = Field(default="centroids", description="What was released.")
     mechanism: Literal["gaussian", "none"] = Field(description="How it was protected.")
     noise_multiplier: float = Field(ge=0, allow_inf_nan=False, description="Noise deviation over sensitivity; 0: none.")
     sensitivity: float | None = Field(allow_inf_nan=False, description="L2 sensitivity; null: unbounded, not clipped.")
-    clip_norm: float = Field(ge=0, allow_inf_nan=False, description="Norm every centroid was clipped to; 0: none.")
-    released: int = Field(ge=0, description="Number of centroids.")
+    clip_norm: float = Field(
+        ge=0, allow_inf_nan=False, description="Norm every centroid or row was clipped to; 0: none."
+    )
+    released: int = Field(ge=0, description="Number of centroids or cells.")
     dimension: int = Field(ge=0, description="Values per centroid.")
     delta: float = Field(gt=0, lt=1, description="Delta at which `epsilon` holds.")
-    unit: Literal["client"] = Field(default="client", description="Privacy unit: the whole shard, replaced.")
+    unit: Unit = Field(
+        default="client",
+        description="Privacy unit: the whole shard, replaced (client), or one row, left out (example).",
+    )
     epsilon: float | None = Field(description="Epsilon of this release alone; null: without any guarantee.")
     digest: str = Field(description="SHA-256 of the released bytes.")
 
@@ -87,11 +94,13 @@ class Ledger:
         released: int,
         dimension: int,
         delta: float,
+        release: Literal["centroids", "cells"] = "centroids",
+        unit: Unit = "client",
     ) -> Entry:
-        """Makes a release of centroids and its entry durable; only then may `payload` be sent.
+        """Makes a release and its entry durable; only then may `payload` be sent.
 
-        Unit: the client. `sensitivity` in L2; None, with `noise_multiplier` 0, for a release that is not bounded.
-        Raises PrivacyError when the task has released before: send what `release` gives.
+        `unit` and adjacency are those of `sensitivity`, in L2; None, with `noise_multiplier` 0, for a release that is
+        not bounded. Raises PrivacyError when the task has released before: send what `release` gives.
         """
         if self._find(run_id, task_id):
             raise PrivacyError(f"task {task_id} of run {run_id} has released before; a second draw would cost twice")
@@ -106,6 +115,8 @@ class Ledger:
             released=released,
             dimension=dimension,
             delta=delta,
+            release=release,
+            unit=unit,
             epsilon=epsilon if math.isfinite(epsilon) else None,
             digest=hashlib.sha256(payload).hexdigest(),
         )
@@ -116,27 +127,35 @@ class Ledger:
             raise StorageError(f"cannot write to the ledger {self._path}: {error.strerror}; make room there") from error
         return entry
 
-    def spent(self, run_id: str | None = None, *, delta: float) -> float:
-        """Client-level epsilon at `delta` of all releases (of one run, or of all); inf if one of them had no noise."""
-        multipliers = [entry.noise_multiplier for entry in self.entries() if run_id in (None, entry.run_id)]
+    def spent(self, run_id: str | None = None, *, delta: float, unit: Unit = "client") -> float:
+        """Epsilon at `delta` of the releases of `unit` (of one run, or of all); inf if any release had no noise."""
+        multipliers = self._multipliers(unit, run_id)
         return gaussian_epsilon(noise_multiplier=composed_multiplier(multipliers), delta=delta)
 
-    def check(self, *, max_epsilon: float | None, noise_multiplier: float, delta: float) -> None:
+    def check(self, *, max_epsilon: float | None, noise_multiplier: float, delta: float, unit: Unit = "client") -> None:
         """Raises PrivacyError if one more release would take the site past `max_epsilon` (None: no limit).
 
-        Counts every release ever recorded, of any run. Unit: the client; sound only for a `delta` of the site's own
-        choosing, as a large one makes any epsilon small.
+        Counts every release of `unit` ever recorded, of any run, and all that had no noise; sound only for a `delta`
+        of the site's own choosing, as a large one makes any epsilon small.
         """
         if max_epsilon is None:
             return
-        multipliers = [entry.noise_multiplier for entry in self.entries()]
+        multipliers = self._multipliers(unit)
         after = gaussian_epsilon(noise_multiplier=composed_multiplier([*multipliers, noise_multiplier]), delta=delta)
         if after > max_epsilon:
             raise PrivacyError(
-                f"this release would bring the site's client-level epsilon to {after:.4g} (delta {delta:g}; inf: some "
+                f"this release would bring the site's {unit}-level epsilon to {after:.4g} (delta {delta:g}; inf: some "
                 f"release has no noise), above its own limit of {max_epsilon:g}; the run needs more noise, or the site "
                 "a larger --max-epsilon"
             )
+
+    def _multipliers(self, unit: Unit, run_id: str | None = None) -> list[float]:
+        """Units never mix, but what was released without noise is without any guarantee for all of them."""
+        return [
+            entry.noise_multiplier
+            for entry in self.entries()
+            if run_id in (None, entry.run_id) and (entry.unit == unit or not entry.noise_multiplier)
+        ]
 
     def _find(self, run_id: str, task_id: str) -> Entry | None:
         return next((e for e in self.entries() if (e.run_id, e.task_id) == (run_id, task_id)), None)

@@ -83,6 +83,31 @@ def noised_centroids(
     return released_rows
 
 
+def cell_sensitivity(*, clip_norm: float) -> float:
+    """L2 sensitivity of all cells' sums and counts together, when one row of norm at most `clip_norm` is left out.
+
+    Centres are given from outside, so that a row is in one cell: it moves that cell's sum by its own norm at most and
+    its count by one. How many rows a shard has is public (zero-out adjacency).
+    """
+    return math.hypot(clip_norm, 1.0)
+
+
+def noised_cells(
+    sums: npt.ArrayLike, counts: npt.ArrayLike, *, clip_norm: float, noise_multiplier: float, rng: random.Random
+) -> tuple[FloatArray, FloatArray]:
+    """Sums (k, d) and counts (k,) under Gaussian noise of deviation `noise_multiplier * cell_sensitivity(...)`.
+
+    Unit: one row, left out (zero-out adjacency); local, as the site itself adds the noise. `sums` must be over rows
+    of norm at most `clip_norm`, and the cells those of centres that do not depend on this shard but through earlier
+    releases. Lapses when `rng` is not `site_rng()`, or when one release is drawn twice and both draws are sent.
+    """
+    std = noise_multiplier * cell_sensitivity(clip_norm=clip_norm)
+    values = np.column_stack([np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)])
+    noise = np.array([rng.gauss(0.0, std) for _ in range(values.size)]).reshape(values.shape)
+    noised = values + noise
+    return noised[:, :-1], noised[:, -1]
+
+
 def composed_multiplier(noise_multipliers: Iterable[float]) -> float:
     """Noise multiplier of the one Gaussian mechanism that equals these together; inf for none, 0 if one has no noise.
 

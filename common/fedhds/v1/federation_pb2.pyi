@@ -133,6 +133,7 @@ class ModelFingerprint(_message.Message):
     CONFIG_FIELD_NUMBER: _builtins.int
     TOKENIZER_FIELD_NUMBER: _builtins.int
     TEMPLATE_FIELD_NUMBER: _builtins.int
+    FEATURE_MODEL_FIELD_NUMBER: _builtins.int
     weights: _builtins.str
     """All weights: names, shapes, types and values, whatever the files' layout."""
     config: _builtins.str
@@ -141,6 +142,8 @@ class ModelFingerprint(_message.Message):
     """The tokenizer: vocabulary, merges, normalisation, special tokens."""
     template: _builtins.str
     """The prompt template in effect."""
+    feature_model: _builtins.str
+    """All of these for the model that features are taken with; empty when that is the base model."""
     def __init__(
         self,
         *,
@@ -148,10 +151,11 @@ class ModelFingerprint(_message.Message):
         config: _builtins.str = ...,
         tokenizer: _builtins.str = ...,
         template: _builtins.str = ...,
+        feature_model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "template", b"template", "tokenizer", b"tokenizer", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "feature_model", b"feature_model", "template", b"template", "tokenizer", b"tokenizer", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -365,22 +369,66 @@ class SelectTask(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
+    CENTRES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def adapter(self) -> Global___ArtifactRef:
         """Adapter under which features are taken."""
+
+    @_builtins.property
+    def centres(self) -> Global___Centres:
+        """Centres to which the rows are assigned in this pass; absent where the site clusters by itself, and in the first
+        pass of the strategy "global", which knows one centre, the origin.
+        """
 
     def __init__(
         self,
         *,
         adapter: Global___ArtifactRef | None = ...,
+        centres: Global___Centres | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "centres", b"centres"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "centres", b"centres"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SelectTask: _TypeAlias = SelectTask  # noqa: Y015
+
+@_typing.final
+class Centres(_message.Message):
+    """Centres of federated k-means."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIMENSION_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    dimension: _builtins.int
+    """Values per centre."""
+    last: _builtins.bool
+    """The pass after which rows are picked: a site keeps which of its rows belong to which centre."""
+    wanted: _builtins.int
+    """Centres that the run wants in the end, fixed in the first pass."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """All centres one after the other."""
+
+    def __init__(
+        self,
+        *,
+        dimension: _builtins.int = ...,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+        last: _builtins.bool = ...,
+        wanted: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dimension", b"dimension", "last", b"last", "values", b"values", "wanted", b"wanted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Centres: _TypeAlias = Centres  # noqa: Y015
 
 @_typing.final
 class TrainTask(_message.Message):
@@ -701,6 +749,7 @@ class CompleteTaskRequest(_message.Message):
     TRAIN_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
     DELIVERED_FIELD_NUMBER: _builtins.int
+    CELLS_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """The session of EnrollResponse."""
     task_id: _builtins.str
@@ -721,6 +770,10 @@ class CompleteTaskRequest(_message.Message):
     def delivered(self) -> Global___Delivered:
         """Of a done task: the site has the final adapter."""
 
+    @_builtins.property
+    def cells(self) -> Global___CellReport:
+        """Of a select task with centres."""
+
     def __init__(
         self,
         *,
@@ -730,12 +783,13 @@ class CompleteTaskRequest(_message.Message):
         train: Global___TrainResult | None = ...,
         evaluation: Global___EvaluationResult | None = ...,
         delivered: Global___Delivered | None = ...,
+        cells: Global___CellReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["clusters", b"clusters", "delivered", b"delivered", "evaluation", b"evaluation", "result", b"result", "train", b"train"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cells", b"cells", "clusters", b"clusters", "delivered", b"delivered", "evaluation", b"evaluation", "result", b"result", "train", b"train"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clusters", b"clusters", "delivered", b"delivered", "evaluation", b"evaluation", "result", b"result", "session", b"session", "task_id", b"task_id", "train", b"train"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cells", b"cells", "clusters", b"clusters", "delivered", b"delivered", "evaluation", b"evaluation", "result", b"result", "session", b"session", "task_id", b"task_id", "train", b"train"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["clusters", "train", "evaluation", "delivered"]  # noqa: Y015
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["clusters", "train", "evaluation", "delivered", "cells"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
@@ -838,6 +892,76 @@ class Centroid(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Centroid: _TypeAlias = Centroid  # noqa: Y015
+
+@_typing.final
+class CellReport(_message.Message):
+    """Sums over the rows nearest to each centre; all that the strategy "global" sends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIMENSION_FIELD_NUMBER: _builtins.int
+    CELLS_FIELD_NUMBER: _builtins.int
+    NOISE_STD_FIELD_NUMBER: _builtins.int
+    dimension: _builtins.int
+    """Values per sum."""
+    noise_std: _builtins.float
+    """Standard deviation of the Gaussian noise on every sum's value (in features' units) and count; 0: none."""
+    @_builtins.property
+    def cells(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cell]:
+        """Cells that have rows; under noise all of them, in order."""
+
+    def __init__(
+        self,
+        *,
+        dimension: _builtins.int = ...,
+        cells: _abc.Iterable[Global___Cell] | None = ...,
+        noise_std: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cells", b"cells", "dimension", b"dimension", "noise_std", b"noise_std"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CellReport: _TypeAlias = CellReport  # noqa: Y015
+
+@_typing.final
+class Cell(_message.Message):
+    """The rows of a site that are nearest to one centre."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CENTRE_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    SUMS_FIELD_NUMBER: _builtins.int
+    NEAREST_FIELD_NUMBER: _builtins.int
+    centre: _builtins.int
+    """Number of the centre."""
+    count: _builtins.int
+    """Rows; under noise rounded, and negative now and then."""
+    nearest: _builtins.float
+    """Squared distance of the nearest row; only in the last pass, without noise, and where the site agreed."""
+    @_builtins.property
+    def sums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Sum of the rows' features, `dimension` values in units of 2^-32: integers, so that order cannot matter."""
+
+    def __init__(
+        self,
+        *,
+        centre: _builtins.int = ...,
+        count: _builtins.int = ...,
+        sums: _abc.Iterable[_builtins.int] | None = ...,
+        nearest: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_nearest", b"_nearest", "nearest", b"nearest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_nearest", b"_nearest", "centre", b"centre", "count", b"count", "nearest", b"nearest", "sums", b"sums"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__nearest: _TypeAlias = _typing.Literal["nearest"]  # noqa: Y015
+    _WhichOneofArgType__nearest: _TypeAlias = _typing.Literal["_nearest", b"_nearest"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__nearest) -> _WhichOneofReturnType__nearest | None: ...
+
+Global___Cell: _TypeAlias = Cell  # noqa: Y015
 
 @_typing.final
 class TrainResult(_message.Message):

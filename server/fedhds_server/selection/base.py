@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedhds.runspec import RunSpec
 from fedhds.v1 import federation_pb2 as pb
@@ -19,14 +19,21 @@ class SelectionContext:
     rows: Mapping[str, int]
     budget: int | None
     spec: RunSpec
+    passes: int = 0
+    """Passes over the sites that were done before the one that the reports are of."""
+    centres: pb.Centres | None = None
+    """The centres of that pass; None in the first."""
+    cells: pb.CellReport = field(default_factory=pb.CellReport)
+    """What the sites' sums of that pass add up to."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A site's clusters, and the task by which it will know them again."""
+    """A site's clusters, or the counts of its cells, and the task by which it will know them again."""
 
     select_task_id: str
-    clusters: pb.ClusterReport
+    clusters: pb.ClusterReport = field(default_factory=pb.ClusterReport)
+    cells: pb.CellReport = field(default_factory=pb.CellReport)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,5 +63,8 @@ class InterClientSelection(ABC):
     needs_reports: bool
 
     @abstractmethod
-    def select(self, context: SelectionContext, reports: Mapping[str, Report]) -> Selection:
-        """The decision; `reports` holds the sites that answered, and is empty unless `needs_reports`."""
+    def select(self, context: SelectionContext, reports: Mapping[str, Report]) -> Selection | pb.Centres:
+        """The decision, or the centres of one more pass over the sites that answered.
+
+        `reports` holds the sites that answered, and is empty unless `needs_reports`.
+        """

@@ -11,6 +11,7 @@ from scipy.cluster.hierarchy import fcluster, ward
 from scipy.spatial.distance import pdist
 
 from fedhds.v1 import federation_pb2 as pb
+from fedhds_server.selection.apportion import Pool, coresets, in_proportion
 from fedhds_server.selection.base import Group, InterClientSelection, Report, Selection, SelectionContext
 
 # The paper's: two sites that hold the same group are redundancy enough.
@@ -18,29 +19,29 @@ _MIN_CLUSTER_SIZE = 2
 # HDBSCAN needs more points than its core distance looks at.
 _FEWEST_POINTS = 3
 
-_Pool = tuple[str, int | None]
-"""Rows of one site: of a cluster, or (None) of no cluster."""
-
 
 class FedHds(InterClientSelection):
     """Groups alike centroids over all sites; from each group the centroid nearest to its centre gives a row.
 
-    Without a budget the groups are the paper's, HDBSCAN's: a centroid that is like no other is dropped as noise, and
-    where no two are alike nothing is redundant and each is a group by itself. With a budget the centroids form as
+    Without a budget the groups are the paper's, HDBSCAN's. A centroid that is like no other is dropped as noise, as
+    published, or, `aligned`, kept as a group by itself: what only one site has is the opposite of redundant. Where no
+    two are alike, each is a group by itself. With a budget the centroids form as
     many groups as rows are wanted, by Ward's linkage, so that the likest ones merge first and one that a single site
     has is kept. Where the budget exceeds the clusters, each gives one row, and the remaining rows come from what is
-    left in the clusters and outside of them, in proportion. As in the paper every site's centroids live in a frame of
-    their own.
+    left in the clusters and outside of them, in proportion.
     """
 
     needs_reports = True
+
+    def __init__(self, *, aligned: bool) -> None:
+        self._aligned = aligned
 
     def select(self, context: SelectionContext, reports: Mapping[str, Report]) -> Selection:
         keys: list[tuple[str, int]] = []
         points: list[list[float]] = []
         notes: list[str] = []
         dimension = 0
-        pools: dict[_Pool, int] = {}
+        pools: dict[Pool, int] = {}
         for site in sorted(reports):
             clusters = reports[site].clusters
             dimension = dimension or clusters.dimension
@@ -54,29 +55,28 @@ class FedHds(InterClientSelection):
                 points.append(list(centroid.values))
                 pools[site, centroid.cluster] = centroid.size
         found = np.array(points, dtype=np.float64).reshape(len(keys), dimension)
-        groups = _groups(keys, found) if context.budget is None else _as_many_groups(keys, found, context.budget)
-        counts: Counter[_Pool] = Counter(winner for group in groups for winner in group.winners)
+        groups = self._groups(keys, found) if context.budget is None else _as_many_groups(keys, found, context.budget)
+        counts: Counter[Pool] = Counter(winner for group in groups for winner in group.winners)
         if context.budget is not None and context.budget > len(groups):
             left = {pool: max(0, size - counts[pool]) for pool, size in pools.items()}
-            counts.update(_in_proportion(left, context.budget - len(groups)))
-        merged = sum(len(group.members) for group in groups)
+            counts.update(in_proportion(left, context.budget - len(groups)))
+        kept = sum(len(group.members) for group in groups)
+        alone = sum(len(group.members) == 1 for group in groups)
         notes.append(
-            f"{len(keys)} clusters of {len(reports)} sites: {merged} form {len(groups)} groups, {len(keys) - merged} "
-            f"are like no other and are dropped; {counts.total()} rows are picked"
+            f"{len(keys)} clusters of {len(reports)} sites: {kept} form {len(groups)} groups, {alone} of them alone; "
+            f"{len(keys) - kept} are like no other and are dropped; {counts.total()} rows are picked"
         )
-        return Selection(_coresets(counts, reports), groups, tuple(notes))
+        return Selection(coresets(counts, reports), groups, tuple(notes))
 
-
-def _coresets(counts: Mapping[_Pool, int], reports: Mapping[str, Report]) -> dict[str, pb.Coreset]:
-    coresets: dict[str, pb.Coreset] = {}
-    for (site, cluster), count in sorted(counts.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
-        picks = coresets.setdefault(site, pb.Coreset()).picks
-        picks.select_task_id = reports[site].select_task_id
-        if cluster is None:
-            picks.unclustered = count
-        else:
-            picks.clusters.add(cluster=cluster, count=count)
-    return coresets
+    def _groups(self, keys: list[tuple[str, int]], points: np.ndarray) -> tuple[Group, ...]:
+        """The paper's groups."""
+        labels = np.full(len(keys), -1)
+        if len(keys) >= _FEWEST_POINTS:
+            labels = hdbscan.HDBSCAN(min_cluster_size=_MIN_CLUSTER_SIZE).fit(points).labels_
+        if self._aligned or labels.max(initial=-1) < 0:
+            alone = labels < 0
+            labels[alone] = labels.max(initial=-1) + 1 + np.arange(alone.sum())
+        return _with_winners(keys, points, labels)
 
 
 def _fault(clusters: pb.ClusterReport, dimension: int, rows: int, *, noised: bool) -> str:
@@ -98,14 +98,6 @@ def _fault(clusters: pb.ClusterReport, dimension: int, rows: int, *, noised: boo
     return ""
 
 
-def _groups(keys: list[tuple[str, int]], points: np.ndarray) -> tuple[Group, ...]:
-    """The paper's groups."""
-    labels = np.full(len(keys), -1)
-    if len(keys) >= _FEWEST_POINTS:
-        labels = hdbscan.HDBSCAN(min_cluster_size=_MIN_CLUSTER_SIZE).fit(points).labels_
-    return _with_winners(keys, points, labels if labels.max(initial=-1) >= 0 else np.arange(len(keys)))
-
-
 def _as_many_groups(keys: list[tuple[str, int]], points: np.ndarray, wanted: int) -> tuple[Group, ...]:
     """`wanted` groups, or as many as there are centroids."""
     if wanted >= len(keys):
@@ -122,13 +114,3 @@ def _with_winners(keys: list[tuple[str, int]], points: np.ndarray, labels: np.nd
         winner = keys[members[int(distances.argmin())]]
         groups.append(Group(tuple(keys[index] for index in members), (winner,)))
     return tuple(sorted(groups, key=lambda group: (-len(group.members), group.members)))
-
-
-def _in_proportion(pools: Mapping[_Pool, int], wanted: int) -> dict[_Pool, int]:
-    """`wanted` rows (or all) divided by what each pool holds: largest remainders, equal ones by name."""
-    held = sum(pools.values())
-    wanted = min(wanted, held)
-    shares = {pool: divmod(wanted * size, held) for pool, size in pools.items() if size}
-    short = wanted - sum(whole for whole, _ in shares.values())
-    order = sorted(shares, key=lambda pool: (-shares[pool][1], pool[0], -1 if pool[1] is None else pool[1]))
-    return {pool: count for rank, pool in enumerate(order) if (count := shares[pool][0] + (rank < short))}
