@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from fedhds import __version__
-from fedhds.errors import CoordinatorUnreachable, EnrolmentRefused, FedhdsError, SessionLost
+from fedhds.errors import CoordinatorUnreachable, EnrolmentRefused, FedhdsError, SessionLost, StorageError
 from fedhds.runspec import RunSpec
 from fedhds.security.credentials import TlsFiles
 from fedhds.signals import on_signal
@@ -32,6 +32,7 @@ PROTOCOL_VERSIONS = (1,)
 _POLL_S = 25.0
 # A process that ends tells the coordinator, but does not wait for one that is gone.
 _FAREWELL_S = 2.0
+_STORAGE_RETRY_S = 5.0
 _ENDS = (SessionLost, CoordinatorUnreachable, EnrolmentRefused)
 
 
@@ -63,7 +64,7 @@ async def run_sites(chosen: ClientSettings) -> int:
         link = CoordinatorLink(chosen.server, tls, patience=chosen.patience)
         # One thread: all sites share one model, and their computations take turns.
         worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
-        workbench = Workbench(chosen)
+        workbench = Workbench(chosen, sites[0].folder / "adapters")
         loops = [SiteLoop(site, link, workbench, worker, chosen) for site in sites]
         tasks = [asyncio.create_task(loop.run()) for loop in loops]
 
@@ -109,6 +110,7 @@ class SiteLoop:
         self._lease_s = 60.0
         self._run_id = ""
         self._control: Control | None = None
+        self._blocked_since = 0.0
 
     async def run(self) -> bool:
         """Whether the run completed; raises FedhdsError when the site cannot go on."""
@@ -183,6 +185,16 @@ class SiteLoop:
             raise
         except Cancelled:
             logger.info("%s: %s task of round %d is no longer wanted", self._site.name, kind, task.round)
+        except StorageError as error:
+            # People free disks in minutes; a task that failed at once would cost the site its rounds meanwhile.
+            now = asyncio.get_running_loop().time()
+            self._blocked_since = self._blocked_since or now
+            logger.error("%s: %s task of round %d: %s", self._site.name, kind, task.round, error)
+            if now - self._blocked_since > self._chosen.patience:
+                await self._fail(task, type(error).__name__, str(error))
+            else:
+                logger.info("%s: trying again in %.0f s", self._site.name, _STORAGE_RETRY_S)
+                await asyncio.sleep(min(_STORAGE_RETRY_S, self._lease_s / 3))
         except FedhdsError as error:
             logger.error("%s: %s task of round %d failed: %s", self._site.name, kind, task.round, error)
             await self._fail(task, type(error).__name__, str(error))
@@ -191,6 +203,7 @@ class SiteLoop:
             logger.exception("%s: %s task of round %d failed", self._site.name, kind, task.round)
             await self._fail(task, type(error).__name__, "the site's log has the details")
         else:
+            self._blocked_since = 0.0
             if not answer.accepted:
                 logger.warning("%s: the coordinator did not take the result: %s", self._site.name, answer.reason)
 

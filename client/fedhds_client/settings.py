@@ -104,7 +104,7 @@ class ClientSettings(BaseModel):
     def _usable(self) -> Self:
         if not self.data and not self.eval_data:
             raise ValueError("data: give the training shard with --data, or held-out rows with --eval-data")
-        names = [path.name for path in self.data]
+        names = [path.name.split(".")[0] for path in self.data]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise ValueError(f"data: two shards are called {twice}; sites are named after them, rename one")

@@ -101,9 +101,11 @@ def _held_folder(folder: Path, name: str, stack: ExitStack) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        (folder / "name").write_text(name + "\n", encoding="utf-8")
     except OSError as error:
         raise StorageError(
-            f"cannot write to the site's state folder {folder}: {error.strerror}; choose another with --state"
+            f"cannot write to the site's state folder {folder}: {error.strerror}; make room there, or choose another "
+            "with --state"
         ) from error
     stack.callback(os.close, descriptor)
     try:
@@ -112,7 +114,6 @@ def _held_folder(folder: Path, name: str, stack: ExitStack) -> Path:
         raise SettingsError(
             "--state", f"another process on this machine runs the site {name!r} on {folder}; stop it first"
         ) from error
-    (folder / "name").write_text(name + "\n", encoding="utf-8")
     return folder
 
 

@@ -24,9 +24,6 @@ from fedhds.runspec import FeaturePooling, shared_space
 if TYPE_CHECKING:
     from fedhds.runspec import RunSpec
 
-# Norm to which features of the shared space are clipped; a normalised row has it before the projection.
-SHARED_NORM = 1.0
-
 
 def signs(*, seed: int, layer: int, hidden: int, dimension: int) -> npt.NDArray[np.int8]:
     """Random signs (hidden, dimension), each -1 or 1, for one layer; bit-identical wherever it is called."""
@@ -49,7 +46,7 @@ class FeatureSpace:
     pooling: FeaturePooling = "last"
     """Hidden state of the last token, or the mean over a row's tokens."""
     shared: bool = False
-    """Every layer's vector is normalised and the result clipped to SHARED_NORM, so that sites' features compare."""
+    """Every layer's vector and the result are normalised to L2 norm 1, so that sites' features compare."""
     _signs: dict[tuple[int, torch.device], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -93,10 +90,7 @@ class FeatureSpace:
             total = projected if total is None else total + projected.to(total.device)
         assert total is not None
         total = total / math.sqrt(self.dimension)
-        if self.shared:
-            norms = total.norm(dim=1, keepdim=True)
-            total = total * (SHARED_NORM / norms.clamp(min=SHARED_NORM))
-        return total
+        return nn.functional.normalize(total, dim=1) if self.shared else total
 
     def _pooled(self, states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         if self.pooling == "last":

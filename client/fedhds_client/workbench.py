@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fedhds.adapter import AdapterManifest, Artifact
-from fedhds.errors import TaskError
+from fedhds.errors import StorageError, TaskError
 from fedhds.runspec import RunSpec
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_client.coreset import coreset_rows
@@ -81,9 +81,14 @@ class Trained:
         note = path.with_suffix(".json")
         if not path.exists() or not note.exists():
             return None
-        facts = json.loads(note.read_text(encoding="utf-8"))
-        artifact = Artifact(facts.pop("digest"), facts.pop("size"))
-        return cls(path=path, artifact=artifact, **facts) if Artifact.of_file(path) == artifact else None
+        try:
+            facts = json.loads(note.read_text(encoding="utf-8"))
+            artifact = Artifact(facts.pop("digest"), facts.pop("size"))
+            found = cls(path=path, artifact=artifact, **facts)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("the note on the finished update %s is damaged (%s): it is trained again", path, error)
+            return None
+        return found if Artifact.of_file(path) == artifact else None
 
 
 class Workbench:
@@ -92,7 +97,8 @@ class Workbench:
     `prepare` must have returned before any other computation. All but `fetch` run in the process's one worker thread.
     """
 
-    def __init__(self, chosen: ClientSettings) -> None:
+    def __init__(self, chosen: ClientSettings, adapters: Path) -> None:
+        """`adapters` is a folder that this process alone writes to: a fetch resumes the partial file it finds."""
         self._chosen = chosen
         self._spec: RunSpec | None = None
         self._model: AdapterModel
@@ -100,7 +106,7 @@ class Workbench:
         self._proof: tuple[pb.ModelFingerprint, AdapterManifest]
         self._feature_source: tuple[BaseModel, Prompter] | None = None
         self._held: dict[str, tuple[str, Features]] = {}
-        self._adapters = chosen.state / "adapters"
+        self._adapters = adapters
         self._fetching = asyncio.Lock()
 
     def prepare(self, spec: RunSpec) -> tuple[pb.ModelFingerprint, AdapterManifest]:
@@ -143,8 +149,11 @@ class Workbench:
         path = self._adapters / artifact.digest
         async with self._fetching:
             if not path.exists():
-                self._adapters.mkdir(parents=True, exist_ok=True)
-                await link.download(session, artifact, path)
+                try:
+                    self._adapters.mkdir(parents=True, exist_ok=True)
+                    await link.download(session, artifact, path)
+                except OSError as error:
+                    raise StorageError(f"cannot keep the adapter in {self._adapters}: {error.strerror}") from error
         return path
 
     def select(
@@ -260,12 +269,17 @@ class Workbench:
                 len(rows),
                 self._prompter.max_length,
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("update-*"):
-            old.unlink()
-        artifact = self._model.save(path)
-        trained = Trained(path, artifact, outcome.samples, outcome.loss, outcome.seconds, outcome.truncated_rows)
-        path.with_suffix(".json").write_text(trained.facts, encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.glob("update-*"):
+                old.unlink()
+            artifact = self._model.save(path)
+            trained = Trained(path, artifact, outcome.samples, outcome.loss, outcome.seconds, outcome.truncated_rows)
+            partial = path.with_suffix(".partial")
+            partial.write_text(trained.facts, encoding="utf-8")
+            partial.replace(path.with_suffix(".json"))
+        except OSError as error:
+            raise StorageError(f"cannot keep the update in {folder}: {error.strerror}; make room there") from error
         logger.info("%s: round %d trained in %.1f s, loss %.4f", site.name, task.round, outcome.seconds, outcome.loss)
         return trained
 

@@ -247,6 +247,12 @@ class RunSpec(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}: {value} is not finite")
+            if isinstance(value, int) and name != "seed" and value >= 2**32:
+                raise ValueError(f"{name}: {value} is too large; the limit is {2**32 - 1}")
         match = re.fullmatch(r"auto|[1-9]\d*|(\d+(?:\.\d+)?)%", self.budget)
         if not match or (match[1] and not 0 < float(match[1]) <= 100):
             raise ValueError(f"budget: {self.budget!r} is neither auto, a count from 1, nor a share up to 100%")

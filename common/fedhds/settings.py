@@ -128,8 +128,14 @@ def _read_file(path: Path, model: type[BaseModel]) -> dict[str, Any]:
         raise SettingsError("--config", f"{path} must hold settings, one `name: value` per line")
     values = {key.replace("-", "_"): value for key, value in content.items()}
     for name, field in model.model_fields.items():
-        if _is_many(field) and isinstance(values.get(name), str):
-            values[name] = values[name].split(",")
+        value = values.get(name)
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise SettingsError(f"{path}: {name.replace('_', '-')}", f"{value} is no value for it; put it in quotes")
+        if _is_many(field) and isinstance(value, str):
+            values[name] = value.split(",")
+        elif _inner(field) is str and isinstance(value, (int, float)):
+            # `budget: 200` is a number to YAML.
+            values[name] = str(value)
     unknown = sorted(set(values) - set(model.model_fields))
     if unknown:
         raise SettingsError(

@@ -78,7 +78,10 @@ async def serve(chosen: ServerSettings) -> int:
         await server.start()
         for name in ("", *names):
             await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
-        (folder / "address").write_text(f"{host}:{port}\n")
+        try:
+            (folder / "address").write_text(f"{host}:{port}\n")
+        except OSError as error:
+            raise StorageError(f"cannot write {folder / 'address'}: {error.strerror}") from error
         logger.info(
             "fedhds-server %s listens on %s:%d (%s)", __version__, host, port, "mutual TLS" if tls else "no TLS"
         )

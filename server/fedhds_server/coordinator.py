@@ -38,6 +38,7 @@ from fedhds_server.state import (
     SiteConnected,
     SiteHeard,
     SiteSilent,
+    SiteState,
     Task,
     Wake,
     WriteCheckpoint,
@@ -81,6 +82,9 @@ class Coordinator:
         self._heard: dict[str, float] = {name: time.monotonic() for name in state.sites}
         self._sessions = {site.session: name for name, site in state.sites.items()}
         self._settled = asyncio.Event()
+        # A run that is started again when it is over is there for whoever has not got the adapter.
+        self._started_over = state.phase.over
+        self._over_since: float | None = None
 
     @property
     def state(self) -> RunState:
@@ -209,9 +213,15 @@ class Coordinator:
                 event.set()
 
     def _settle(self) -> None:
-        """Ends `run` when nothing is left to do for anybody who is there."""
-        done = all(site.delivered or not site.live for site in self.state.sites.values())
-        if self.state.phase.over and done:
+        """Ends `run` when every site has the final adapter; for sites that are away it stays for one patience."""
+        if not self.state.phase.over:
+            return
+        now = time.monotonic()
+        self._over_since = self._over_since or now
+        waiting = [site for site in self.state.sites.values() if not site.delivered]
+        here = any(site.live for site in waiting)
+        away = any(site.state is SiteState.LOST or self._started_over for site in waiting)
+        if not here and (not away or now - self._over_since > self.state.spec.patience):
             self._settled.set()
 
     async def _watch_silence(self) -> None:
@@ -222,6 +232,7 @@ class Coordinator:
             for site in list(self.state.sites.values()):
                 if site.live and now - self._heard.setdefault(site.name, now) > patience:
                     await self.post(SiteSilent(time.time(), site.name))
+            self._settle()
 
     # Instructions.
 
@@ -244,7 +255,7 @@ class Coordinator:
                 await self.post(AdapterDrawn(time.time(), artifact))
             case Select():
                 done = self.state.selection_pass
-                decided = await asyncio.to_thread(self._select, instruction)
+                decided = await asyncio.to_thread(decide, self.state, self._strategy, instruction)
                 if isinstance(decided, pb.Centres):
                     await self.post(PassOpened(time.time(), instruction.round, done, decided))
                 else:
@@ -263,27 +274,6 @@ class Coordinator:
         )
         self._artifacts.adopt(path, artifact)
         return artifact
-
-    def _select(self, instruction: Select) -> Selection | pb.Centres:
-        state = self.state
-        rows = {site: state.sites[site].rows for site in instruction.sites}
-        budget = budget_rows(state.spec.budget, sum(rows.values()))
-        context = SelectionContext(
-            seed=state.spec.seed,
-            round=instruction.round,
-            rows=rows,
-            budget=budget,
-            spec=state.spec,
-            passes=state.selection_pass,
-            centres=state.centres_now,
-            cells=state.cells_now,
-        )
-        answered = [site for site in instruction.sites if site in state.report_tasks]
-        if state.cells:
-            reports = {site: Report(state.report_tasks[site], cells=state.cells_of(site)) for site in answered}
-        else:
-            reports = {site: Report(state.report_tasks[site], state.clusters_of(site)) for site in answered}
-        return self._strategy.select(context, reports)
 
     async def _aggregate(self) -> None:
         state = self.state
@@ -323,6 +313,28 @@ class Coordinator:
         partial = self._folder / "report.json.partial"
         partial.write_text(report, encoding="utf-8")
         partial.replace(self._folder / "report.json")
+
+
+def decide(state: RunState, strategy: InterClientSelection, instruction: Select) -> Selection | pb.Centres:
+    """What the strategy makes of the reports that the state holds."""
+    rows = {site: state.sites[site].rows for site in instruction.sites}
+    budget = budget_rows(state.spec.budget, sum(rows.values()))
+    context = SelectionContext(
+        seed=state.spec.seed,
+        round=instruction.round,
+        rows=rows,
+        budget=budget,
+        spec=state.spec,
+        passes=state.selection_pass,
+        centres=state.centres_now,
+        cells=state.cells_now,
+    )
+    answered = [site for site in instruction.sites if site in state.report_tasks]
+    if state.cells:
+        reports = {site: Report(state.report_tasks[site], cells=state.cells_of(site)) for site in answered}
+    else:
+        reports = {site: Report(state.report_tasks[site], state.clusters_of(site)) for site in answered}
+    return strategy.select(context, reports)
 
 
 def _fail(future: asyncio.Future[None], error: Exception) -> None:

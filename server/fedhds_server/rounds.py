@@ -93,7 +93,7 @@ class RunMachine:
         if state.manifest and 0 not in state.adapters and not state.phase.over:
             return [DrawAdapter()]
         if state.phase is Phase.SELECTING and not self._open(TaskKind.SELECT):
-            return [self._selection()]
+            return [] if self._waits_for_lost(TaskKind.SELECT) else [self._selection()]
         if state.phase is Phase.AGGREGATING:
             return [Aggregate(state.round)]
         if state.adapters:
@@ -182,6 +182,8 @@ class RunMachine:
         if site.state is not SiteState.LOST:
             return []
         site.state = SiteState.ENROLLED if site.rows or site.evaluates else SiteState.CONNECTING
+        if self.state.phase is Phase.TRAINING and self.state.cohort:
+            self.state.message = self._waiting_for_updates()
         self._add_evaluations()
         return [Record(f"site {event.site} is back"), *self._start_if_ready(event.at), *self._reopen(event.at), Wake()]
 
@@ -278,7 +280,10 @@ class RunMachine:
         if self.spec.schedule == "per-round":
             return [*notes, *self._issue_training(sorted(state.coresets), event.at), Wake()]
         if not state.coresets:
-            return [*notes, *self._end(Phase.FAILED, "the selection chose no row of any site", event.at)]
+            return [
+                *notes,
+                *self._end(Phase.FAILED, "the selection chose no row of any site; give it a --budget", event.at),
+            ]
         return [*notes, *self._open_round(event.at), Wake()]
 
     # Rounds.
@@ -311,8 +316,11 @@ class RunMachine:
             self._add_task(TaskKind.TRAIN, state.round, site)
         if not cohort:
             return [Record(f"round {state.round}: no row was selected, the adapter stays as it is"), *self._close(at)]
-        state.message = f"round {state.round} of {self.spec.rounds}: waiting for {len(cohort)} updates"
+        state.message = self._waiting_for_updates()
         return [Record(f"round {state.round} of {self.spec.rounds} opens with {', '.join(cohort)}")]
+
+    def _waiting_for_updates(self) -> str:
+        return f"round {self.state.round} of {self.spec.rounds}: waiting for {len(self.state.cohort)} updates"
 
     def _updated(self, event: UpdateReceived) -> list[Instruction]:
         state = self.state
@@ -372,6 +380,8 @@ class RunMachine:
             return self._end(Phase.FAILED, f"no site delivered an update in {_FUTILE_ROUNDS} rounds running", at)
         if state.round < self.spec.rounds:
             return self._open_round(at)
+        if not any(closed.contributions for closed in state.closed_rounds):
+            return self._end(Phase.FAILED, "no site delivered an update in any round; the adapter is untrained", at)
         state.phase = Phase.FINISHING
         state.message = "waiting for the last evaluations"
         return self._advance(at)
@@ -448,7 +458,8 @@ class RunMachine:
         state = self.state
         state.phase, state.message, state.ended_at = phase, message, at
         state.tasks = {}
-        note = Record(f"the run {'is complete' if phase is Phase.COMPLETED else 'failed'}: {message}")
+        completed = phase is Phase.COMPLETED
+        note = Record(f"the run {'is complete' if completed else 'failed'}: {message}", trouble=not completed)
         return [note, WriteCheckpoint(), Wake()]
 
     def _open(self, kind: TaskKind) -> bool:

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 
 from fedhds.errors import TaskError
 from fedhds_client.features import extract_features
-from fedhds_client.space import SHARED_NORM, FeatureSpace, signs
+from fedhds_client.space import FeatureSpace, signs
 
 # PEFT asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -177,7 +177,7 @@ def test_features_of_chosen_layers_and_poolings(layers: str, numbers: list[int],
             expected += pooled @ signs(seed=SEED, layer=layer, hidden=HIDDEN, dimension=DIMENSION)
         expected /= np.sqrt(DIMENSION)
         if shared:
-            expected *= min(1.0, SHARED_NORM / float(np.linalg.norm(expected)))
+            expected /= np.linalg.norm(expected)
         np.testing.assert_allclose(features.values[row], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -187,12 +187,12 @@ def test_a_layer_that_the_model_does_not_have_is_named() -> None:
         extract_features(model_called("llama"), ROWS.__getitem__, [0], space, pad_id=PAD, batch_size=1)
 
 
-def test_shared_features_are_clipped() -> None:
+def test_shared_features_have_norm_one() -> None:
     space = FeatureSpace(SEED, DIMENSION, shared=True)
     features = extract_features(
         model_called("llama"), ROWS.__getitem__, range(len(ROWS)), space, pad_id=PAD, batch_size=4
     )
-    assert np.linalg.norm(features.values, axis=1).max() <= SHARED_NORM * (1 + 1e-6)
+    np.testing.assert_allclose(np.linalg.norm(features.values, axis=1), 1, rtol=1e-6)
 
 
 def test_the_projection_is_the_same_on_every_machine() -> None:
@@ -225,7 +225,7 @@ def test_features_agree_between_thread_counts() -> None:
             found.append(extract_features(llama(), rows.__getitem__, range(32), space, pad_id=PAD, batch_size=8).values)
     finally:
         torch.set_num_threads(threads)
-    np.testing.assert_allclose(found[0], found[1], atol=1e-4 * SHARED_NORM)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
 
 
 def test_an_encoder_gives_features_too() -> None:

@@ -108,7 +108,7 @@ def test_an_epsilon_becomes_noise_for_all_releases_of_the_run() -> None:
 def test_a_site_needs_some_data_and_shards_of_different_names() -> None:
     with pytest.raises(SettingsError, match="--data"):
         client()
-    with pytest.raises(SettingsError, match=r"two shards are called a\.jsonl"):
+    with pytest.raises(SettingsError, match=r"two shards are called a;"):
         client("--data", "x/a.jsonl", "y/a.jsonl")
     with pytest.raises(SettingsError, match="HOST:PORT"):
         client("--data", "a.jsonl", "--server", "host")

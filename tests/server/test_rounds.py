@@ -190,6 +190,27 @@ def test_another_site_takes_over_a_selection_whose_sites_are_lost() -> None:
     assert work(run.handle(ReportReceived(4.0, "select/0/c", pb.ClusterReport()))) == [Select(0, ("c",))]
 
 
+def test_a_restart_while_all_sites_of_a_selection_are_lost_waits_for_them_too() -> None:
+    run = machine(needs_reports=True)
+    join(run, "a")
+    join(run, "b")
+    run.handle(AdapterDrawn(2.0, artifact(0)))
+    for site in "ab":
+        run.handle(SiteSilent(3.0, site))
+    assert run.pending() == []
+    run.handle(SiteHeard(4.0, "a"))
+    assert work(run.handle(ReportReceived(5.0, "select/0/a", pb.ClusterReport()))) == [Select(0, ("a",))]
+
+
+def test_a_run_in_which_nobody_delivered_fails_however_short_it_was() -> None:
+    run = started(rounds=1)
+    for site in "ab":
+        run.handle(TaskFailed(4.0, f"train/1/{site}", "no memory"))
+    run.handle(RoundAggregated(5.0, artifact(0)))
+    assert phase(run) is Phase.FAILED
+    assert "untrained" in run.state.message
+
+
 def test_a_site_that_failed_is_drawn_once_more_when_the_others_are_lost_and_then_the_round_closes() -> None:
     run = started()
     run.handle(SiteSilent(4.0, "b"))
@@ -232,7 +253,8 @@ def test_a_one_shot_selection_of_nothing_fails_with_the_reason() -> None:
     join(run, "b")
     run.handle(AdapterDrawn(2.0, artifact(0)))
     run.handle(SelectionMade(3.0, 0, {}))
-    assert (run.state.phase, run.state.message) == (Phase.FAILED, "the selection chose no row of any site")
+    assert phase(run) is Phase.FAILED
+    assert run.state.message == "the selection chose no row of any site; give it a --budget"
 
 
 def test_per_round_selection_of_nothing_is_a_round_that_changes_nothing() -> None:

@@ -2,7 +2,8 @@
 
 Sums and counts per cell are all that Lloyd's algorithm needs of the rows, so without noise this is k-means on the
 pooled rows, found without moving them. Centres start from the mean of all rows and split (Linde, Buzo & Gray 1980, "An
-Algorithm for Vector Quantizer Design", III); twice as many as wanted are then merged by Ward's linkage.
+Algorithm for Vector Quantizer Design", III), those with the most distortion first: as all rows have one known norm, it
+follows from sums and counts as well. More than are wanted are then merged by Ward's linkage.
 """
 
 from __future__ import annotations
@@ -31,19 +32,23 @@ _NUDGE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """Cells with rows, by number of their centre: counts (m,) and means (m, d)."""
+    """Cells with rows, by number of their centre: counts (m,), means (m, d) and distortions (m,)."""
 
     numbers: npt.NDArray[np.int64]
     counts: FloatArray
     means: FloatArray
+    distortions: FloatArray
+    """Sums of the rows' squared distances from the mean."""
 
     @classmethod
-    def of(cls, report: pb.CellReport) -> Cells:
-        """The cells that hold rows; under noise those whose count stands out of it."""
+    def of(cls, report: pb.CellReport, *, norm: float) -> Cells:
+        """The cells that hold rows, all of which have norm `norm`; under noise those whose count stands out of it."""
         cells = [cell for cell in report.cells if cell.count > max(0.0, report.noise_std)]
         counts = np.array([cell.count for cell in cells], dtype=np.float64)
         sums = np.array([list(cell.sums) for cell in cells], dtype=np.float64).reshape(len(cells), report.dimension)
-        return cls(np.array([cell.centre for cell in cells], dtype=np.int64), counts, sums / UNIT / counts[:, None])
+        means = sums / UNIT / counts[:, None]
+        distortions = counts * np.maximum(0.0, norm**2 - (means**2).sum(axis=1))
+        return cls(np.array([cell.centre for cell in cells], dtype=np.int64), counts, means, distortions)
 
 
 class Global(InterClientSelection):
@@ -67,7 +72,7 @@ class Global(InterClientSelection):
             wanted = centres.wanted
         if centres is not None and centres.last:
             return _picks(context, reports, wanted)
-        cells = Cells.of(context.cells)
+        cells = Cells.of(context.cells, norm=min(1.0, spec.clip_norm or 1.0))
         if not len(cells.counts):
             return Selection({}, notes=("no site has rows to take centres from",))
         splitting = splitting_passes(wanted)
@@ -87,10 +92,10 @@ class Global(InterClientSelection):
 
 
 def split(cells: Cells, wanted: int, *, seed: int) -> FloatArray:
-    """The means, the heaviest of them in two until there are `wanted` (each at most once)."""
-    heaviest = np.lexsort((cells.numbers, -cells.counts))[: max(0, wanted - len(cells.counts))]
-    pairs = [_nudge(cells, index, seed) for index in sorted(heaviest.tolist())]
-    kept = np.delete(cells.means, heaviest, axis=0)
+    """The means, those with the most distortion in two until there are `wanted` (each at most once)."""
+    coarsest = np.lexsort((cells.numbers, -cells.distortions))[: max(0, wanted - len(cells.counts))]
+    pairs = [_nudge(cells, index, seed) for index in sorted(coarsest.tolist())]
+    kept = np.delete(cells.means, coarsest, axis=0)
     return np.concatenate([kept, *pairs]) if pairs else kept
 
 

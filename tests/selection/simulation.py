@@ -1,0 +1,133 @@
+"""A whole selection without network or model: the real halves of a strategy and the real state machine, on features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedhds.adapter import AdapterManifest, Artifact, TensorSpec
+from fedhds.privacy.ledger import Ledger
+from fedhds.runspec import RunSpec
+from fedhds.v1 import federation_pb2 as pb
+from fedhds_client.coreset import coreset_rows
+from fedhds_client.features import Features
+from fedhds_client.release import Releases
+from fedhds_client.selection import REPORTING, SelectionContext
+from fedhds_server.coordinator import decide
+from fedhds_server.rounds import RunMachine
+from fedhds_server.selection import STRATEGIES, Selection, cells
+from fedhds_server.state import (
+    AdapterDrawn,
+    Instruction,
+    PassOpened,
+    ReportReceived,
+    RunState,
+    Select,
+    SelectionMade,
+    SiteAttested,
+    SiteConnected,
+    Task,
+    TaskFailed,
+    TaskKind,
+)
+
+MANIFEST = AdapterManifest((TensorSpec("q.lora_A.weight", (2, 4)), TensorSpec("q.lora_B.weight", (4, 2))), ("q",))
+Shards = Mapping[str, npt.NDArray[np.float32]]
+
+
+@dataclass
+class Outcome:
+    """What came of a selection."""
+
+    picks: dict[str, tuple[int, ...]]
+    """Row ids per site, as the site resolves its coreset."""
+    selection: Selection
+    centres: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    """Centres of every pass after the first."""
+    reports: list[tuple[str, pb.ClusterReport | pb.CellReport]] = field(default_factory=list)
+    """All that left sites, in order."""
+
+    @property
+    def rows(self) -> list[tuple[str, int]]:
+        """All picks."""
+        return [(site, row) for site in sorted(self.picks) for row in self.picks[site]]
+
+
+def select(
+    shards: Shards,
+    folder: Path,
+    strategy: str,
+    *,
+    order: Callable[[Sequence[str]], Sequence[str]] = sorted,
+    leaves: Mapping[str, int] | None = None,
+    **settings: Any,
+) -> Outcome:
+    """Runs one selection over `shards`, (n, d) features per site.
+
+    Sites answer in the `order` of their names; a site in `leaves` fails its task in the pass of that number.
+    """
+    dimension = next(iter(shards.values())).shape[1]
+    values = {
+        "model": "m",
+        "rounds": 1,
+        "strategy": strategy,
+        "feature_dimension": dimension,
+        "min_sites": sum(len(values) > 0 for values in shards.values()),
+    }
+    spec = RunSpec.model_validate(values | settings)
+    half = STRATEGIES[strategy]
+    machine = RunMachine(RunState(run_id="run", spec=spec), needs_reports=half.needs_reports)
+    for site in sorted(shards):
+        machine.handle(SiteConnected(site, "", f"session {site}"))
+    pending: list[Instruction] = []
+    for site in sorted(shards):
+        rows = len(shards[site])
+        pending += machine.handle(SiteAttested(1.0, site, rows, not rows, {"weights": "w"}, MANIFEST))
+    pending += machine.handle(AdapterDrawn(2.0, Artifact("0" * 64, 1)))
+    outcome = Outcome({}, Selection({}))
+    while True:
+        wanted = [instruction for instruction in pending if isinstance(instruction, Select)]
+        pending = []
+        if wanted:
+            decided = decide(machine.state, half, wanted[0])
+            if isinstance(decided, Selection):
+                outcome.selection = decided
+                machine.handle(SelectionMade(4.0, 0, dict(decided.coresets)))
+                break
+            outcome.centres.append(np.array(decided.values, dtype=np.float32).reshape(-1, decided.dimension))
+            pending += machine.handle(PassOpened(3.0, 0, machine.state.selection_pass, decided))
+            continue
+        tasks = {task.site: task for task in machine.state.tasks.values() if task.kind is TaskKind.SELECT}
+        if not tasks:
+            break
+        for site in order(sorted(tasks)):
+            if (leaves or {}).get(site) == machine.state.selection_pass:
+                pending += machine.handle(TaskFailed(3.0, tasks[site].id, "gone"))
+                continue
+            report = _report(machine.state, tasks[site], shards[site], folder / site)
+            outcome.reports.append((site, report))
+            pending += machine.handle(ReportReceived(3.0, tasks[site].id, report))
+    for site, coreset in outcome.selection.coresets.items():
+        outcome.picks[site] = coreset_rows(coreset, rows=len(shards[site]), run_id="run", folder=folder / site)
+    return outcome
+
+
+def _report(
+    state: RunState, task: Task, values: npt.NDArray[np.float32], folder: Path
+) -> pb.ClusterReport | pb.CellReport:
+    folder.mkdir(parents=True, exist_ok=True)
+    releases = Releases(
+        task.site, folder, Ledger(folder / "ledger.jsonl"), "run", state.spec, None, share_exact_cells=True
+    )
+    features = Features(np.arange(len(values)), values)
+    context = SelectionContext(task.id, state.spec, len(values), lambda: features, releases, state.centres_now)
+    report = REPORTING[state.spec.strategy].report(context)
+    if isinstance(report, pb.CellReport):
+        assert cells.check(report, state.spec, centres=state.centres_now, rows=len(values)) == ""
+    # What the coordinator sees is what was serialised.
+    return type(report).FromString(report.SerializeToString())
