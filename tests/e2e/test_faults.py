@@ -273,6 +273,61 @@ def test_a_full_disk_stops_nothing_that_was_accepted(federation: Federation) -> 
         subprocess.run(["umount", str(mount)], check=True)
 
 
+def test_a_site_with_a_full_disk_tries_again_until_there_is_room(federation: Federation) -> None:
+    mount = federation.folder / "small"
+    mount.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mount)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a file system")
+    try:
+        server = federation.server("--rounds=2", "--strategy=full", "--min-sites=1")
+        filler = mount / "filler"
+        site = federation.client("a", f"--data={shard(federation.folder)}", f"--state={mount / 'state'}")
+        server.wait_for("enrolled with")
+        with pytest.raises(OSError, match="No space"):
+            filler.write_bytes(os.urandom(8 << 20))
+        site.wait_for("trying again in")
+        filler.unlink()
+        assert (server.wait(), site.wait()) == (0, 0), server.text + site.text
+        assert "Traceback" not in site.text
+        assert "failed its train task" not in server.text
+    finally:
+        for daemon in federation.daemons:
+            if daemon.process.poll() is None:
+                daemon.kill()
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_processes_of_one_host_may_share_a_state_folder(federation: Federation) -> None:
+    server = federation.server("--rounds=3", "--strategy=full", "--min-sites=4")
+    sites = [
+        federation.client(name, f"--data={shard(federation.folder, name)}", f"--state={federation.folder / 'state'}")
+        for name in "abcd"
+    ]
+    assert server.wait() == 0, server.text
+    assert [site.wait() for site in sites] == [0] * 4, "\n".join(site.text for site in sites)
+    assert "failed" not in server.text
+
+
+def test_a_site_that_missed_the_end_gets_the_adapter_from_a_coordinator_that_is_started_again(
+    federation: Federation,
+) -> None:
+    flags = ("--rounds=2", "--strategy=full", "--min-sites=2", "--patience=3")
+    listen = f"127.0.0.1:{free_port()}"
+    server = federation.server(*flags, listen=listen)
+    present = federation.client("a", f"--data={shard(federation.folder, 'a', 40)}")
+    missing = federation.client("b", f"--data={shard(federation.folder, 'b')}")
+    server.wait_for("round 1 of 2 opens")
+    missing.kill()
+    assert (server.wait(), present.wait()) == (0, 0), server.text
+    late = federation.client("b", f"--data={federation.folder / 'b.jsonl'}", server=listen)
+    late.wait_for("trying again")
+    again = federation.server(*flags, listen=listen)
+    assert (again.wait(), late.wait()) == (0, 0), again.text + late.text
+    for name in ("a", "b"):
+        assert (federation.folder / "out" / name / "adapter_model.safetensors").exists()
+
+
 @pytest.mark.parametrize("program", ["fedhds", "fedhds-server", "fedhds-client"])
 def test_help_needs_no_heavy_import(program: str) -> None:
     module = program.replace("-", "_") + ".cli"
