@@ -22,6 +22,9 @@ from fedhds_client.site import Site
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+    import numpy.typing as npt
+
     from fedhds_client.features import Features
     from fedhds_client.modeling import AdapterModel, BaseModel
     from fedhds_client.prompts import Prompter
@@ -177,8 +180,40 @@ class Workbench:
             lambda: self._features(site, shard, adapter, control),
             releases,
             task.select.centres if task.select.HasField("centres") else None,
+            lambda features, points, labels: self._chart(site, run_id, task.task_id, features, points, labels),
         )
         return selection_of(spec.strategy).report(context)
+
+    def _chart(
+        self,
+        site: Site,
+        run_id: str,
+        task_id: str,
+        features: Features,
+        points: npt.NDArray[np.floating],
+        labels: npt.NDArray[np.int64],
+    ) -> None:
+        """Keeps the map of a selection, for the report that is written once the picks are known."""
+        from fedhds_client.local_report import cluster_map, save_map
+
+        folder = _report_folder(site, run_id, task_id)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        seed = self._checked_spec().seed
+        save_map(folder / "map.npz", cluster_map(features.ids, points, labels, features.values, seed=seed))
+
+    def _report(self, site: Site, run_id: str, task_id: str, rows: Sequence[int]) -> None:
+        """Writes the site's own report on a selection, once."""
+        from fedhds_client.local_report import load_map, write_local_report
+
+        folder = _report_folder(site, run_id, task_id)
+        if not (folder / "map.npz").exists() or (folder / "report.html").exists():
+            return
+        strategy = self._checked_spec().strategy
+        chart = load_map(folder / "map.npz")
+        page = write_local_report(
+            folder, chart, site=site.name, run_id=run_id, task_id=task_id, strategy=strategy, picks=rows, note=""
+        )
+        logger.info("%s: what the selection made of the shard stands in %s", site.name, page)
 
     def _features(self, site: Site, shard: Shard, adapter: Path, control: Control) -> Features:
         """Features of the shard under `adapter`, or under the run's feature model; from the cache where they are."""
@@ -249,6 +284,8 @@ class Workbench:
         if not rows:
             logger.info("%s: round %d picks no row of this site", site.name, task.round)
             return None
+        if task.train.coreset.HasField("picks"):
+            self._report(site, run_id, task.train.coreset.picks.select_task_id, rows)
         logger.info("%s: round %d trains on %d of %d rows", site.name, task.round, len(rows), len(shard))
         self._model.load(adapter)
         outcome = train(
@@ -316,3 +353,7 @@ class Workbench:
         if self._spec is None:
             raise TaskError("the base model is not loaded yet")
         return self._spec
+
+
+def _report_folder(site: Site, run_id: str, task_id: str) -> Path:
+    return site.folder / "reports" / file_key(run_id) / file_key(task_id)

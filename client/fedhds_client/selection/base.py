@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 from fedhds_client.release import Releases
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from fedhds.runspec import RunSpec
     from fedhds.v1 import federation_pb2 as pb
     from fedhds_client.features import Features
@@ -31,6 +34,8 @@ class SelectionContext:
     releases: Releases
     centres: pb.Centres | None = None
     """What the coordinator gave for this pass, if the strategy has centres."""
+    chart: Callable[[Features, npt.NDArray[np.floating], npt.NDArray[np.int64]], None] = lambda *_: None
+    """Keeps a map of the rows for the site's own people: features, the points (n, k) that were grouped, groups (n,)."""
 
 
 class IntraClientSelection(ABC):

@@ -25,4 +25,6 @@ class Global(IntraClientSelection):
             centres = np.array(given.values, dtype=np.float64).reshape(-1, given.dimension)
         cells = assign(features, centres, norm=spec.clip_norm)
         last = given is not None and given.last
+        if last:
+            context.chart(features, features.values, cells.labels)
         return context.releases.release_cells(context.task_id, cells, rows=context.rows, last=last)

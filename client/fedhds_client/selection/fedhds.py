@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedhds_client.clustering import Clusters, cluster
+from fedhds_client.clustering import cluster
 from fedhds_client.fusion import fuse
 from fedhds_client.selection.base import IntraClientSelection, SelectionContext
 
 if TYPE_CHECKING:
-    from fedhds.runspec import RunSpec
     from fedhds.v1 import federation_pb2 as pb
-    from fedhds_client.features import Features
 
 
 logger = logging.getLogger(__name__)
@@ -31,14 +28,11 @@ class FedHds(IntraClientSelection):
 
     def release(self, context: SelectionContext) -> pb.ClusterReport:
         """Releases the clusters' centroids."""
-        clusters = self.clusters(context.features(), context.spec)
-        if clusters.note:
-            logger.info("%s: %s", context.releases.site, clusters.note)
-        return context.releases.release_clusters(context.task_id, clusters, rows=context.rows)
-
-    def clusters(self, features: Features, spec: RunSpec) -> Clusters:
-        """Clusters the fused features."""
+        features, spec = context.features(), context.spec
         points, note = fuse(features.values, spec.fusion, seed=spec.seed)
         places = features.values if self._aligned else None
-        found = cluster(features.ids, points, min_cluster_size=spec.min_cluster_size, places=places)
-        return replace(found, note="; ".join(filter(None, (note, found.note))))
+        clusters = cluster(features.ids, points, min_cluster_size=spec.min_cluster_size, places=places)
+        for said in filter(None, (note, clusters.note)):
+            logger.info("%s: %s", context.releases.site, said)
+        context.chart(features, points, clusters.labels)
+        return context.releases.release_clusters(context.task_id, clusters, rows=context.rows)

@@ -1,0 +1,414 @@
+"""Selection measured without training: how well the picks cover the pool, how alike they are, and what selecting costs.
+
+Quality: Dolly-15k without `summarization`, over 20 sites (Dirichlet 0.5 over the categories). Every strategy picks at
+every budget by the real halves of its selection, and the picks are judged in an embedding that no strategy sees: TF-IDF
+of the whole row, by truncated SVD 128 values of norm 1. The seed decides split, projection, fusion and draws. Results
+are appended to a JSON lines file as they come; tables and plots are made from all of it, the latest line counts.
+Cost: see `benchmarks.selection_cost`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import inspect
+import json
+import multiprocessing
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, get_args
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import fedhds_client.selection.fedhds as intra
+from benchmarks import selection_cost
+from fedhds.runspec import FeaturePooling
+from fedhds_client import features, fusion, prompts, space
+from fedhds_client.features import extract_features
+from fedhds_client.modeling import load_base_model
+from fedhds_client.partition import partition
+from fedhds_client.prompts import Prompter
+from fedhds_client.shard import Shard
+from fedhds_client.space import FeatureSpace
+from tests.selection.simulation import Outcome, select
+
+if TYPE_CHECKING:
+    from fedhds.runspec import Fusion
+
+FloatArray = npt.NDArray[np.float32]
+Line = dict[str, Any]
+
+CLIENTS = 20
+ALPHA = 0.5
+UNSEEN = "summarization"
+MAX_LENGTH = 256
+_BATCH = 16
+_EMBEDDING_DIMENSIONS = 128
+STRATEGIES = ("random", "fedhds", "fedhds-aligned", "global")
+# Not a strategy: k-means of the judging embedding itself on the pooled rows, to show how much room there is.
+CEILING = "ceiling"
+MEASURES = ("coverage", "redundancy", "balance")
+POOLINGS: tuple[FeaturePooling, ...] = get_args(FeaturePooling)
+
+
+def main() -> None:
+    """Measures what is asked for, then prints the tables and draws the plots of all that was ever measured."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--part", choices=["all", "quality", "speed", "report"], default="all")
+    parser.add_argument("--data", type=Path, help="Dolly-15k: a file or its folder")
+    parser.add_argument("--model", help="base model: a hub id or a path")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="plots go beside it")
+    parser.add_argument("--cache", type=Path, default=Path("build/selection-cache"), help="hidden states and fusions")
+    parser.add_argument("--rows", type=int, default=None, help="quality: only so many rows of the pool, drawn")
+    parser.add_argument(
+        "--features",
+        nargs="+",
+        type=FeatureChoice.parsed,
+        default=[
+            FeatureChoice(layers, pooling, d) for layers in ("all", "last") for pooling in POOLINGS for d in (256, 64)
+        ],
+        metavar="LAYERS/POOLING/DIMENSION",
+    )
+    parser.add_argument("--strategies", nargs="+", choices=[*STRATEGIES, CEILING], default=[*STRATEGIES, CEILING])
+    parser.add_argument("--budgets", nargs="+", default=["0.1%", "0.5%", "1.5%", "3%"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1000, 2000, 4000, 8000, 15000], help="speed: rows")
+    parser.add_argument("--threads", type=int, default=2, help="speed: OMP_NUM_THREADS")
+    chosen = parser.parse_args()
+    if chosen.part != "report" and not (chosen.data and chosen.model):
+        parser.error("--data and --model are needed")
+    if chosen.data and chosen.data.is_dir():
+        chosen.data = next(path for path in sorted(chosen.data.iterdir()) if ".json" in path.name)
+
+    def write(line: Line) -> None:
+        with chosen.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+
+    if chosen.part in ("all", "quality"):
+        measure_quality(chosen, write)
+    if chosen.part in ("all", "speed"):
+        selection_cost.measure(chosen.data, chosen.model, chosen.sizes, chosen.threads, write)
+    lines = [json.loads(line) for line in chosen.out.read_text(encoding="utf-8").splitlines()]
+    show_quality([line for line in lines if line["part"] == "quality"], chosen.out.with_name("selection-quality.png"))
+    speed = [line for line in lines if line["part"] == "speed"]
+    selection_cost.show(speed, chosen.out.with_name("selection-speed.png"))
+
+
+@dataclass(frozen=True)
+class FeatureChoice:
+    """What rows are compared by."""
+
+    layers: str
+    pooling: FeaturePooling
+    dimension: int
+
+    @classmethod
+    def parsed(cls, text: str) -> FeatureChoice:
+        """The inverse of str."""
+        layers, pooling, dimension = text.split("/")
+        return cls(layers, next(known for known in POOLINGS if known == pooling), int(dimension))
+
+    def __str__(self) -> str:
+        return f"{self.layers}/{self.pooling}/{self.dimension}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One strategy with one seed, at all budgets: they share the features and, memoised, the fusion."""
+
+    folder: Path
+    """The pool's prepared arrays."""
+    strategy: str
+    choice: FeatureChoice | None
+    """None for strategies that do not look at features."""
+    seed: int
+    budgets: tuple[str, ...]
+
+
+def measure_quality(chosen: argparse.Namespace, write: Callable[[Line], None]) -> None:
+    """Prepares the pool and runs all jobs, the feature choices one after another."""
+    folder = prepare(chosen.data, chosen.model, chosen.rows, chosen.cache)
+    blind = [strategy for strategy in chosen.strategies if strategy in ("random", CEILING)]
+    seeing = [strategy for strategy in chosen.strategies if strategy not in blind]
+    kinds = [(strategy, None) for strategy in blind]
+    kinds += [(strategy, choice) for choice in chosen.features for strategy in seeing]
+    write({"part": "quality", "strategy": "full", **_full(folder)})
+    # Two processes with a thread each do more than two threads; t-SNE's threads mostly wait for each other.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(chosen.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [Job(folder, *kind, seed, tuple(chosen.budgets)) for kind in kinds for seed in chosen.seeds]
+        for done in as_completed([pool.submit(run, job) for job in jobs]):
+            for line in done.result():
+                write({"part": "quality", **line})
+
+
+def prepare(data: Path, model: str, rows: int | None, cache: Path) -> Path:
+    """Folder with the pool's pooled hidden states, judging embedding and categories; made where it is not there."""
+    with Shard.open(data) as shard:
+        ids = [row.id for row in shard if row.category != UNSEEN]
+        if rows is not None:
+            ids = sorted(np.random.default_rng(0).choice(ids, rows, replace=False).tolist())
+        base = load_base_model(model, device="cpu")
+        made_by = _sources(features, space, prompts)
+        key = hashlib.sha256(f"{base.weights}/{shard.digest}/{ids}/{MAX_LENGTH}/{made_by}".encode()).hexdigest()
+        folder = cache / key[:16]
+        if (folder / "categories.json").exists():
+            return folder
+        folder.mkdir(parents=True, exist_ok=True)
+        prompter = Prompter(base.tokenizer, max_length=MAX_LENGTH)
+        hidden, layers = base.model.config.hidden_size, base.model.config.num_hidden_layers + 1
+        found = extract_features(
+            base.model,
+            lambda row: prompter.encode(shard[row]).input_ids,
+            ids,
+            PooledStates(0, len(POOLINGS) * layers * hidden),
+            pad_id=base.tokenizer.pad_token_id,
+            batch_size=_BATCH,
+        )
+        np.save(folder / "states.npy", found.values.reshape(len(ids), len(POOLINGS), layers, hidden))
+        texts = ["\n".join((row.instruction, row.context, row.response)) for row in map(shard.__getitem__, ids)]
+        np.save(folder / "embedding.npy", embed(texts))
+        # Last: it says that the others are whole.
+        (folder / "categories.json").write_text(json.dumps([shard[row].category for row in ids]), encoding="utf-8")
+    return folder
+
+
+@dataclass(frozen=True)
+class PooledStates(FeatureSpace):
+    """All layers under every pooling, without projection: what every other space can be computed from."""
+
+    def features(self, states: tuple[torch.Tensor, ...], lengths: torch.Tensor) -> torch.Tensor:
+        """float32 (batch, poolings * layers * hidden)."""
+        pools = [replace(self, pooling=pooling) for pooling in POOLINGS]
+        return torch.cat([pool._pooled(layer, lengths) for pool in pools for layer in states], dim=1)
+
+
+def project(states: FloatArray, wanted: FeatureSpace) -> FloatArray:
+    """Features (n, dimension) of pooled states (n, poolings, layers, hidden): they stand for rows of one token."""
+    pooled = torch.from_numpy(np.ascontiguousarray(states[:, POOLINGS.index(wanted.pooling)]))
+    layers = tuple(pooled[:, layer, None] for layer in range(pooled.shape[1]))
+    found: FloatArray = wanted.features(layers, torch.ones(len(pooled), dtype=torch.int64)).numpy()
+    return found
+
+
+def embed(texts: list[str]) -> FloatArray:
+    """The judging embedding, (n, 128) of norm 1."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.preprocessing import normalize
+
+    terms = TfidfVectorizer(sublinear_tf=True, min_df=2, stop_words="english").fit_transform(texts)
+    reduced = TruncatedSVD(min(_EMBEDDING_DIMENSIONS, terms.shape[1] - 1), random_state=0).fit_transform(terms)
+    found: FloatArray = normalize(reduced).astype(np.float32)
+    return found
+
+
+def run(job: Job) -> list[Line]:
+    """The lines of a job, one per budget."""
+    torch.set_num_threads(1)
+    categories: list[str] = json.loads((job.folder / "categories.json").read_text(encoding="utf-8"))
+    embedding: FloatArray = np.load(job.folder / "embedding.npy")
+    parts = partition(categories, clients=CLIENTS, by="dirichlet", alpha=ALPHA, min_rows=10, seed=job.seed)
+    values = np.zeros((len(categories), 2), dtype=np.float32)
+    settings: dict[str, Any] = {"seed": job.seed}
+    if job.choice:
+        choice = job.choice
+        shared = job.strategy != "fedhds"
+        wanted = FeatureSpace(job.seed, choice.dimension, choice.layers, choice.pooling, shared)
+        values = project(np.load(job.folder / "states.npy", mmap_mode="r"), wanted)
+        settings |= {"feature_layers": choice.layers, "feature_pooling": choice.pooling}
+    names = [f"client-{number:02d}" for number in range(CLIENTS)]
+    lines = []
+    for budget in job.budgets:
+        if job.strategy == CEILING:
+            picks, traffic = _ceiling(embedding, budget, job.seed), {}
+        else:
+            shards = {name: values[part] for name, part in zip(names, parts, strict=True)}
+            with tempfile.TemporaryDirectory() as folder, _remembered_fusion(job.folder / "fusions"):
+                outcome = select(shards, Path(folder), job.strategy, budget=budget, **settings)
+            of = dict(zip(names, parts, strict=True))
+            picks, traffic = [of[site][row] for site, row in outcome.rows], _traffic(outcome)
+        line = {"strategy": job.strategy, "budget": budget, "seed": job.seed}
+        line |= {"features": str(job.choice) if job.choice else "", "pool": len(categories)}
+        lines.append(line | judged(picks, embedding, categories) | traffic)
+    return lines
+
+
+def judged(picks: list[int], embedding: FloatArray, categories: list[str]) -> Line:
+    """The measures of a set of picks."""
+    chosen = embedding[picks]
+    among = chosen @ chosen.T
+    np.fill_diagonal(among, -np.inf)
+    pool, picked = Counter(categories), Counter(categories[row] for row in picks)
+    apart = sum(abs(pool[name] / len(categories) - picked[name] / len(picks)) for name in pool) / 2
+    return {
+        "picks": len(picks),
+        # Cosine of every row of the pool to the pick that is nearest to it.
+        "coverage": round(float((embedding @ chosen.T).max(axis=1).mean()), 5),
+        # Cosine of every pick to the nearest other pick.
+        "redundancy": round(float(among.max(axis=1).mean()), 5),
+        # Total variation between the categories of the picks and of the pool.
+        "balance": round(apart, 5),
+    }
+
+
+def _full(folder: Path) -> Line:
+    categories = json.loads((folder / "categories.json").read_text(encoding="utf-8"))
+    every = list(range(len(categories)))
+    return {"pool": len(every), **judged(every, np.load(folder / "embedding.npy"), categories)}
+
+
+def _ceiling(embedding: FloatArray, budget: str, seed: int) -> list[int]:
+    from sklearn.cluster import KMeans
+
+    from fedhds.runspec import budget_rows
+
+    wanted = budget_rows(budget, len(embedding))
+    centres = KMeans(wanted, n_init=1, random_state=seed).fit(embedding).cluster_centers_
+    picks = {int(row) for row in (embedding @ (centres / np.linalg.norm(centres, axis=1, keepdims=True)).T).argmax(0)}
+    return sorted(picks)
+
+
+def _traffic(outcome: Outcome) -> Line:
+    """Kilobytes per site: reports that it sent, centres that it got."""
+    sent = sum(len(report.SerializeToString()) for _, report in outcome.reports)
+    got = sum(centres.nbytes for centres in outcome.centres)
+    return {"sent_kb": round(sent / CLIENTS / 1e3, 1), "received_kb": round(got / 1e3, 1)}
+
+
+def _remembered_fusion(folder: Path) -> Any:
+    """Makes strategies take fusions from `folder` where they are: they do not depend on the budget and cost most."""
+    folder.mkdir(exist_ok=True)
+    made_by = _sources(fusion)
+
+    def remembered(values: npt.NDArray[np.float32], method: Fusion, *, seed: int) -> tuple[fusion.FloatArray, str]:
+        key = hashlib.sha256(values.tobytes() + f"{values.shape}/{method}/{seed}/{made_by}".encode()).hexdigest()
+        file = folder / f"{key}.npy"
+        if not file.exists():
+            points, note = fusion.fuse(values, method, seed=seed)
+            np.save(file, points)
+            return points, note
+        return np.load(file), ""
+
+    return mock.patch.object(intra, "fuse", remembered)
+
+
+def _sources(*modules: ModuleType) -> str:
+    """A digest that changes when the code does."""
+    return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
+
+
+def show_quality(lines: list[Line], plot: Path) -> None:
+    """Prints a Markdown table and draws coverage and redundancy against the budget."""
+    pool = max((line["pool"] for line in lines), default=0)
+    latest = {
+        (line["strategy"], line.get("features", ""), line.get("budget", ""), line.get("seed", 0)): line
+        for line in lines
+        if line["pool"] == pool
+    }
+    if not latest:
+        return
+    groups: dict[tuple[str, str, str], dict[int, Line]] = {}
+    for (strategy, choice, budget, seed), line in latest.items():
+        groups.setdefault((budget, choice, strategy), {})[seed] = line
+    order = (*STRATEGIES, CEILING, "full")
+    keys = sorted(groups, key=lambda key: (_share(key[0]), key[1] != "", key[1], order.index(key[2])))
+    print(f"\n{pool} rows over {CLIENTS} sites; in brackets the paired difference to random with its 95 % t-interval\n")
+    print("| budget | strategy | features | seeds | picks | " + " | ".join(MEASURES) + " | kB sent | kB received |")
+    print("| --: | --- | --- | --: | --: | --: | --: | --: | --: | --: |")
+    for budget, choice, strategy in keys:
+        found = groups[budget, choice, strategy]
+        base = groups.get((budget, "", "random"), {}) if strategy not in ("random", "full") else {}
+        cells = [
+            _compared([found[seed][measure] for seed in found], *_paired(found, base, measure)) for measure in MEASURES
+        ]
+        cells += [_mean(found.values(), "picks", ".0f"), *(_mean(found.values(), name, ",.0f") for name in _TRAFFIC)]
+        *measures, picks, sent, received = cells
+        row = (budget, f"`{strategy}`", choice, str(len(found)), picks, *measures, sent, received)
+        print("| " + " | ".join(row) + " |")
+    _plot(groups, plot)
+
+
+_TRAFFIC = ("sent_kb", "received_kb")
+
+
+def _share(budget: str) -> float:
+    return float(budget.rstrip("%") or 100)
+
+
+def _mean(lines: Iterable[Line], name: str, form: str) -> str:
+    values = [line[name] for line in lines if name in line]
+    return format(np.mean(values), form) if values else ""
+
+
+def _paired(found: dict[int, Line], base: dict[int, Line], measure: str) -> tuple[float, float] | tuple[()]:
+    """Mean difference to `base` over the seeds of both, and half of its 95 % t-interval."""
+    from scipy import stats
+
+    differences = [found[seed][measure] - base[seed][measure] for seed in found if seed in base]
+    if len(differences) < 2:
+        return ()
+    half = stats.t.ppf(0.975, len(differences) - 1) * np.std(differences, ddof=1) / np.sqrt(len(differences))
+    return float(np.mean(differences)), float(half)
+
+
+def _compared(values: list[float], difference: float | None = None, half: float = 0.0) -> str:
+    text = f"{np.mean(values):.3f}"
+    if difference is None:
+        return text
+    sure = "**" if abs(difference) > half else ""
+    return f"{text} ({sure}{difference:+.3f}{sure} ± {half:.3f})"
+
+
+def _plot(groups: dict[tuple[str, str, str], dict[int, Line]], plot: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    choices = sorted({choice for _, choice, _ in groups if choice}) or [""]
+    figure, axes = pyplot.subplots(
+        2, len(choices), figsize=(3.6 * len(choices), 6.5), sharex=True, sharey="row", squeeze=False
+    )
+    for column, choice in enumerate(choices):
+        for row, measure in enumerate(MEASURES[:2]):
+            axis = axes[row][column]
+            for strategy in (*STRATEGIES, CEILING):
+                mine = choice if (strategy not in ("random", CEILING)) else ""
+                budgets = sorted({key[0] for key in groups if key[1:] == (mine, strategy)}, key=_share)
+                if not budgets:
+                    continue
+                runs = [[line[measure] for line in groups[budget, mine, strategy].values()] for budget in budgets]
+                means, shares = [np.mean(values) for values in runs], [_share(budget) for budget in budgets]
+                (drawn,) = axis.plot(shares, means, marker="o", markersize=3, label=strategy)
+                axis.fill_between(
+                    shares, [min(v) for v in runs], [max(v) for v in runs], alpha=0.15, color=drawn.get_color()
+                )
+            axis.set_xscale("log")
+            axis.grid(alpha=0.3)
+            if not row:
+                axis.set_title(choice, fontsize=10)
+            if not column:
+                axis.set_ylabel(measure + (" (higher is better)" if measure == "coverage" else " (lower is better)"))
+        axes[1][column].set_xlabel("budget, % of all rows")
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle("Picks judged in TF-IDF/SVD; mean and range over seeds, per feature choice", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(plot, dpi=130)
+    pyplot.close(figure)
+    print(f"\n{plot}")
+
+
+if __name__ == "__main__":
+    main()
