@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 PROTO_BIN := .venv-proto/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint format proto proto-check docs wheel clean
+.PHONY: help setup demo test bench-selection lint format proto proto-check docs wheel clean
 
 help:  ## print this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # pip must not let a newer torch in: an unpinned one brings gigabytes of CUDA packages.
 $(STAMP): pyproject.toml constraints.txt
@@ -22,8 +22,14 @@ setup: $(STAMP)  ## install everything into .venv
 demo: $(STAMP)  ## run a whole federation on this machine (MODEL=, STRATEGY=, ROUNDS=)
 	$(BIN)/python demo/run.py $(if $(MODEL),--model '$(MODEL)') $(if $(STRATEGY),--strategy '$(STRATEGY)') $(if $(ROUNDS),--rounds '$(ROUNDS)')
 
+# One thread each: the tests run in as many processes as there are cores, and so do those that they start.
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+bench-selection: $(STAMP)  ## measure what the strategies pick and what selecting costs (DATA=, MODEL=)
+	@test -n '$(DATA)' && test -n '$(MODEL)' \
+	  || { echo 'bench-selection needs DATA= (Dolly-15k: a file or its folder) and MODEL= (hub id or path)'; exit 2; }
+	$(BIN)/python -m benchmarks.selection --data '$(DATA)' --model '$(MODEL)'
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

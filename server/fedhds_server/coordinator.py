@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -259,6 +260,7 @@ class Coordinator:
                 if isinstance(decided, pb.Centres):
                     await self.post(PassOpened(time.time(), instruction.round, done, decided))
                 else:
+                    await asyncio.to_thread(self._write_selection, instruction.round, decided)
                     coresets, notes = dict(decided.coresets), tuple(decided.notes)
                     await self.post(SelectionMade(time.time(), instruction.round, coresets, notes))
             case Aggregate() if instruction.round == self.state.round:
@@ -298,6 +300,30 @@ class Coordinator:
         )
         self._artifacts.adopt(path, artifact)
         return artifact
+
+    def _write_selection(self, number: int, selection: Selection) -> None:
+        """Keeps for people how clusters were grouped; all of it is in what the sites sent."""
+        content = {
+            "run_id": self.state.run_id,
+            "round": number,
+            "strategy": self.state.spec.strategy,
+            "notes": list(selection.notes),
+            "groups": [
+                {
+                    "members": [{"site": site, "cluster": cluster} for site, cluster in group.members],
+                    "winners": [{"site": site, "cluster": cluster} for site, cluster in group.winners],
+                    "sites": len({site for site, _ in group.members}),
+                }
+                for group in selection.groups
+            ],
+        }
+        path = self._folder / f"selection-{number}.json"
+        partial = path.with_suffix(".partial")
+        try:
+            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            partial.replace(path)
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror}; make room there") from error
 
     def _write_checkpoint(self) -> None:
         state = self.state

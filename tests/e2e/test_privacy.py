@@ -95,7 +95,7 @@ class RecordingProxy:
         self._thread.join(10)
 
 
-@pytest.mark.parametrize("strategy", ["full", "fedhds"])
+@pytest.mark.parametrize("strategy", ["full", "fedhds", "fedhds-aligned", "global"])
 def test_no_training_text_leaves_a_site(federation: Federation, strategy: str) -> None:
     folder = federation.folder
     server = federation.server(
@@ -104,7 +104,12 @@ def test_no_training_text_leaves_a_site(federation: Federation, strategy: str) -
     proxy = RecordingProxy(federation.address())
     rows = write_rows(folder / "rows.jsonl", {"sun": 10, "sea": 10}, canary=CANARY)
     site = federation.client(
-        "planted", f"--data={rows}", f"--eval-data={rows}", "--log-level=DEBUG", server=proxy.address
+        "planted",
+        f"--data={rows}",
+        f"--eval-data={rows}",
+        "--log-level=DEBUG",
+        "--share-exact-cells",
+        server=proxy.address,
     )
     assert (server.wait(), site.wait()) == (0, 0), site.text
     messages = proxy.messages()

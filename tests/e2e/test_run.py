@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from fedhds.runspec import Strategy
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
 from tests.e2e.federation import Federation
@@ -27,13 +29,13 @@ def logits(model: Path, adapter: Path) -> list[float]:
         return [float(x) for x in tuned(input_ids=torch.tensor([[1, 40, 41, 42]])).logits[0, -1, :8]]
 
 
-@pytest.mark.parametrize("strategy", ["full", "random", "fedhds"])
+@pytest.mark.parametrize("strategy", get_args(Strategy))
 def test_a_run_ends_with_an_adapter_that_peft_loads_and_every_site_has(federation: Federation, strategy: str) -> None:
     folder = federation.folder
     server = federation.server(
         "--rounds=2",
         f"--strategy={strategy}",
-        *(["--budget=7"] if strategy == "random" else []),
+        *(["--budget=7"] if strategy not in ("full", "fedhds") else []),
         "--min-evaluators=1",
         "--evaluate-every=1",
         "--learning-rate=0.01",
@@ -46,8 +48,8 @@ def test_a_run_ends_with_an_adapter_that_peft_loads_and_every_site_has(federatio
     ]
     unseen = write_rows(folder / "unseen.jsonl", {"star": 5})
     sites = [
-        federation.client("a", f"--data={shards[0]}"),
-        federation.client("b", f"--data={shards[1]}"),
+        federation.client("a", f"--data={shards[0]}", "--share-exact-cells"),
+        federation.client("b", f"--data={shards[1]}", "--share-exact-cells"),
         federation.client("e", f"--eval-data={unseen}"),
     ]
     assert server.wait() == 0, server.text
@@ -55,10 +57,15 @@ def test_a_run_ends_with_an_adapter_that_peft_loads_and_every_site_has(federatio
 
     report = json.loads((folder / "run" / "report.json").read_text())
     assert report["phase"] == "completed"
+    selection = json.loads((folder / "run" / "selection-0.json").read_text())
+    assert selection["strategy"] == strategy
+    pages = list((folder / "state").glob("*/*/reports/*/*/report.html"))
+    # What the coordinator knows of groups, and every site of its own rows, stands where its people find it.
+    assert bool(pages) == bool(selection["groups"]) == (strategy not in ("full", "random"))
     assert [entry["round"] for entry in report["evaluations"]] == [0, 1, 2]
     trained, pool = int(report["trained_rows"]), int(report["pool_rows"])
     assert pool == 43
-    assert {"full": trained == 43, "random": trained == 7, "fedhds": 0 < trained < 43}[strategy], trained
+    assert {"full": trained == 43, "fedhds": 0 < trained < 43}.get(strategy, trained == 7), trained
 
     checkpoint = folder / "run" / "checkpoint"
     expected = logits(federation.model, checkpoint)
