@@ -50,7 +50,6 @@ Line = dict[str, Any]
 CLIENTS = 20
 ALPHA = 0.5
 UNSEEN = "summarization"
-MAX_LENGTH = 256
 _BATCH = 16
 _EMBEDDING_DIMENSIONS = 128
 STRATEGIES = ("random", "fedhds", "fedhds-aligned", "global")
@@ -74,7 +73,10 @@ def main() -> None:
         nargs="+",
         type=FeatureChoice.parsed,
         default=[
-            FeatureChoice(layers, pooling, d) for layers in ("all", "last") for pooling in POOLINGS for d in (256, 64)
+            FeatureChoice(layers, pooling, dimension)
+            for dimension in (256, 64)
+            for layers in ("all", "last")
+            for pooling in POOLINGS
         ],
         metavar="LAYERS/POOLING/DIMENSION",
     )
@@ -160,13 +162,13 @@ def prepare(data: Path, model: str, rows: int | None, cache: Path) -> Path:
         if rows is not None:
             ids = sorted(np.random.default_rng(0).choice(ids, rows, replace=False).tolist())
         base = load_base_model(model, device="cpu")
-        made_by = _sources(features, space, prompts)
-        key = hashlib.sha256(f"{base.weights}/{shard.digest}/{ids}/{MAX_LENGTH}/{made_by}".encode()).hexdigest()
+        settings = f"{ids}/{selection_cost.MAX_LENGTH}/{_sources(features, space, prompts)}"
+        key = hashlib.sha256(f"{base.weights}/{shard.digest}/{settings}".encode()).hexdigest()
         folder = cache / key[:16]
         if (folder / "categories.json").exists():
             return folder
         folder.mkdir(parents=True, exist_ok=True)
-        prompter = Prompter(base.tokenizer, max_length=MAX_LENGTH)
+        prompter = Prompter(base.tokenizer, max_length=selection_cost.MAX_LENGTH)
         hidden, layers = base.model.config.hidden_size, base.model.config.num_hidden_layers + 1
         found = extract_features(
             base.model,
@@ -330,17 +332,14 @@ def show_quality(lines: list[Line], plot: Path) -> None:
     for budget, choice, strategy in keys:
         found = groups[budget, choice, strategy]
         base = groups.get((budget, "", "random"), {}) if strategy not in ("random", "full") else {}
-        cells = [
-            _compared([found[seed][measure] for seed in found], *_paired(found, base, measure)) for measure in MEASURES
+        measures = [
+            _compared([line[name] for line in found.values()], *_paired(found, base, name)) for name in MEASURES
         ]
-        cells += [_mean(found.values(), "picks", ".0f"), *(_mean(found.values(), name, ",.0f") for name in _TRAFFIC)]
-        *measures, picks, sent, received = cells
-        row = (budget, f"`{strategy}`", choice, str(len(found)), picks, *measures, sent, received)
+        picks = _mean(found.values(), "picks", ".0f")
+        traffic = [_mean(found.values(), name, ",.1f") for name in ("sent_kb", "received_kb")]
+        row = (budget, f"`{strategy}`", choice, str(len(found)), picks, *measures, *traffic)
         print("| " + " | ".join(row) + " |")
     _plot(groups, plot)
-
-
-_TRAFFIC = ("sent_kb", "received_kb")
 
 
 def _share(budget: str) -> float:
@@ -392,9 +391,8 @@ def _plot(groups: dict[tuple[str, str, str], dict[int, Line]], plot: Path) -> No
                 runs = [[line[measure] for line in groups[budget, mine, strategy].values()] for budget in budgets]
                 means, shares = [np.mean(values) for values in runs], [_share(budget) for budget in budgets]
                 (drawn,) = axis.plot(shares, means, marker="o", markersize=3, label=strategy)
-                axis.fill_between(
-                    shares, [min(v) for v in runs], [max(v) for v in runs], alpha=0.15, color=drawn.get_color()
-                )
+                lowest, highest = list(map(min, runs)), list(map(max, runs))
+                axis.fill_between(shares, lowest, highest, alpha=0.15, color=drawn.get_color())
             axis.set_xscale("log")
             axis.grid(alpha=0.3)
             if not row:

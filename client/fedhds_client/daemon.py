@@ -17,10 +17,12 @@ from fedhds.runspec import RunSpec
 from fedhds.security.credentials import TlsFiles
 from fedhds.signals import on_signal
 from fedhds.v1 import federation_pb2 as pb
+from fedhds_client.assistant import assist
 from fedhds_client.delivery import write_adapter_folder
 from fedhds_client.link import CoordinatorLink
 from fedhds_client.settings import ClientSettings
 from fedhds_client.site import Site, open_sites
+from fedhds_client.team import Team
 from fedhds_client.training import Cancelled
 from fedhds_client.workbench import Workbench
 
@@ -59,12 +61,15 @@ class Control:
 async def run_sites(chosen: ClientSettings) -> int:
     """Runs all sites of this process to the end of the run; returns the exit status."""
     tls = TlsFiles.from_settings(chosen.tls_ca, chosen.tls_cert, chosen.tls_key)
+    team = Team.joined(chosen.device)
+    if not team.leads:
+        return await asyncio.to_thread(assist, chosen, team)
     with ExitStack() as stack:
         sites = open_sites(chosen, tls, stack)
         link = CoordinatorLink(chosen.server, tls, patience=chosen.patience)
         # One thread: all sites share one model, and their computations take turns.
         worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
-        workbench = Workbench(chosen, sites[0].folder / "adapters")
+        workbench = Workbench(chosen, sites, team)
         loops = [SiteLoop(site, link, workbench, worker, chosen) for site in sites]
         tasks = [asyncio.create_task(loop.run()) for loop in loops]
 
@@ -85,7 +90,8 @@ async def run_sites(chosen: ClientSettings) -> int:
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.gather(*(loop.farewell() for loop in loops))
             await link.close()
-            worker.shutdown()
+            await asyncio.to_thread(worker.shutdown)
+            workbench.close()
             logger.info("sent %.2f MB", link.bytes_sent / 1e6)
         return 0 if all(outcomes) else 1
 

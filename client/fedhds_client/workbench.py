@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from fedhds_client.coreset import coreset_rows
 from fedhds_client.link import CoordinatorLink, file_key
 from fedhds_client.settings import ClientSettings
 from fedhds_client.site import Site
+from fedhds_client.team import Prepare, Stop, Team
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fedhds_client.features import Features
     from fedhds_client.modeling import AdapterModel, BaseModel
     from fedhds_client.prompts import Prompter
-    from fedhds_client.shard import Shard
+    from fedhds_client.shard_features import ShardFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -100,51 +100,40 @@ class Workbench:
     `prepare` must have returned before any other computation. All but `fetch` run in the process's one worker thread.
     """
 
-    def __init__(self, chosen: ClientSettings, adapters: Path) -> None:
-        """`adapters` is a folder that this process alone writes to: a fetch resumes the partial file it finds."""
+    def __init__(self, chosen: ClientSettings, sites: Sequence[Site], team: Team) -> None:
         self._chosen = chosen
+        self._team = team
+        self._numbers = {site.name: number for number, site in enumerate(sites)}
         self._spec: RunSpec | None = None
         self._model: AdapterModel
         self._prompter: Prompter
+        self._features: ShardFeatures
         self._proof: tuple[pb.ModelFingerprint, AdapterManifest]
-        self._feature_source: tuple[BaseModel, Prompter] | None = None
-        self._held: dict[str, tuple[str, Features]] = {}
-        self._adapters = adapters
+        # Below a folder that this process holds: a fetch resumes the partial file that it finds.
+        self._adapters = sites[0].folder / "adapters"
         self._fetching = asyncio.Lock()
 
     def prepare(self, spec: RunSpec) -> tuple[pb.ModelFingerprint, AdapterManifest]:
         """Loads the run's base model, or takes the one that another site of this process loaded."""
-        from fedhds_client.modeling import AdapterModel, fingerprint, load_base_model
-        from fedhds_client.prompts import Prompter
+        from fedhds_client.modeling import fingerprint
+        from fedhds_client.shard_features import ShardFeatures
 
         if self._spec is None:
-            name = self._chosen.model or spec.model
-            revision = "" if self._chosen.model else spec.model_revision
-            logger.info("loading the base model %s", name)
-            base = load_base_model(name, revision=revision, device=self._chosen.device, cache_dir=self._chosen.state)
-            length = min(spec.max_length, base.max_length)
-            self._prompter = Prompter(base.tokenizer, max_length=length, prompt_format=spec.prompt_format)
+            self._team.order(Prepare(spec.to_proto().SerializeToString()))
+            base, self._model, self._prompter = load_models(self._chosen, spec)
+            self._features = ShardFeatures(self._chosen, spec, self._model, self._prompter, self._team)
             proof = fingerprint(base, self._prompter.fingerprint)
-            if spec.feature_model:
-                logger.info("loading the feature model %s", spec.feature_model)
-                body = load_base_model(
-                    spec.feature_model, device=self._chosen.device, cache_dir=self._chosen.state, body_only=True
-                )
-                prompter = Prompter(
-                    body.tokenizer,
-                    max_length=min(spec.max_length, body.max_length),
-                    prompt_format=spec.prompt_format,
-                )
-                self._feature_source = body, prompter
-                whole = fingerprint(body, prompter.fingerprint).SerializeToString(deterministic=True)
-                proof.feature_model = hashlib.sha256(whole).hexdigest()
-            self._model = AdapterModel(base, spec)
+            proof.feature_model = self._features.proof
             self._proof = proof, self._model.manifest()
             self._spec = spec
-            logger.info("the base model is on %s, rows of up to %d tokens", base.device, length)
+            logger.info("the base model is on %s, rows of up to %d tokens", base.device, self._prompter.max_length)
         elif spec != self._spec:
             raise TaskError("the coordinator gave the sites of this process different runs; start one process per run")
         return self._proof
+
+    def close(self) -> None:
+        """Lets the other processes of the team go; nothing may be computed after it."""
+        self._team.order(Stop())
 
     async def fetch(self, link: CoordinatorLink, session: str, reference: pb.ArtifactRef) -> Path:
         """The global adapter on this machine's disk; earlier ones make room for it."""
@@ -177,7 +166,7 @@ class Workbench:
             task.task_id,
             spec,
             len(shard),
-            lambda: self._features(site, shard, adapter, control),
+            lambda: self._features.of(site, self._numbers[site.name], adapter, control),
             releases,
             task.select.centres if task.select.HasField("centres") else None,
             lambda features, points, labels: self._chart(site, run_id, task.task_id, features, points, labels),
@@ -215,56 +204,6 @@ class Workbench:
         )
         logger.info("%s: what the selection made of the shard stands in %s", site.name, page)
 
-    def _features(self, site: Site, shard: Shard, adapter: Path, control: Control) -> Features:
-        """Features of the shard under `adapter`, or under the run's feature model; from the cache where they are."""
-        from fedhds_client.feature_cache import cached_features
-        from fedhds_client.features import extract_features
-        from fedhds_client.space import FeatureSpace
-        from fedhds_client.training import Cancelled
-
-        spec = self._checked_spec()
-        space = FeatureSpace.of(spec)
-        body, prompter = self._feature_source or (self._model.base, self._prompter)
-        key = f"{body.weights}/{'' if self._feature_source else adapter.name}/{space.key}/{body.model.dtype}"
-        held = self._held.get(site.name)
-        if held and held[0] == key:
-            return held[1]
-
-        def encode(row: int) -> list[int]:
-            return prompter.encode(shard[row]).input_ids
-
-        def progress(share: float) -> None:
-            control.report(share)
-            if control.cancelled():
-                raise Cancelled("the extraction of features was stopped")
-
-        def extract(rows: Sequence[int]) -> Features:
-            logger.info("%s: taking the features of %d rows", site.name, len(rows))
-            if not self._feature_source:
-                self._model.load(adapter)
-            return extract_features(
-                body.model if self._feature_source else self._model.module,
-                encode,
-                rows,
-                space,
-                pad_id=int(body.tokenizer.pad_token_id or 0),
-                batch_size=self._chosen.inference_batch_size,
-                progress=progress,
-            )
-
-        found = cached_features(
-            site.folder / "features",
-            key=key,
-            encode=encode,
-            ids=range(len(shard)),
-            dimension=space.dimension,
-            extract=extract,
-            note=lambda text: logger.warning("%s: %s", site.name, text),
-        )
-        # A strategy that makes many passes asks again within the second; the next task lets go of it.
-        self._held[site.name] = (key, found)
-        return found
-
     def train(
         self, site: Site, run_id: str, task: pb.NextTaskResponse, adapter: Path, control: Control
     ) -> Trained | None:
@@ -274,7 +213,7 @@ class Workbench:
         spec, shard = self._checked_spec(), site.shard
         if shard is None:
             raise TaskError("this site holds no training rows")
-        self._held.pop(site.name, None)
+        self._features.let_go(site.name)
         folder = site.folder / file_key(run_id)
         path = folder / f"update-{file_key(task.task_id + adapter.name)}.safetensors"
         if finished := Trained.found(path):
@@ -353,6 +292,20 @@ class Workbench:
         if self._spec is None:
             raise TaskError("the base model is not loaded yet")
         return self._spec
+
+
+def load_models(chosen: ClientSettings, spec: RunSpec) -> tuple[BaseModel, AdapterModel, Prompter]:
+    """The run's base model, the adapter on it, and how rows become tokens; raises ModelError."""
+    from fedhds_client.modeling import AdapterModel, load_base_model
+    from fedhds_client.prompts import Prompter
+
+    name = chosen.model or spec.model
+    revision = "" if chosen.model else spec.model_revision
+    logger.info("loading the base model %s", name)
+    base = load_base_model(name, revision=revision, device=chosen.device, cache_dir=chosen.state)
+    length = min(spec.max_length, base.max_length)
+    prompter = Prompter(base.tokenizer, max_length=length, prompt_format=spec.prompt_format)
+    return base, AdapterModel(base, spec), prompter
 
 
 def _report_folder(site: Site, run_id: str, task_id: str) -> Path:

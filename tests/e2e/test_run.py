@@ -11,7 +11,8 @@ import pytest
 from fedhds.runspec import Strategy
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
-from tests.e2e.federation import Federation
+from tests.client.test_team import launched
+from tests.e2e.federation import BIN, Federation
 from tests.tiny import write_rows
 
 pytestmark = pytest.mark.e2e
@@ -118,6 +119,22 @@ def test_several_shards_in_one_process_are_several_sites_and_tls_gives_their_nam
     assert [site["site"] for site in report["sites"]] == [f"hospital/ward-{number}" for number in (1, 2, 3)]
     assert process.text.count("loading the base model") == 1
     assert len(report["evaluations"]) == 2
+
+
+@pytest.mark.parametrize("strategy", ["fedhds", "full"])
+def test_a_site_of_two_processes_is_one_site(federation: Federation, strategy: str) -> None:
+    """Under accelerate the second process takes its share of the features, and stops with the first."""
+    folder = federation.folder
+    budget = [] if strategy == "full" else ["--budget=30"]
+    server = federation.server("--rounds=1", f"--strategy={strategy}", *budget, "--min-sites=2")
+    shards = [write_rows(folder / f"{name}.jsonl", {"sun": 12, "moon": 9}) for name in "ab"]
+    flags = federation.client_flags("site", "--data", *shards)
+    site = federation.start("site", *launched(["--no_python", str(BIN / "fedhds-client"), *map(str, flags)]))
+    assert (server.wait(), site.wait()) == (0, 0), server.text + site.text
+    assert "2 updates" in server.text
+    assert site.text.count("the final adapter is in") == 2
+    if strategy == "fedhds":
+        assert "taking the features of 21 rows" in site.text
 
 
 def test_noised_centroids_are_printed_recorded_and_bounded(federation: Federation) -> None:

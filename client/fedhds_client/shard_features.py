@@ -1,0 +1,133 @@
+"""Features of a site's shard under the run's model: from memory, from the cache, or taken by all of the site's team."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedhds.errors import TaskError
+from fedhds_client.feature_cache import cached_features
+from fedhds_client.features import Features, extract_features
+from fedhds_client.modeling import AdapterModel, fingerprint, load_base_model
+from fedhds_client.progress import shown
+from fedhds_client.prompts import Prompter
+from fedhds_client.shard import Shard
+from fedhds_client.space import FeatureSpace
+from fedhds_client.team import Extract, Team
+from fedhds_client.training import Cancelled
+
+if TYPE_CHECKING:
+    from fedhds.runspec import RunSpec
+    from fedhds_client.settings import ClientSettings
+    from fedhds_client.site import Site
+    from fedhds_client.workbench import Control
+
+logger = logging.getLogger(__name__)
+
+
+class ShardFeatures:
+    """Takes features with the run's feature model, or with the base model under the adapter of the task."""
+
+    def __init__(
+        self, chosen: ClientSettings, spec: RunSpec, model: AdapterModel, prompter: Prompter, team: Team
+    ) -> None:
+        self._model, self._prompter, self._team = model, prompter, team
+        self._space = FeatureSpace.of(spec)
+        self._batch_size = chosen.inference_batch_size
+        self._body = model.base
+        self._own = bool(spec.feature_model)
+        # By site: features of the last key. A strategy that makes many passes asks again within the second.
+        self._held: dict[str, tuple[str, Features]] = {}
+        if self._own:
+            logger.info("loading the feature model %s", spec.feature_model)
+            self._body = load_base_model(
+                spec.feature_model, device=chosen.device, cache_dir=chosen.state, body_only=True
+            )
+            length = min(spec.max_length, self._body.max_length)
+            self._prompter = Prompter(self._body.tokenizer, max_length=length, prompt_format=spec.prompt_format)
+
+    @property
+    def proof(self) -> str:
+        """Digest of the feature model and how it is used; empty where that is the base model."""
+        if not self._own:
+            return ""
+        whole = fingerprint(self._body, self._prompter.fingerprint)
+        return hashlib.sha256(whole.SerializeToString(deterministic=True)).hexdigest()
+
+    def of(self, site: Site, number: int, adapter: Path, control: Control) -> Features:
+        """Features of the shard of `site`, which is this process's with that `number`.
+
+        Raises TaskError, and Cancelled when `control` says so.
+        """
+        shard = site.shard
+        if shard is None:
+            raise TaskError("this site holds no training rows to take features of")
+        key = "/".join(
+            (self._body.weights, "" if self._own else adapter.name, self._space.key, str(self._body.model.dtype))
+        )
+        held = self._held.get(site.name)
+        if held and held[0] == key:
+            return held[1]
+
+        def extract(rows: Sequence[int]) -> Features:
+            logger.info("%s: taking the features of %d rows", site.name, len(rows))
+            with ExitStack() as stack:
+                show = stack.enter_context(shown(f"{site.name}: features"))
+
+                def progress(share: float) -> None:
+                    control.report(share)
+                    show(share)
+                    # A team goes on to its end: the others would not hear of it.
+                    if control.cancelled() and self._team.size == 1:
+                        raise Cancelled("the extraction of features was stopped")
+
+                order = Extract(number, tuple(rows), b"" if self._own else adapter.read_bytes())
+                self._team.order(order)
+                found = self._team.gathered(self.part(shard, rows, adapter, progress))
+            assert found is not None, "the leader gets the whole"
+            return found
+
+        found = cached_features(
+            site.folder / "features",
+            key=key,
+            encode=lambda row: self._encode(shard, row),
+            ids=range(len(shard)),
+            dimension=self._space.dimension,
+            extract=extract,
+            note=lambda text: logger.warning("%s: %s", site.name, text),
+        )
+        self._held[site.name] = (key, found)
+        return found
+
+    def let_go(self, site: str) -> None:
+        """Frees the memory that a site's features take."""
+        self._held.pop(site, None)
+
+    def part(
+        self, shard: Shard, rows: Sequence[int], adapter: Path, progress: Callable[[float], None]
+    ) -> Features | Exception:
+        """This process's share of the features of `rows`, or what went wrong with it."""
+        try:
+            if not self._own:
+                self._model.load(adapter)
+            return extract_features(
+                self._body.model if self._own else self._model.module,
+                lambda row: self._encode(shard, row),
+                self._team.share(rows),
+                self._space,
+                pad_id=int(self._body.tokenizer.pad_token_id or 0),
+                batch_size=self._batch_size,
+                progress=progress,
+            )
+        except Exception as error:
+            if self._team.size == 1:
+                raise
+            # The others wait for this part: they get the error in its place.
+            return error
+
+    def _encode(self, shard: Shard, row: int) -> list[int]:
+        return self._prompter.encode(shard[row]).input_ids
