@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Literal, Self
 
@@ -109,6 +110,6 @@ class ClientSettings(BaseModel):
         if twice:
             raise ValueError(f"data: two shards are called {twice}; sites are named after them, rename one")
         host, _, port = self.server.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) <= 65535:
+        if not host or not re.fullmatch("[0-9]+", port) or not 0 < int(port) <= 65535:
             raise ValueError(f"server: {self.server!r} is not HOST:PORT")
         return self

@@ -209,6 +209,7 @@ class RunSpec(BaseModel):
     released_centroids: int = Field(
         16,
         ge=1,
+        le=4096,
         description="Under noise, every site releases exactly this many centroids (padded); global: the number of "
         "centres.",
         json_schema_extra={"group": "Privacy"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,6 +37,8 @@ def status(
 
 def ask(server: str, tls: object) -> pb.GetStatusResponse:
     """One status of the coordinator at `server`; raises CoordinatorUnreachable with the reason."""
+    # gRPC's own log would put a line of its internals before ours.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     import grpc
 
     from fedhds.errors import CoordinatorUnreachable

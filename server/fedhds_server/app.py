@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import resource
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,9 @@ _DRAIN_S = 5.0
 async def serve(chosen: ServerSettings) -> int:
     """Runs the coordinator until its run is over and delivered, or a signal; returns the exit status."""
     tls = TlsFiles.from_settings(chosen.tls_ca, chosen.tls_cert, chosen.tls_key)
+    # A fold holds two files of every update of a round open, and every site one connection.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with _run_folder(chosen.run_folder) as folder, contextlib.closing(SqlStore.in_folder(folder)) as store:
         state = _opened(store, chosen.run_spec(), chosen.run_folder)
         artifacts = ArtifactStore(folder / "artifacts", largest_upload=_LARGEST_UPLOAD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from pathlib import Path
 from typing import Literal, Self
 
@@ -65,7 +66,7 @@ class ServerSettings(RunSpec):
     @model_validator(mode="after")
     def _servable(self) -> Self:
         host, _, port = self.listen.rpartition(":")
-        if not host or not port.isdigit() or int(port) > 65535:
+        if not host or not re.fullmatch("[0-9]+", port) or int(port) > 65535:
             raise ValueError(f"listen: {self.listen!r} is not HOST:PORT")
         if not is_loopback(host) and not self.tls_cert and not self.insecure:
             raise ValueError(

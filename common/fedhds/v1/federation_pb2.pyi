@@ -1141,7 +1141,9 @@ class GetUploadResponse(_message.Message):
 
     OFFSET_FIELD_NUMBER: _builtins.int
     offset: _builtins.int
-    """Next byte to send; equal to the artifact's size when it is complete and durable."""
+    """Next byte to send; equal to the artifact's size when no byte is missing. Only an answer of Upload says that the
+    artifact counts, so that a site ends with Upload also then, if only with its header.
+    """
     def __init__(
         self,
         *,
