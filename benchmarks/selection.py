@@ -31,14 +31,13 @@ import torch
 
 import fedhds_client.selection.fedhds as intra
 from benchmarks import selection_cost
-from fedhds.runspec import FeaturePooling
 from fedhds_client import features, fusion, prompts, space
 from fedhds_client.features import extract_features
 from fedhds_client.modeling import load_base_model
 from fedhds_client.partition import partition
 from fedhds_client.prompts import Prompter
 from fedhds_client.shard import Shard
-from fedhds_client.space import FeatureSpace
+from fedhds_client.space import FeatureSpace, Pooling
 from tests.selection.simulation import Outcome, select
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ STRATEGIES = ("random", "fedhds", "fedhds-aligned", "global")
 # Not a strategy: k-means of the judging embedding itself on the pooled rows, to show how much room there is.
 CEILING = "ceiling"
 MEASURES = ("coverage", "redundancy", "balance")
-POOLINGS: tuple[FeaturePooling, ...] = get_args(FeaturePooling)
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 
 def main() -> None:
@@ -112,7 +111,7 @@ class FeatureChoice:
     """What rows are compared by."""
 
     layers: str
-    pooling: FeaturePooling
+    pooling: Pooling
     dimension: int
 
     @classmethod

@@ -77,7 +77,7 @@ def main() -> int:
     """Runs the demo; the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default=str(HERE / "model"), help="base model: a hub id or a path")
-    parser.add_argument("--strategy", default="fedhds", choices=get_args(Strategy))
+    parser.add_argument("--strategy", default="fedhds-aligned", choices=get_args(Strategy))
     parser.add_argument("--rounds", default="8")
     parser.add_argument("--folder", type=Path, default=HERE / "output", help="everything of the demo; emptied first")
     chosen = parser.parse_args()

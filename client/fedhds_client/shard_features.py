@@ -130,4 +130,10 @@ class ShardFeatures:
             return error
 
     def _encode(self, shard: Shard, row: int) -> list[int]:
-        return self._prompter.encode(shard[row]).input_ids
+        encoded = self._prompter.encode(shard[row])
+        end = self._body.tokenizer.eos_token_id
+        if encoded.truncated and end is not None:
+            # All rows end alike: else the last token's state says first of all whether a row was cut. On Dolly, k-means
+            # then spent a quarter of its centres on cut rows and covered the pool worse than chance.
+            return [*encoded.input_ids[:-1], end]
+        return encoded.input_ids

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fedhds.errors import TaskError
-from fedhds.runspec import FeaturePooling, shared_space
+from fedhds.runspec import shared_space
 
 if TYPE_CHECKING:
     from fedhds.runspec import RunSpec
@@ -35,6 +35,9 @@ def signs(*, seed: int, layer: int, hidden: int, dimension: int) -> npt.NDArray[
     return (bits.astype(np.int8) * 2 - 1).reshape(hidden, dimension)
 
 
+Pooling = Literal["last", "mean"]
+
+
 @dataclass(frozen=True)
 class FeatureSpace:
     """How hidden states become features of `dimension` values."""
@@ -43,7 +46,7 @@ class FeatureSpace:
     dimension: int
     layers: str = "all"
     """all, last, or numbers such as 0,6,-1, where 0 is the embeddings' output."""
-    pooling: FeaturePooling = "last"
+    pooling: Pooling = "last"
     """Hidden state of the last token, or the mean over a row's tokens."""
     shared: bool = False
     """Every layer's vector and the result are normalised to L2 norm 1, so that sites' features compare."""
@@ -52,7 +55,11 @@ class FeatureSpace:
     @classmethod
     def of(cls, spec: RunSpec) -> FeatureSpace:
         """The space that a run's specification describes."""
-        return cls(spec.seed, spec.feature_dimension, spec.feature_layers, spec.feature_pooling, shared_space(spec))
+        shared = shared_space(spec)
+        pooling = spec.feature_pooling
+        if pooling == "auto":
+            pooling = "mean" if shared else "last"
+        return cls(spec.seed, spec.feature_dimension, spec.feature_layers, pooling, shared)
 
     @property
     def key(self) -> str:

@@ -16,7 +16,11 @@ PromptFormat = Literal["auto", "chat", "alpaca"]
 Strategy = Literal["full", "random", "fedhds", "fedhds-aligned", "global"]
 Schedule = Literal["one-shot", "per-round"]
 Fusion = Literal["tsne", "umap", "pca", "kpca", "none"]
-FeaturePooling = Literal["last", "mean"]
+FeaturePooling = Literal["auto", "last", "mean"]
+
+
+# The share of the paper's headline.
+AUTO_BUDGET = "1.5%"
 
 
 def budget_rows(budget: str, pool: int) -> int | None:
@@ -126,7 +130,7 @@ class RunSpec(BaseModel):
     )
 
     strategy: Strategy = Field(
-        "fedhds",
+        "fedhds-aligned",
         description="Which rows train: full (FedIT, all), random (a uniform draw of --budget rows), fedhds (two "
         "layers of clustering, each site in a frame of its own, as published), fedhds-aligned (the same in a space "
         "that all sites share) or global (federated k-means in that space).",
@@ -140,9 +144,8 @@ class RunSpec(BaseModel):
     budget: str = Field(
         "auto",
         description="Rows to train on, of all enrolled sites' rows (per-round: of the cohort's): a count, a share "
-        "such as 1.5%, or auto: what the strategy itself gives (random, global: 1.5%; fedhds: a row of each group that "
-        "the paper's rule finds, which may be very few; fedhds-aligned: a row of each group). Met exactly; under noise "
-        "an upper bound.",
+        "such as 1.5%, or auto: 1.5%, but for full, which takes all, and fedhds: a row of each group that the paper's "
+        "rule finds, which may be very few. Met exactly; under noise an upper bound.",
         json_schema_extra={"group": "Selection"},
     )
     fusion: Fusion = Field(
@@ -160,8 +163,9 @@ class RunSpec(BaseModel):
         json_schema_extra={"group": "Selection"},
     )
     feature_pooling: FeaturePooling = Field(
-        "last",
-        description="Hidden state of a row's last token, or the mean over its tokens.",
+        "auto",
+        description="Hidden state of a row's last token, or the mean over its tokens; auto: last for fedhds, as "
+        "published, and mean for strategies that compare sites, where it covers the pool better.",
         json_schema_extra={"group": "Selection"},
     )
     feature_dimension: int = Field(
@@ -266,6 +270,12 @@ class RunSpec(BaseModel):
         if self.strategy == "full" and self.budget != "auto":
             raise ValueError(f"budget: the strategy full trains on all rows; drop the budget {self.budget!r}")
         return self
+
+    def budget_of(self, pool: int) -> int | None:
+        """Rows to train on of `pool` rows; None where the strategy itself says: full, and fedhds left to its rule."""
+        if self.budget == "auto" and self.strategy not in ("full", "fedhds"):
+            return budget_rows(AUTO_BUDGET, pool)
+        return budget_rows(self.budget, pool)
 
     @property
     def noised(self) -> bool:

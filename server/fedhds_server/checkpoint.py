@@ -104,7 +104,7 @@ def model_card(spec: RunSpec, facts: RunFacts) -> str:
             "",
             f"An adapter for `{spec.model}`, tuned with fedhds {facts.version} on instruction data of",
             f"{facts.sites} sites. The data never left them; they sent adapter tensors"
-            + (" and cluster centroids." if spec.strategy == "fedhds" else "."),
+            + (f" and {_RELEASED[spec.strategy]}." if spec.strategy in _RELEASED else "."),
             "",
             "## How it was made",
             "",
@@ -163,15 +163,27 @@ def _evaluation_lines(facts: RunFacts) -> list[str]:
     return ["| round | rows | loss (nats per response token) | Rouge-L F1 |", "| --- | --- | --- | --- |", *rows]
 
 
+# What sites send for selection, by strategy.
+_RELEASED = {
+    "fedhds": "cluster centroids",
+    "fedhds-aligned": "cluster centroids",
+    "global": "sums and counts over cells of features",
+}
+
+
 def _privacy_lines(spec: RunSpec) -> list[str]:
     lines = []
-    if spec.strategy == "fedhds" and spec.noised:
+    released = _RELEASED.get(spec.strategy)
+    if released and spec.noised:
+        unit = "example" if spec.strategy == "global" else "client"
+        what = "Rows' features" if spec.strategy == "global" else "Released centroids"
+        sums = "their sums and counts " if spec.strategy == "global" else ""
         lines.append(
-            f"Released centroids were clipped to L2 norm {spec.clip_norm:g} and noised (Gaussian, noise multiplier "
-            f"{spec.noise_multiplier:.4g}); every site's own ledger states the client-level epsilon at "
+            f"{what} were clipped to L2 norm {spec.clip_norm:g} and {sums}noised (Gaussian, noise multiplier "
+            f"{spec.noise_multiplier:.4g}); every site's own ledger states the {unit}-level epsilon at "
             f"delta {spec.delta:g}."
         )
-    elif spec.strategy == "fedhds":
-        lines.append("Released centroids carried no noise: no differential-privacy guarantee is claimed for them.")
+    elif released:
+        lines.append(f"Released {released} carried no noise: no differential-privacy guarantee is claimed for them.")
     lines.append("Adapter updates carried no noise: no differential-privacy guarantee is claimed for the adapter.")
     return lines

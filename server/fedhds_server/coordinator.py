@@ -14,7 +14,6 @@ from google.protobuf import json_format
 from fedhds import adapter as adapters
 from fedhds.adapter import Artifact
 from fedhds.errors import FedhdsError, SessionLost, StorageError
-from fedhds.runspec import budget_rows
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.aggregation.base import Aggregator, Update
 from fedhds_server.artifacts import ArtifactStore
@@ -344,7 +343,7 @@ class Coordinator:
 def decide(state: RunState, strategy: InterClientSelection, instruction: Select) -> Selection | pb.Centres:
     """What the strategy makes of the reports that the state holds."""
     rows = {site: state.sites[site].rows for site in instruction.sites}
-    budget = budget_rows(state.spec.budget, sum(rows.values()))
+    budget = state.spec.budget_of(sum(rows.values()))
     context = SelectionContext(
         seed=state.spec.seed,
         round=instruction.round,

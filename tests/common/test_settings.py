@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from docs.generate import TARGET, configuration
 from fedhds import settings
 from fedhds.errors import SettingsError
-from fedhds.runspec import RunSpec, budget_rows
+from fedhds.runspec import RunSpec, Strategy, budget_rows
 from fedhds.v1 import runspec_pb2
 from fedhds_client.settings import ClientSettings
 from fedhds_server.settings import ServerSettings, is_loopback
@@ -31,7 +32,7 @@ def client(*arguments: str) -> ClientSettings:
 
 def test_a_model_and_rounds_are_enough() -> None:
     chosen = server(*BASE)
-    assert (chosen.strategy, chosen.listen) == ("fedhds", "127.0.0.1:8470")
+    assert (chosen.strategy, chosen.listen) == ("fedhds-aligned", "127.0.0.1:8470")
     assert chosen.run_spec() == RunSpec(model="m", rounds=3)
 
 
@@ -155,6 +156,11 @@ def test_the_state_folder_in_the_reference_is_no_ones_home() -> None:
 )
 def test_budgets(budget: str, pool: int, rows: int | None) -> None:
     assert budget_rows(budget, pool) == rows
+
+
+def test_only_full_and_the_papers_own_rule_have_no_budget() -> None:
+    found = {name: RunSpec(model="m", rounds=1, strategy=name).budget_of(1000) for name in get_args(Strategy)}
+    assert found == {"full": None, "random": 15, "fedhds": None, "fedhds-aligned": 15, "global": 15}
 
 
 def test_loopback() -> None:

@@ -210,7 +210,7 @@ def test_the_card_tells_how_the_adapter_was_made() -> None:
     for line in (
         "tuned with fedhds 1.2.3 on instruction data of\n2 sites.",
         "| rounds | 3 of 5, cohort fraction 0.25 |",
-        "| selection | fedhds, per-round, budget 1.5% |",
+        "| selection | fedhds-aligned, per-round, budget 1.5% |",
         "| rows trained on | 30 of 2000 (1.5%) |",
         "| LoRA | rank 4, alpha 12, dropout 0.05, q_proj, v_proj |",
         "| training | Adam, learning rate 0.001, batch 4, 1 local epochs, rows up to 1024 tokens |",
@@ -241,7 +241,7 @@ CENTROIDS_NOISED = (
     "clipped to L2 norm 0.5 and noised (Gaussian, noise multiplier 1.25); every site's own ledger states the "
     "client-level epsilon at delta 1e-06"
 )
-CENTROIDS_PLAIN = "Released centroids carried no noise: no differential-privacy guarantee is claimed for them."
+CENTROIDS_PLAIN = "Released cluster centroids carried no noise: no differential-privacy guarantee is claimed for them."
 
 
 @pytest.mark.parametrize(
@@ -252,6 +252,19 @@ CENTROIDS_PLAIN = "Released centroids carried no noise: no differential-privacy 
             {"clip_norm": 0.5},
             [CENTROIDS_PLAIN, "they sent adapter tensors and cluster centroids."],
             ["noise multiplier"],
+        ),
+        (
+            {"strategy": "global", "clip_norm": 1.0, "noise_multiplier": 1.25},
+            [
+                "Rows' features were clipped to L2 norm 1 and their sums and counts noised",
+                "states the example-level epsilon at delta 1e-05",
+            ],
+            ["centroids", "client-level"],
+        ),
+        (
+            {"strategy": "global"},
+            ["Released sums and counts over cells of features carried no noise", "adapter tensors and sums and counts"],
+            ["centroids"],
         ),
         ({"strategy": "random"}, ["they sent adapter tensors."], ["centroids"]),
         ({"strategy": "full"}, ["they sent adapter tensors."], ["centroids"]),

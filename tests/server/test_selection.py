@@ -73,8 +73,9 @@ def test_random_meets_its_budget_and_asks_no_site_for_more_than_it_has(rows: dic
     assert select("random", context(shuffled, budget), {}).coresets == chosen.coresets
 
 
-def test_random_without_a_budget_takes_one_and_a_half_per_cent() -> None:
-    chosen = select("random", context({"a": 1000, "b": 1000}), {})
+def test_random_with_the_budget_auto_takes_one_and_a_half_per_cent() -> None:
+    assert RunSpec(model="m", rounds=1, strategy="random").budget_of(2000) == 30
+    chosen = select("random", context({"a": 1000, "b": 1000}, 30), {})
     assert sum(coreset.random.count for coreset in chosen.coresets.values()) == 30
 
 

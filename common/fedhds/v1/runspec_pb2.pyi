@@ -110,7 +110,7 @@ class RunSpec(_message.Message):
     feature_layers: _builtins.str
     """Layers whose hidden states are a row's features: "all", "last" or numbers such as "0,6,-1" (0: embeddings)."""
     feature_pooling: _builtins.str
-    """"last" (the last token's state) or "mean" (over the row's tokens)."""
+    """"last" (the last token's state), "mean" (over the row's tokens) or "auto" (as the strategy has it)."""
     feature_dimension: _builtins.int
     """Values per row after the seeded random projection that every site derives alike."""
     feature_model: _builtins.str

@@ -9,8 +9,8 @@ from fedhds_server.selection.random import Random
 STRATEGIES: dict[str, InterClientSelection] = {
     "full": Full(),
     "random": Random(),
-    "fedhds": FedHds(aligned=False),
-    "fedhds-aligned": FedHds(aligned=True),
+    "fedhds": FedHds(),
+    "fedhds-aligned": FedHds(),
     "global": Global(),
 }
 

@@ -12,7 +12,10 @@ from fedhds.v1 import federation_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class SelectionContext:
-    """What every strategy knows: declared rows per taking part site, and the rows allowed over all of them."""
+    """What every strategy knows: declared rows per taking part site, and the rows allowed over all of them.
+
+    `budget` is None only for strategies that set it themselves (RunSpec.budget_of).
+    """
 
     seed: int
     round: int

@@ -18,14 +18,12 @@ import numpy.typing as npt
 from scipy.spatial.distance import cdist
 
 from fedhds.lloyd import OVERSPLIT, UNIT, splitting_passes
-from fedhds.runspec import budget_rows
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.selection.apportion import Pool, coresets, in_proportion
 from fedhds_server.selection.base import Group, InterClientSelection, Report, Selection, SelectionContext
 
 FloatArray = npt.NDArray[np.float64]
 
-_DEFAULT_BUDGET = "1.5%"
 # Halves of a split cell part along a hyperplane through its mean, whatever this length is; features have norm 1.
 _NUDGE = 1e-3
 
@@ -65,13 +63,11 @@ class Global(InterClientSelection):
     def select(self, context: SelectionContext, reports: Mapping[str, Report]) -> Selection | pb.Centres:
         spec, centres = context.spec, context.centres
         if centres is None:
-            fallback = budget_rows(_DEFAULT_BUDGET, sum(context.rows.values()))
-            budget = context.budget if context.budget is not None else fallback
-            wanted = spec.released_centroids if spec.noised else budget or 1
+            wanted = spec.released_centroids if spec.noised else context.budget or 1
         else:
             wanted = centres.wanted
         if centres is not None and centres.last:
-            return _picks(context, reports, wanted)
+            return _picks(context, reports)
         cells = Cells.of(context.cells, norm=min(1.0, spec.clip_norm or 1.0))
         if not len(cells.counts):
             return Selection({}, notes=("no site has rows to take centres from",))
@@ -130,9 +126,9 @@ def merge(cells: Cells, wanted: int) -> FloatArray:
     return means[alive]
 
 
-def _picks(context: SelectionContext, reports: Mapping[str, Report], wanted: int) -> Selection:
+def _picks(context: SelectionContext, reports: Mapping[str, Report]) -> Selection:
     """The rows, once the centres stand."""
-    budget = context.budget if context.budget is not None else wanted
+    budget = context.budget or 0
     at: dict[int, dict[str, pb.Cell]] = {}
     for site in sorted(reports):
         for cell in reports[site].cells.cells:

@@ -23,18 +23,14 @@ _FEWEST_POINTS = 3
 class FedHds(InterClientSelection):
     """Groups alike centroids over all sites; from each group the centroid nearest to its centre gives a row.
 
-    Without a budget the groups are the paper's, HDBSCAN's. A centroid that is like no other is dropped as noise, as
-    published, or, `aligned`, kept as a group by itself: what only one site has is the opposite of redundant. Where no
-    two are alike, each is a group by itself. With a budget the centroids form as
+    Without a budget the groups are the paper's, HDBSCAN's: a centroid that is like no other is dropped as noise, and
+    where no two are alike each is a group by itself. With a budget the centroids form as
     many groups as rows are wanted, by Ward's linkage, so that the likest ones merge first and one that a single site
     has is kept. Where the budget exceeds the clusters, each gives one row, and the remaining rows come from what is
     left in the clusters and outside of them, in proportion.
     """
 
     needs_reports = True
-
-    def __init__(self, *, aligned: bool) -> None:
-        self._aligned = aligned
 
     def select(self, context: SelectionContext, reports: Mapping[str, Report]) -> Selection:
         keys: list[tuple[str, int]] = []
@@ -55,7 +51,7 @@ class FedHds(InterClientSelection):
                 points.append(list(centroid.values))
                 pools[site, centroid.cluster] = centroid.size
         found = np.array(points, dtype=np.float64).reshape(len(keys), dimension)
-        groups = self._groups(keys, found) if context.budget is None else _as_many_groups(keys, found, context.budget)
+        groups = _groups(keys, found) if context.budget is None else _as_many_groups(keys, found, context.budget)
         counts: Counter[Pool] = Counter(winner for group in groups for winner in group.winners)
         if context.budget is not None and context.budget > len(groups):
             left = {pool: max(0, size - counts[pool]) for pool, size in pools.items()}
@@ -67,16 +63,6 @@ class FedHds(InterClientSelection):
             f"{len(keys) - kept} are like no other and are dropped; {counts.total()} rows are picked"
         )
         return Selection(coresets(counts, reports), groups, tuple(notes))
-
-    def _groups(self, keys: list[tuple[str, int]], points: np.ndarray) -> tuple[Group, ...]:
-        """The paper's groups."""
-        labels = np.full(len(keys), -1)
-        if len(keys) >= _FEWEST_POINTS:
-            labels = hdbscan.HDBSCAN(min_cluster_size=_MIN_CLUSTER_SIZE).fit(points).labels_
-        if self._aligned or labels.max(initial=-1) < 0:
-            alone = labels < 0
-            labels[alone] = labels.max(initial=-1) + 1 + np.arange(alone.sum())
-        return _with_winners(keys, points, labels)
 
 
 def _fault(clusters: pb.ClusterReport, dimension: int, rows: int, *, noised: bool) -> str:
@@ -96,6 +82,14 @@ def _fault(clusters: pb.ClusterReport, dimension: int, rows: int, *, noised: boo
     if not all(np.isfinite(centroid.values).all() for centroid in clusters.centroids):
         return "a centroid holds values that are not finite"
     return ""
+
+
+def _groups(keys: list[tuple[str, int]], points: np.ndarray) -> tuple[Group, ...]:
+    """The paper's groups."""
+    labels = np.full(len(keys), -1)
+    if len(keys) >= _FEWEST_POINTS:
+        labels = hdbscan.HDBSCAN(min_cluster_size=_MIN_CLUSTER_SIZE).fit(points).labels_
+    return _with_winners(keys, points, labels if labels.max(initial=-1) >= 0 else np.arange(len(keys)))
 
 
 def _as_many_groups(keys: list[tuple[str, int]], points: np.ndarray, wanted: int) -> tuple[Group, ...]:

@@ -7,12 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fedhds.runspec import budget_rows
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.selection.base import InterClientSelection, Report, Selection, SelectionContext
-
-# The share of the paper's headline, where nobody names another.
-_DEFAULT_BUDGET = "1.5%"
 
 
 class Random(InterClientSelection):
@@ -23,10 +19,9 @@ class Random(InterClientSelection):
     def select(self, context: SelectionContext, reports: Mapping[str, Report]) -> Selection:
         sites = sorted(context.rows)
         pool = sum(context.rows.values())
-        budget = context.budget if context.budget is not None else budget_rows(_DEFAULT_BUDGET, pool)
         rng = np.random.default_rng([context.seed, context.round])
         counts = rng.multivariate_hypergeometric(
-            [context.rows[site] for site in sites], min(budget or 0, pool), method="marginals"
+            [context.rows[site] for site in sites], min(context.budget or 0, pool), method="marginals"
         )
         return Selection(
             {
