@@ -31,11 +31,11 @@ import torch
 
 import fedhds_client.selection.fedhds as intra
 from benchmarks import selection_cost
-from fedhds_client import features, fusion, prompts, space
+from fedhds_client import features, fusion, prompts, shard_features, space
 from fedhds_client.features import extract_features
 from fedhds_client.modeling import load_base_model
 from fedhds_client.partition import partition
-from fedhds_client.prompts import Prompter
+from fedhds_client.prompts import Encoded, Prompter
 from fedhds_client.shard import Shard
 from fedhds_client.space import FeatureSpace, Pooling
 from tests.selection.simulation import Outcome, select
@@ -161,7 +161,7 @@ def prepare(data: Path, model: str, rows: int | None, cache: Path) -> Path:
         if rows is not None:
             ids = sorted(np.random.default_rng(0).choice(ids, rows, replace=False).tolist())
         base = load_base_model(model, device="cpu")
-        settings = f"{ids}/{selection_cost.MAX_LENGTH}/{_sources(features, space, prompts)}"
+        settings = f"{ids}/{selection_cost.MAX_LENGTH}/{_sources(features, space, prompts, shard_features)}"
         key = hashlib.sha256(f"{base.weights}/{shard.digest}/{settings}".encode()).hexdigest()
         folder = cache / key[:16]
         if (folder / "categories.json").exists():
@@ -171,7 +171,7 @@ def prepare(data: Path, model: str, rows: int | None, cache: Path) -> Path:
         hidden, layers = base.model.config.hidden_size, base.model.config.num_hidden_layers + 1
         found = extract_features(
             base.model,
-            lambda row: prompter.encode(shard[row]).input_ids,
+            lambda row: ended(prompter.encode(shard[row]), base.tokenizer.eos_token_id),
             ids,
             PooledStates(0, len(POOLINGS) * layers * hidden),
             pad_id=base.tokenizer.pad_token_id,
@@ -183,6 +183,11 @@ def prepare(data: Path, model: str, rows: int | None, cache: Path) -> Path:
         # Last: it says that the others are whole.
         (folder / "categories.json").write_text(json.dumps([shard[row].category for row in ids]), encoding="utf-8")
     return folder
+
+
+def ended(row: Encoded, end: int) -> list[int]:
+    """The row's tokens as features are taken of them: a row that was cut ends like all others (ShardFeatures)."""
+    return [*row.input_ids[:-1], end] if row.truncated else row.input_ids
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Every site fits its own reduction, as in the paper, so points of different sites
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import TYPE_CHECKING
 
@@ -89,6 +90,10 @@ def _perplexity(rows: int) -> float:
 
 def _umap(features: FloatArray, seed: int) -> FloatArray:
     """UMAP (McInnes et al., arXiv 1802.03426); other settings are umap-learn's defaults."""
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        # numba does not read it, and sets the process's OpenMP threads to all cores: on a shared host everything that
+        # runs after it, t-SNE foremost, then spends its time in threads that wait for each other.
+        os.environ.setdefault("NUMBA_NUM_THREADS", threads)
     with warnings.catch_warnings():
         # umap-learn says at import that it lacks TensorFlow, which only its ParametricUMAP needs.
         warnings.simplefilter("ignore", ImportWarning)

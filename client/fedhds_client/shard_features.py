@@ -133,7 +133,7 @@ class ShardFeatures:
         encoded = self._prompter.encode(shard[row])
         end = self._body.tokenizer.eos_token_id
         if encoded.truncated and end is not None:
-            # All rows end alike: else the last token's state says first of all whether a row was cut. On Dolly, k-means
-            # then spent a quarter of its centres on cut rows and covered the pool worse than chance.
+            # All rows end alike: else the last token's state says first of all whether a row was cut. On Dolly, where
+            # 16 % of the rows are, 98 % of the picks were, and they covered the pool worse than a random draw.
             return [*encoded.input_ids[:-1], end]
         return encoded.input_ids

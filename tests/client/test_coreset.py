@@ -134,7 +134,7 @@ def context(
     task_id: str = TASK,
     **settings: Any,
 ) -> SelectionContext:
-    spec = RunSpec(model="m", rounds=1, fusion="pca", **settings)
+    spec = RunSpec.model_validate({"model": "m", "rounds": 1, "strategy": "fedhds", "fusion": "pca"} | settings)
     releases = Releases("ward", folder, Ledger(folder / "ledger.jsonl"), "run", spec, max_epsilon)
     return SelectionContext(task_id, spec, ROWS, features, releases)
 
