@@ -36,6 +36,7 @@ def assist(chosen: ClientSettings, team: Team) -> int:
                     adapter.write_bytes(content)
                     team.gathered(features.part(shards[number], rows, adapter, lambda share: None))
                 case Stop():
+                    team.dissolved()
                     return 0
                 case other:
                     raise AssertionError(f"the leader's order came out of turn: {other}")

@@ -134,6 +134,7 @@ class Workbench:
     def close(self) -> None:
         """Lets the other processes of the team go; nothing may be computed after it."""
         self._team.order(Stop())
+        self._team.dissolved()
 
     async def fetch(self, link: CoordinatorLink, session: str, reference: pb.ArtifactRef) -> Path:
         """The global adapter on this machine's disk; earlier ones make room for it."""

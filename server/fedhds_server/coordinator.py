@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -52,6 +53,7 @@ Decision = Callable[[RunState], Event | None]
 
 # A full disk is mended by people, in minutes: often enough to go on soon, seldom enough to keep the log readable.
 _STORAGE_RETRY_S = 5.0
+_STOPPING = "the coordinator is stopping; try again when it is back"
 
 
 class Coordinator:
@@ -82,6 +84,8 @@ class Coordinator:
         self._heard: dict[str, float] = {name: time.monotonic() for name in state.sites}
         self._sessions = {site.session: name for name, site in state.sites.items()}
         self._settled = asyncio.Event()
+        self._applying = asyncio.Lock()
+        self._stopped = False
         # A run that is started again when it is over is there for whoever has not got the adapter.
         self._started_over = state.phase.over
         self._over_since: float | None = None
@@ -109,12 +113,20 @@ class Coordinator:
                 task.result()
             await self._work.join()
         finally:
+            # What is being applied is finished, so that whoever waits for it hears; not for ever, on a disk that fails.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._applying.acquire(), _STORAGE_RETRY_S)
             for task in [waiter, *tasks]:
                 task.cancel()
             await asyncio.gather(waiter, *tasks, return_exceptions=True)
+            self._stopped = True
+            while not self._inbox.empty():
+                _fail(self._inbox.get_nowait()[1], StorageError(_STOPPING))
 
     async def post(self, decision: Decision | Event) -> None:
         """Applies an event and returns when its effect is durable; raises what the decision raises."""
+        if self._stopped:
+            raise StorageError(_STOPPING)
         decide: Decision = decision if callable(decision) else lambda _: decision
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._inbox.put_nowait((decide, future))
@@ -153,6 +165,11 @@ class Coordinator:
     async def _apply_events(self) -> None:
         while True:
             batch = [await self._inbox.get()]
+            try:
+                await self._applying.acquire()
+            except asyncio.CancelledError:
+                _fail(batch[0][1], StorageError(_STOPPING))
+                raise
             while not self._inbox.empty():
                 batch.append(self._inbox.get_nowait())
             instructions: list[Instruction] = []
@@ -168,6 +185,7 @@ class Coordinator:
                     if isinstance(event, SiteConnected):
                         self._heard[event.site] = time.monotonic()
             await self._commit(instructions, applied)
+            self._applying.release()
 
     async def _commit(self, instructions: list[Instruction], applied: list[asyncio.Future[None]]) -> None:
         records = [instruction for instruction in instructions if isinstance(instruction, Record)]
@@ -232,7 +250,9 @@ class Coordinator:
             for site in list(self.state.sites.values()):
                 if site.live and now - self._heard.setdefault(site.name, now) > patience:
                     await self.post(SiteSilent(time.time(), site.name))
-            self._settle()
+            if self.state.phase.over:
+                # Through the inbox, as the state may be ahead of what is saved.
+                await self.post(lambda _: None)
 
     # Instructions.
 

@@ -38,6 +38,7 @@ def follow(out: Path) -> None:
     with pytest.raises(ValueError, match="no memory") if team.leads else nullcontext():
         team.gathered(ValueError("no memory") if not team.leads else part)
     assert isinstance(team.order(Stop() if team.leads else None), Stop)
+    team.dissolved()
 
 
 def free_port() -> int:
