@@ -200,4 +200,5 @@ def test_the_coordinator_holds_nothing_of_a_site_but_what_is_listed(federation: 
         "checkpoint",
         "checkpoints",
         "report.json",
+        "selection-0.json",
     }
