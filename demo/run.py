@@ -207,7 +207,8 @@ def verdict(status: pb.GetStatusResponse, folder: Path, seconds: float) -> int:
         f"{seconds:.0f}",
         f"{status.bytes_received / 1e6:.1f}",
     )
-    console.print(table)
+    # Whole also where the output is no terminal, for which rich assumes 80 columns.
+    Console(highlight=False, width=max(console.width, 100)).print(table)
     console.print(f"adapter: {folder / 'coordinator' / 'checkpoint'}")
     if after.loss > before.loss * (1 - CLEAR_MARGIN):
         console.print(f"[red]the adapter did not lower the unseen loss by {CLEAR_MARGIN:.0%}[/]")
