@@ -38,7 +38,10 @@ def of(program: str) -> list[list[str]]:
 @pytest.mark.parametrize("program", DAEMONS)
 def test_commands_of_the_daemons_are_valid(program: str) -> None:
     for words in of(program):
-        settings.load(DAEMONS[program], program=program, description="", arguments=words[1:], environment={})
+        # Raises, or exits, on a flag or a value that is none.
+        read = settings.load(DAEMONS[program], program=program, description="", arguments=words[1:], environment={})
+        given = {word.removeprefix("--").replace("-", "_") for word in words[1:] if word.startswith("--")}
+        assert given == read.model_fields_set
 
 
 def test_commands_of_the_toolbox_exist_with_their_options() -> None:

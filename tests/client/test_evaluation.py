@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +25,9 @@ from fedhds_client.prompts import Prompter
 from fedhds_client.response_loss import ResponseLoss
 from fedhds_client.shard import Shard
 from fedhds_client.training import Cancelled, train
+from tests.shared import shared
 from tests.tiny import make_model, write_rows
 
-SHARED = Path(os.environ.get("FEDHDS_SHARED") or Path(__file__).resolve().parents[3] / "shared")
-NANO = SHARED / "models" / "nano-llama"
 SPEC = RunSpec.model_validate({"model": "m", "rounds": 1, "lora_rank": 4})
 
 
@@ -242,12 +240,11 @@ def test_memory_that_runs_out_says_what_to_lower(llama: Path, shard: Shard, monk
         evaluate(model, shard, prompter, max_new_tokens=2, batch_size=4)
 
 
-@pytest.mark.skipif(not NANO.is_dir(), reason="the shared model is not here")
 def test_a_pretrained_model(tmp_path: Path) -> None:
     texts = ["The city of", "In the summer of 1914 the king and his army", "Water is", "She opened the door and then"]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": text, "completion": " the end of it."}) + "\n" for text in texts))
-    model, prompter = _opened(NANO, 512)
+    model, prompter = _opened(shared("models/nano-llama"), 512)
     with Shard.open(path) as shard:
         answers = generate(model, prompter, list(shard), 16)
         assert len(set(answers)) == len(texts)

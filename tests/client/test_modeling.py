@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import socket
 from collections.abc import Callable
@@ -31,10 +30,9 @@ from fedhds.errors import AdapterError, ModelError
 from fedhds.runspec import RunSpec
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_client.modeling import AdapterModel, BaseModel, InferenceModel, fingerprint, load_base_model
+from tests.shared import shared
 from tests.tiny import make_model
 
-SHARED = Path(os.environ.get("FEDHDS_SHARED") or Path(__file__).resolve().parents[3] / "shared")
-NANO = SHARED / "models" / "nano-llama"
 IDS = torch.tensor([[5, 9, 40, 77, 12]])
 
 
@@ -362,9 +360,8 @@ def test_tied_llama_and_its_own_head_load(tmp_path: Path, llama: Path) -> None:
     assert _differing(_print(folder), _print(llama)) == {"weights", "config"}
 
 
-@pytest.mark.skipif(not NANO.is_dir(), reason="the shared model is not here")
 def test_a_pretrained_model() -> None:
-    base = load_base_model(str(NANO), device="cpu")
+    base = load_base_model(str(shared("models/nano-llama")), device="cpu")
     assert (base.max_length, base.stored_dtype, base.model.dtype) == (1024, torch.float16, torch.float32)
     manifest = AdapterModel(base, _spec()).manifest()
     assert len(manifest.tensors) == 6 * 7 * 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,8 @@ from fedhds_client.prompts import Encoded, Prompter
 from fedhds_client.response_loss import ResponseLoss
 from fedhds_client.shard import Shard
 from fedhds_client.training import Cancelled, TrainOutcome, train
+from tests.shared import shared
 from tests.tiny import make_model, write_rows
-
-SHARED = Path(os.environ.get("FEDHDS_SHARED") or Path(__file__).resolve().parents[3] / "shared")
-NANO = SHARED / "models" / "nano-llama"
 
 
 def _spec(**fields: Any) -> RunSpec:
@@ -261,14 +258,13 @@ def test_memory_that_runs_out_says_what_to_lower(llama: Path, shard: Shard, monk
         _train(_adapter(llama, _spec()), shard, range(8), _spec())
 
 
-@pytest.mark.skipif(not NANO.is_dir(), reason="the shared model is not here")
 def test_a_pretrained_model_learns(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(
         "".join(json.dumps({"instruction": f"Name number {n}.", "response": "It is a fig."}) + "\n" for n in range(8))
     )
     spec = _spec(learning_rate=3e-3, local_epochs=2, batch_size=1)
-    adapter = _adapter(NANO, spec)
+    adapter = _adapter(shared("models/nano-llama"), spec)
     with Shard.open(path) as shard:
         first = _train(adapter, shard, range(8), spec)
         second = _train(adapter, shard, range(8), spec)
