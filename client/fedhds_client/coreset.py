@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from fedhds.errors import StorageError, TaskError
 from fedhds.v1 import federation_pb2 as pb
+from fedhds_client.durable import write_private
 from fedhds_client.link import file_key
 
 
@@ -48,24 +48,8 @@ def save_clusters(
 
     Call it before the report leaves, so that picks resolve however the process ends. Raises StorageError.
     """
-    file = _file(folder, run_id, task_id)
-    partial = file.with_suffix(".partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
-            kept = {"rows": rows, "members": [list(cluster) for cluster in members], "unclustered": list(unclustered)}
-            json.dump(kept, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-        for changed in (file.parent, folder):
-            descriptor = os.open(changed, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    except OSError as error:
-        raise StorageError(f"cannot write the clusters to {file}: {error.strerror}; make room there") from error
+    kept = {"rows": rows, "members": [list(cluster) for cluster in members], "unclustered": list(unclustered)}
+    write_private(_file(folder, run_id, task_id), json.dumps(kept).encode())
 
 
 def _picked(picks: pb.ClusterPicks, members: list[list[int]], unclustered: list[int]) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from fedhds.errors import StorageError
 from fedhds_client.clustering import NOISE
+from fedhds_client.durable import write_private
 from fedhds_client.fusion import fuse
 
 # Distances between all pairs: 2,000 rows take 32 MB, and the mean over them is within about 0.01 of the shard's.
@@ -84,7 +84,7 @@ def save_map(path: Path, map: ClusterMap) -> None:
     stream = io.BytesIO()
     facts = json.dumps({"scores": dict(map.scores), "dimensions": map.dimensions})
     np.savez(stream, allow_pickle=False, ids=map.ids, points=map.points, labels=map.labels, facts=np.array(facts))
-    _write(path, stream.getvalue())
+    write_private(path, stream.getvalue())
 
 
 def load_map(path: Path) -> ClusterMap:
@@ -136,8 +136,8 @@ def write_local_report(
         "scores": dict(map.scores),
     }
     page = _page(map, picked, groups, noise, names)
-    _write(folder / "report.json", (json.dumps(content, indent=1) + "\n").encode("ascii"))
-    _write(folder / "report.html", page.encode("utf-8", "replace"))
+    write_private(folder / "report.json", (json.dumps(content, indent=1) + "\n").encode("ascii"))
+    write_private(folder / "report.html", page.encode("utf-8", "replace"))
     return folder / "report.html"
 
 
@@ -462,23 +462,3 @@ def _score_table(map: ClusterMap) -> str:
             else "",
         ]
     )
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replaces the file whole and durably, for its owner alone; raises StorageError."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-        for changed in (path.parent, path.parent.parent):
-            descriptor = os.open(changed, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}; make room there") from error

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -247,55 +248,46 @@ def test_a_run_folder_that_cannot_be_written_is_said(federation: Federation) -> 
     assert "Traceback" not in server.text
 
 
-def test_a_full_disk_stops_nothing_that_was_accepted(federation: Federation) -> None:
+@pytest.fixture
+def mount(federation: Federation) -> Iterator[Path]:
+    """A file system of 4 MiB, which a test can fill up; what runs on it is ended before it goes."""
+    folder = federation.folder / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a file system")
+    yield folder
+    federation.stop()
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_nothing_that_was_accepted(federation: Federation, mount: Path) -> None:
     """The run folder is a tiny file system that is filled up in mid-run and then freed."""
-    mount = federation.folder / "small"
-    mount.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mount)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("this user may not mount a file system")
-    try:
-        server = federation.server("--rounds=3", "--strategy=full", "--min-sites=1", run="small/run")
-        site = federation.client("a", f"--data={shard(federation.folder)}", server=federation.address("small/run"))
-        server.wait_for("round 1 of 3 opens")
-        filler = mount / "filler"
-        with pytest.raises(OSError, match="No space"):
-            filler.write_bytes(os.urandom(8 << 20))
-        server.wait_for("disk")
-        filler.unlink()
-        assert (server.wait(), site.wait()) == (0, 0), server.text + site.text
-        assert "Traceback" not in server.text
-        server.wait_for("the run is complete")
-    finally:
-        for daemon in federation.daemons:
-            if daemon.process.poll() is None:
-                daemon.kill()
-        subprocess.run(["umount", str(mount)], check=True)
+    server = federation.server("--rounds=3", "--strategy=full", "--min-sites=1", run="small/run")
+    site = federation.client("a", f"--data={shard(federation.folder)}", server=federation.address("small/run"))
+    server.wait_for("round 1 of 3 opens")
+    filler = mount / "filler"
+    with pytest.raises(OSError, match="No space"):
+        filler.write_bytes(os.urandom(8 << 20))
+    server.wait_for("disk")
+    filler.unlink()
+    assert (server.wait(), site.wait()) == (0, 0), server.text + site.text
+    assert "Traceback" not in server.text
+    server.wait_for("the run is complete")
 
 
-def test_a_site_with_a_full_disk_tries_again_until_there_is_room(federation: Federation) -> None:
-    mount = federation.folder / "small"
-    mount.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mount)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("this user may not mount a file system")
-    try:
-        server = federation.server("--rounds=2", "--strategy=full", "--min-sites=1")
-        filler = mount / "filler"
-        site = federation.client("a", f"--data={shard(federation.folder)}", f"--state={mount / 'state'}")
-        server.wait_for("enrolled with")
-        with pytest.raises(OSError, match="No space"):
-            filler.write_bytes(os.urandom(8 << 20))
-        site.wait_for("trying again in")
-        filler.unlink()
-        assert (server.wait(), site.wait()) == (0, 0), server.text + site.text
-        assert "Traceback" not in site.text
-        assert "failed its train task" not in server.text
-    finally:
-        for daemon in federation.daemons:
-            if daemon.process.poll() is None:
-                daemon.kill()
-        subprocess.run(["umount", str(mount)], check=True)
+def test_a_site_with_a_full_disk_tries_again_until_there_is_room(federation: Federation, mount: Path) -> None:
+    server = federation.server("--rounds=2", "--strategy=full", "--min-sites=1")
+    filler = mount / "filler"
+    site = federation.client("a", f"--data={shard(federation.folder)}", f"--state={mount / 'state'}")
+    server.wait_for("enrolled with")
+    with pytest.raises(OSError, match="No space"):
+        filler.write_bytes(os.urandom(8 << 20))
+    site.wait_for("trying again in")
+    filler.unlink()
+    assert (server.wait(), site.wait()) == (0, 0), server.text + site.text
+    assert "Traceback" not in site.text
+    assert "failed its train task" not in server.text
 
 
 def test_processes_of_one_host_may_share_a_state_folder(federation: Federation) -> None:
