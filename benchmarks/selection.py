@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 from unittest import mock
 
 import numpy as np
@@ -31,6 +31,7 @@ import torch
 
 import fedhds_client.selection.fedhds as intra
 from benchmarks import selection_cost
+from fedhds.runspec import Fusion
 from fedhds_client import features, fusion, prompts, shard_features, space
 from fedhds_client.features import extract_features
 from fedhds_client.modeling import load_base_model
@@ -39,9 +40,6 @@ from fedhds_client.prompts import Encoded, Prompter
 from fedhds_client.shard import Shard
 from fedhds_client.space import FeatureSpace, Pooling
 from tests.selection.simulation import Outcome, select
-
-if TYPE_CHECKING:
-    from fedhds.runspec import Fusion
 
 FloatArray = npt.NDArray[np.float32]
 Line = dict[str, Any]
@@ -56,6 +54,7 @@ STRATEGIES = ("random", "fedhds", "fedhds-aligned", "global")
 CEILING = "ceiling"
 MEASURES = ("coverage", "redundancy", "balance")
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+FUSIONS: tuple[Fusion, ...] = get_args(Fusion)
 
 
 def main() -> None:
@@ -77,7 +76,7 @@ def main() -> None:
             for layers in ("all", "last")
             for pooling in POOLINGS
         ],
-        metavar="LAYERS/POOLING/DIMENSION",
+        metavar="LAYERS/POOLING/DIMENSION[/FUSION]",
     )
     parser.add_argument("--strategies", nargs="+", choices=[*STRATEGIES, CEILING], default=[*STRATEGIES, CEILING])
     parser.add_argument("--budgets", nargs="+", default=["0.1%", "0.5%", "1.5%", "3%"])
@@ -113,15 +112,18 @@ class FeatureChoice:
     layers: str
     pooling: Pooling
     dimension: int
+    fusion: Fusion = "tsne"
 
     @classmethod
     def parsed(cls, text: str) -> FeatureChoice:
         """The inverse of str."""
-        layers, pooling, dimension = text.split("/")
-        return cls(layers, next(known for known in POOLINGS if known == pooling), int(dimension))
+        layers, pooling, dimension, *fusion = text.split("/")
+        named = next(known for known in FUSIONS if known == (fusion or ["tsne"])[0])
+        return cls(layers, next(known for known in POOLINGS if known == pooling), int(dimension), named)
 
     def __str__(self) -> str:
-        return f"{self.layers}/{self.pooling}/{self.dimension}"
+        fused = "" if self.fusion == "tsne" else f"/{self.fusion}"
+        return f"{self.layers}/{self.pooling}/{self.dimension}{fused}"
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,7 @@ def run(job: Job) -> list[Line]:
         shared = job.strategy != "fedhds"
         wanted = FeatureSpace(job.seed, choice.dimension, choice.layers, choice.pooling, shared)
         values = project(np.load(job.folder / "states.npy", mmap_mode="r"), wanted)
-        settings |= {"feature_layers": choice.layers, "feature_pooling": choice.pooling}
+        settings |= {"feature_layers": choice.layers, "feature_pooling": choice.pooling, "fusion": choice.fusion}
     names = [f"client-{number:02d}" for number in range(CLIENTS)]
     lines = []
     for budget in job.budgets:
