@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from fedhds import __version__
-from fedhds.errors import CoordinatorUnreachable, EnrolmentRefused, FedhdsError, SessionLost, StorageError
+from fedhds.errors import (
+    CoordinatorUnreachable,
+    EnrolmentRefused,
+    Evicted,
+    FedhdsError,
+    SessionLost,
+    StorageError,
+)
 from fedhds.runspec import RunSpec
 from fedhds.security.credentials import TlsFiles
 from fedhds.signals import on_signal
@@ -119,7 +126,15 @@ class SiteLoop:
         self._blocked_since = 0.0
 
     async def run(self) -> bool:
-        """Whether the run completed; raises FedhdsError when the site cannot go on."""
+        """Whether the run ended as it should; raises FedhdsError when the site cannot go on."""
+        try:
+            return await self._live()
+        except Evicted as error:
+            # The other sites of this process go on.
+            logger.error("%s: %s", self._site.name, error)
+            return False
+
+    async def _live(self) -> bool:
         await self._enrol()
         reason = ""
         # A poll that is held longer than the lease would look like silence.
@@ -253,15 +268,11 @@ class SiteLoop:
             logger.info("%s: the final adapter is in %s", self._site.name, self._chosen.out)
         request = pb.CompleteTaskRequest(session=self._session, task_id=task.task_id, delivered=pb.Delivered())
         await self._link.call(self._link.federation.CompleteTask, request)
-        completed = done.outcome == "completed"
-        logger.log(
-            logging.INFO if completed else logging.ERROR,
-            "%s: the run %s: %s",
-            self._site.name,
-            done.outcome,
-            done.message,
-        )
-        return completed
+        failed = done.outcome == "failed"
+        verb = "is stopped" if done.outcome == "stopped" else done.outcome
+        level = logging.ERROR if failed else logging.INFO
+        logger.log(level, "%s: the run %s: %s", self._site.name, verb, done.message)
+        return not failed
 
     async def _fail(self, task: pb.NextTaskResponse, kind: str, reason: str) -> None:
         request = pb.FailTaskRequest(session=self._session, task_id=task.task_id, kind=kind, reason=reason)

@@ -22,6 +22,7 @@ from fedhds import __version__
 from fedhds.errors import FedhdsError, UsageError
 from fedhds.security.identity import Role
 from fedhds.status_command import status
+from fedhds.steering_commands import evict, pause, resume, stop
 
 COMMANDS_GROUP = "fedhds.commands"
 _OWN_PACKAGES = ("fedhds", "fedhds_server", "fedhds_client")
@@ -151,6 +152,8 @@ def certs_issue(
 # All commands of this package, in the order in which help shows them.
 app.add_typer(certs, name="certs")
 app.command("status")(status)
+for command in (pause, resume, stop, evict):
+    app.command(command.__name__)(command)
 
 
 @functools.cache

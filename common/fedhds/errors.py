@@ -8,7 +8,10 @@ FedhdsError
 ├── ArtifactError           bytes that are not what their digest, size or manifest says
 │   └── AdapterError        adapter tensors that do not fit the manifest or are not finite
 ├── EnrolmentRefused        the coordinator will not take this site (wrong base model, version, policy)
-│   └── NameInUse           another live process, or another key, holds the site's name
+│   ├── NameInUse           another live process, or another key, holds the site's name
+│   └── Evicted             an operator excluded this site from the run
+├── NotPermitted            the caller may not change the run
+├── RunOver                 the run has ended and cannot be changed
 ├── SessionLost             the session is unknown, superseded or expired; enrol again
 ├── TaskError               a request about a task that is not this site's, or no longer wanted
 ├── PrivacyError            a release that the site's own privacy policy forbids
@@ -66,6 +69,18 @@ class EnrolmentRefused(FedhdsError):
 
 class NameInUse(EnrolmentRefused):
     """The site's name is held by another live process (without TLS) or by another key (with TLS)."""
+
+
+class Evicted(EnrolmentRefused):
+    """An operator excluded this site from the run."""
+
+
+class NotPermitted(FedhdsError):
+    """The caller may not change the run."""
+
+
+class RunOver(FedhdsError):
+    """The run has ended and cannot be changed."""
 
 
 class SessionLost(FedhdsError):

@@ -231,6 +231,42 @@ class RunSpec(BaseModel):
         description="Evaluators that must be enrolled before the run starts.",
         json_schema_extra={"group": "Rounds"},
     )
+    quorum: str = Field(
+        "1",
+        description="Least answers of a cohort with which a selection or a round closes, a count or a share such as "
+        "80%; until then it waits, whatever happens.",
+        json_schema_extra={"group": "Rounds"},
+    )
+    deadline: float = Field(
+        0.0,
+        ge=0,
+        description="Seconds after which a selection or a round closes with its quorum, without waiting for those who "
+        "still work; 0: it waits for all that give signs of life. A coordinator that starts again counts anew.",
+        json_schema_extra={"group": "Rounds"},
+    )
+    oversample: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="Draw so many more sites into a round, as a share of its cohort; it closes with as many updates "
+        "as the cohort without them.",
+        json_schema_extra={"group": "Rounds"},
+    )
+    max_weight_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Largest share of a round's weight that one site's update may have, whatever rows it declares; 1 "
+        "divided by the number of updates where that is more.",
+        json_schema_extra={"group": "Rounds"},
+    )
+    max_update_norm: float = Field(
+        0.0,
+        ge=0,
+        description="Reject updates that differ from the round's adapter by more than this L2 norm; 0: any finite one "
+        "is taken.",
+        json_schema_extra={"group": "Rounds"},
+    )
     patience: float = Field(
         60.0,
         gt=0,
@@ -261,6 +297,9 @@ class RunSpec(BaseModel):
         match = re.fullmatch(r"auto|[1-9]\d*|(\d+(?:\.\d+)?)%", self.budget)
         if not match or (match[1] and not 0 < float(match[1]) <= 100):
             raise ValueError(f"budget: {self.budget!r} is neither auto, a count from 1, nor a share up to 100%")
+        share = re.fullmatch(r"[1-9]\d*|(\d+(?:\.\d+)?)%", self.quorum)
+        if not share or (share[1] and not 0 < float(share[1]) <= 100):
+            raise ValueError(f"quorum: {self.quorum!r} is neither a count from 1 nor a share up to 100%")
         if self.noise_multiplier and not self.clip_norm:
             raise ValueError("clip_norm: noise needs a clipping norm, else its guarantee is void; set it above 0")
         if not re.fullmatch(r"all|last|-?\d+(,-?\d+)*", self.feature_layers):
@@ -276,6 +315,12 @@ class RunSpec(BaseModel):
         if self.budget == "auto" and self.strategy not in ("full", "fedhds"):
             return budget_rows(AUTO_BUDGET, pool)
         return budget_rows(self.budget, pool)
+
+    def quorum_of(self, cohort: int) -> int:
+        """Least answers that close a selection or round of `cohort` sites."""
+        if self.quorum.endswith("%"):
+            return max(1, budget_rows(self.quorum, cohort) or 0)
+        return int(self.quorum)
 
     @property
     def noised(self) -> bool:

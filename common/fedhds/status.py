@@ -16,7 +16,10 @@ logger = logging.getLogger(__name__)
 # raises the same class; the status code is what proxies and foreign clients see.
 _TABLE: tuple[tuple[type[errors.FedhdsError], grpc.StatusCode], ...] = (
     (errors.NameInUse, grpc.StatusCode.ALREADY_EXISTS),
+    (errors.Evicted, grpc.StatusCode.PERMISSION_DENIED),
     (errors.EnrolmentRefused, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.NotPermitted, grpc.StatusCode.PERMISSION_DENIED),
+    (errors.RunOver, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.SessionLost, grpc.StatusCode.UNAUTHENTICATED),
     (errors.TaskError, grpc.StatusCode.NOT_FOUND),
     (errors.ArtifactError, grpc.StatusCode.INVALID_ARGUMENT),

@@ -99,7 +99,7 @@ async def serve(chosen: ServerSettings) -> int:
             await server.stop(_DRAIN_S)
             (folder / "address").unlink(missing_ok=True)
         logger.info("checkpoint: %s", coordinator.checkpoint)
-        return 0 if coordinator.state.phase is Phase.COMPLETED else 1
+        return 1 if coordinator.state.phase is Phase.FAILED else 0
 
 
 def _bind(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:

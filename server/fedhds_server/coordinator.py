@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from google.protobuf import json_format
 
 from fedhds import adapter as adapters
 from fedhds.adapter import Artifact
-from fedhds.errors import FedhdsError, SessionLost, StorageError
+from fedhds.errors import Evicted, FedhdsError, SessionLost, StorageError
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.aggregation.base import Aggregator, Update
+from fedhds_server.aggregation.weights import bounded_shares
 from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.checkpoint import write_checkpoint
+from fedhds_server.collection import Collection
 from fedhds_server.enrolment import session_digest
 from fedhds_server.report import run_card, run_status
 from fedhds_server.rounds import RunMachine
@@ -26,11 +29,13 @@ from fedhds_server.selection.base import InterClientSelection, Report, Selection
 from fedhds_server.state import (
     AdapterDrawn,
     Aggregate,
+    DeadlineReached,
     DrawAdapter,
     Event,
     Instruction,
     PassOpened,
     Record,
+    RetryDue,
     RoundAggregated,
     RunState,
     Select,
@@ -53,6 +58,7 @@ Decision = Callable[[RunState], Event | None]
 
 # A full disk is mended by people, in minutes: often enough to go on soon, seldom enough to keep the log readable.
 _STORAGE_RETRY_S = 5.0
+_JOURNAL_TAIL = 100
 _STOPPING = "the coordinator is stopping; try again when it is back"
 
 
@@ -89,6 +95,18 @@ class Coordinator:
         # A run that is started again when it is over is there for whoever has not got the adapter.
         self._started_over = state.phase.over
         self._over_since: float | None = None
+        # Monotonic times of what is open: since when, and since when it is short of its quorum.
+        self._opening, self._opened_at = "", 0.0
+        self._short_since: float | None = None
+        entries = store.journal()
+        self._journal_lines = len(entries)
+        self._journal_tail = deque(entries[-_JOURNAL_TAIL:], maxlen=_JOURNAL_TAIL)
+
+    @property
+    def journal(self) -> list[tuple[int, JournalEntry]]:
+        """The newest lines of the journal with their numbers, which count from 1."""
+        first = self._journal_lines - len(self._journal_tail) + 1
+        return list(enumerate(self._journal_tail, first))
 
     @property
     def state(self) -> RunState:
@@ -105,7 +123,7 @@ class Coordinator:
         for instruction in self._machine.pending():
             self._work.put_nowait(instruction)
         self._settle()
-        tasks = [asyncio.create_task(body()) for body in (self._apply_events, self._perform_work, self._watch_silence)]
+        tasks = [asyncio.create_task(body()) for body in (self._apply_events, self._perform_work, self._watch)]
         waiter = asyncio.create_task(self._settled.wait())
         try:
             done, _ = await asyncio.wait([waiter, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -133,12 +151,14 @@ class Coordinator:
         await future
 
     async def site_of(self, session: str) -> Site:
-        """The site that holds `session`, noted as alive; raises SessionLost."""
+        """The site that holds `session`, noted as alive; raises SessionLost or Evicted."""
         name = self._sessions.get(session_digest(session))
         if name is None:
             raise SessionLost("the session is unknown, or another process of this site has taken over; enrol again")
         self._heard[name] = time.monotonic()
         site = self.state.sites[name]
+        if site.state is SiteState.EVICTED:
+            raise Evicted(f"an operator has evicted this site: {site.last_error}")
         if not site.live:
             await self.post(SiteHeard(time.time(), name))
         return site
@@ -147,7 +167,7 @@ class Coordinator:
         """The site's open task; None when it has none for `wait_s` seconds or the run is over."""
         deadline = time.monotonic() + wait_s
         while not self.state.phase.over:
-            task = self._machine.next_task(site.name)
+            task = self._machine.next_task(site.name) if self.state.paused is None else None
             remaining = deadline - time.monotonic()
             if task or remaining <= 0:
                 return task
@@ -200,6 +220,8 @@ class Coordinator:
                 _fail(future, error)
             return
         self._sessions = {site.session: name for name, site in self.state.sites.items()}
+        self._journal_tail.extend(entries)
+        self._journal_lines += len(entries)
         for record in records:
             logger.log(logging.WARNING if record.trouble else logging.INFO, "%s", record.message)
         for future in applied:
@@ -242,17 +264,42 @@ class Coordinator:
         if not here and (not away or now - self._over_since > self.state.spec.patience):
             self._settled.set()
 
-    async def _watch_silence(self) -> None:
-        patience = self.state.spec.patience
+    async def _watch(self) -> None:
+        """Tells the machine what only time tells."""
+        spec = self.state.spec
+        tick = min(1.0, spec.patience / 5, (spec.deadline or spec.patience) / 5)
         while True:
-            await asyncio.sleep(min(1.0, patience / 5))
+            await asyncio.sleep(tick)
             now = time.monotonic()
+            await self._watch_collection(now, tick)
+            patience = spec.patience
             for site in list(self.state.sites.values()):
                 if site.live and now - self._heard.setdefault(site.name, now) > patience:
                     await self.post(SiteSilent(time.time(), site.name))
             if self.state.phase.over:
                 # Through the inbox, as the state may be ahead of what is saved.
                 await self.post(lambda _: None)
+
+    async def _watch_collection(self, now: float, tick: float) -> None:
+        state, spec = self.state, self.state.spec
+        collection = Collection.of(state)
+        if state.opening != self._opening:
+            self._opening, self._opened_at, self._short_since = state.opening, now, None
+        if collection is None:
+            return
+        if state.paused is not None:
+            self._opened_at += tick
+            self._short_since = None
+            return
+        if spec.deadline and not state.deadline_reached and now - self._opened_at >= spec.deadline:
+            await self.post(DeadlineReached(time.time(), state.opening))
+        if not (collection.short and collection.failed):
+            self._short_since = None
+        elif self._short_since is None:
+            self._short_since = now
+        elif now - self._short_since >= spec.patience:
+            self._short_since = None
+            await self.post(RetryDue(time.time(), state.opening))
 
     # Instructions.
 
@@ -309,9 +356,11 @@ class Coordinator:
     def _fold(self) -> Artifact:
         state = self.state
         current = state.adapters[max(state.adapters)]
+        came = sorted(state.updates.items())
+        shares = bounded_shares([update.samples for _, update in came], state.spec.max_weight_share)
         updates = [
-            Update(site=site, path=self._artifacts.path(update.artifact), weight=float(update.samples))
-            for site, update in sorted(state.updates.items())
+            Update(site=site, path=self._artifacts.path(update.artifact), weight=float(share))
+            for (site, update), share in zip(came, shares, strict=True)
         ]
         path = self._artifacts.scratch("aggregate")
         artifact = self._aggregator.aggregate(

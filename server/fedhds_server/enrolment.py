@@ -6,9 +6,9 @@ import hashlib
 import hmac
 
 from fedhds.adapter import AdapterManifest
-from fedhds.errors import EnrolmentRefused, NameInUse
+from fedhds.errors import EnrolmentRefused, Evicted, NameInUse
 from fedhds.security.identity import PeerIdentity, Role
-from fedhds_server.state import RunState
+from fedhds_server.state import RunState, SiteState
 
 PROTOCOL_VERSIONS = (1,)
 
@@ -60,6 +60,8 @@ def admit(state: RunState, name: str, peer: PeerIdentity | None, previous_sessio
         if state.phase.over:
             raise EnrolmentRefused(f"the run is over ({state.message}); it takes no new site")
         return key
+    if site.state is SiteState.EVICTED:
+        raise Evicted(f"an operator has evicted the site {name!r} from this run: {site.last_error}")
     if site.key != key:
         raise NameInUse(
             f"the name {name!r} belongs to a site with another key; enrol with that key (fedhds certs issue --renew "

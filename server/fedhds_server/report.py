@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedhds import __version__
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.checkpoint import EvaluationFacts, RunFacts, model_card
 from fedhds_server.state import Evaluation, RunState
+from fedhds_server.store.base import JournalEntry
 
 
 def mean_evaluations(state: RunState) -> dict[int, tuple[int, float, float]]:
@@ -22,8 +24,10 @@ def mean_evaluations(state: RunState) -> dict[int, tuple[int, float, float]]:
     return means
 
 
-def run_status(state: RunState, checkpoint: Path) -> pb.GetStatusResponse:
-    """The run at this instant."""
+def run_status(
+    state: RunState, checkpoint: Path, journal: Sequence[tuple[int, JournalEntry]] = ()
+) -> pb.GetStatusResponse:
+    """The run at this instant, with numbered lines of its journal."""
     status = pb.GetStatusResponse(
         run_id=state.run_id,
         phase=state.phase.value,
@@ -40,13 +44,14 @@ def run_status(state: RunState, checkpoint: Path) -> pb.GetStatusResponse:
         task = next((task.kind.value for task in state.tasks.values() if task.site == name), "")
         status.sites.add(
             site=name,
-            state=site.state.value,
+            state="quarantined" if site.quarantined and site.live else site.state.value,
             rows=site.rows,
             evaluates=site.evaluates,
             task=task,
             last_error=site.last_error,
             bytes_received=site.bytes_received,
             delivered=site.delivered,
+            rejections=site.rejections,
         )
     for closed in state.closed_rounds:
         status.closed_rounds.add(
@@ -58,6 +63,10 @@ def run_status(state: RunState, checkpoint: Path) -> pb.GetStatusResponse:
         )
     for number, (rows, loss, rouge) in mean_evaluations(state).items():
         status.evaluations.add(round=number, rows=rows, loss=loss, rouge_l=rouge)
+    for number, entry in journal:
+        status.journal.add(number=number, at=entry.at, message=entry.message, trouble=entry.trouble)
+    if state.paused is not None:
+        status.paused = state.paused
     return status
 
 

@@ -7,27 +7,36 @@ import math
 
 from fedhds.runspec import RunSpec
 from fedhds.v1 import federation_pb2 as pb
+from fedhds_server.collection import Collection, cohort_size, draw, listed
 from fedhds_server.selection.cells import added, without_sums
 from fedhds_server.state import (
     AdapterDrawn,
     Aggregate,
     ClosedRound,
+    DeadlineReached,
     DrawAdapter,
     EvaluationReceived,
     Event,
     FinalDelivered,
     Instruction,
+    NothingToGive,
     PassOpened,
     Phase,
     Record,
     ReportReceived,
+    ResultRejected,
+    RetryDue,
     RoundAggregated,
+    RunPaused,
+    RunResumed,
     RunState,
+    RunStopped,
     Select,
     SelectionMade,
     Site,
     SiteAttested,
     SiteConnected,
+    SiteEvicted,
     SiteHeard,
     SiteLeft,
     SiteSilent,
@@ -45,16 +54,8 @@ from fedhds_server.state import (
 # A round whose every task failed leaves the adapter as it is. One may be bad luck (a full disk, a GPU that another
 # job holds); three in a row mean that the run cannot make progress and that somebody should look.
 _FUTILE_ROUNDS = 3
-
-
-def draw_cohort(sites: list[str], fraction: float, *, seed: int, round_number: int) -> list[str]:
-    """The round's cohort: max(1, round(fraction * n)) of `sites`, uniformly, in name order.
-
-    Sites are ranked by a hash of seed, round and name, so that the draw depends on no order, library or version.
-    """
-    size = min(len(sites), max(1, math.floor(fraction * len(sites) + 0.5)))
-    ranked = sorted(sites, key=lambda site: hashlib.sha256(f"{seed}/{round_number}/{site}".encode()).digest())
-    return sorted(ranked[:size])
+# Results of one site that did not pass validation: one may be a fault that passes, three are a broken or hostile site.
+_QUARANTINE_AFTER = 3
 
 
 class RunMachine:
@@ -92,8 +93,8 @@ class RunMachine:
         state = self.state
         if state.manifest and 0 not in state.adapters and not state.phase.over:
             return [DrawAdapter()]
-        if state.phase is Phase.SELECTING and not self._open(TaskKind.SELECT):
-            return [] if self._waits_for_lost(TaskKind.SELECT) else [self._selection()]
+        if state.phase is Phase.GROUPING:
+            return [self._selection()]
         if state.phase is Phase.AGGREGATING:
             return [Aggregate(state.round)]
         if state.adapters:
@@ -111,6 +112,8 @@ class RunMachine:
                 return self._gone(event)
             case SiteHeard():
                 return self._heard(event)
+            case SiteEvicted():
+                return self._evicted(event)
             case AdapterDrawn():
                 self.state.adapters[0] = event.adapter
                 return self._start_if_ready(event.at)
@@ -126,8 +129,22 @@ class RunMachine:
                 return self._evaluated(event)
             case TaskFailed():
                 return self._failed(event)
+            case ResultRejected():
+                return self._rejected(event)
+            case NothingToGive():
+                return self._nothing_to_give(event)
+            case DeadlineReached():
+                return self._deadline_reached(event)
+            case RetryDue():
+                return self._retried(event)
             case RoundAggregated():
                 return self._aggregated(event)
+            case RunPaused():
+                return self._paused(event)
+            case RunResumed():
+                return self._resumed(event)
+            case RunStopped():
+                return self._stopped(event)
             case FinalDelivered():
                 self.state.sites[event.site].delivered = True
                 return [Wake()]
@@ -160,7 +177,7 @@ class RunMachine:
             state.manifest = packed(event.manifest.to_proto())
             instructions.append(DrawAdapter())
         self._add_evaluations()
-        return [*instructions, *self._start_if_ready(event.at), *self._reopen(event.at), Wake()]
+        return [*instructions, *self._start_if_ready(event.at), *self._advance(event.at), Wake()]
 
     def _gone(self, event: SiteSilent | SiteLeft) -> list[Instruction]:
         site = self.state.sites[event.site]
@@ -182,13 +199,33 @@ class RunMachine:
         if site.state is not SiteState.LOST:
             return []
         site.state = SiteState.ENROLLED if site.rows or site.evaluates else SiteState.CONNECTING
-        if self.state.phase is Phase.TRAINING and self.state.cohort:
-            self.state.message = self._waiting_for_updates()
         self._add_evaluations()
-        return [Record(f"site {event.site} is back"), *self._start_if_ready(event.at), *self._reopen(event.at), Wake()]
+        return [Record(f"site {event.site} is back"), *self._start_if_ready(event.at), *self._advance(event.at), Wake()]
+
+    def _evicted(self, event: SiteEvicted) -> list[Instruction]:
+        site = self.state.sites[event.site]
+        site.state, site.last_error = SiteState.EVICTED, event.reason
+        self.state.tasks = {key: task for key, task in self.state.tasks.items() if task.site != event.site}
+        if self.state.phase not in (Phase.GROUPING, Phase.AGGREGATING):
+            self._exclude(event.site)
+        note = Record(f"site {event.site} is evicted: {event.reason}", trouble=True)
+        return [note, *self._start_if_ready(event.at), *self._advance(event.at), Wake()]
+
+    def _exclude(self, site: str) -> None:
+        """Takes a site and what it delivered out of what is being collected."""
+        state = self.state
+        state.cohort = [name for name in state.cohort if name != site]
+        state.target = min(state.target, len(state.cohort))
+        for answers in (state.updates, state.coresets):
+            answers.pop(site, None)
+        if not state.cells:
+            # Sums of cells are folded as they come: what a site has added to them stays for this pass.
+            state.reports.pop(site, None)
 
     def _trainers(self) -> list[str]:
-        return sorted(s.name for s in self.state.sites.values() if s.state is SiteState.ENROLLED and s.rows)
+        # A site that has just restarted holds its name and its rows while it loads its model: it is drawn all the
+        # same, or a crash would decide who takes part.
+        return sorted(s.name for s in self.state.sites.values() if s.live and s.rows and not s.shut_out)
 
     def _eligible(self) -> list[str]:
         """Sites that a round may draw: in one-shot runs those that the selection gave rows."""
@@ -228,14 +265,56 @@ class RunMachine:
         state.selection_pass, state.centres, state.cells = 0, "", ""
         sites = self._trainers()
         if self.spec.schedule == "per-round":
-            sites = draw_cohort(sites, self.spec.cohort_fraction, seed=self.spec.seed, round_number=state.round)
+            sites = self._draw(sites)
         if not self._needs_reports:
+            self._collect(sites, len(sites))
             state.reports = dict.fromkeys(sites, "")
-            return [self._selection()]
-        for site in sites:
-            self._add_task(TaskKind.SELECT, state.round, site)
-        state.message = f"selecting: waiting for the clusters of {len(sites)} sites"
+            return self._grouped()
+        self._ask(sites, len(sites))
         return []
+
+    def _collect(self, cohort: list[str], target: int) -> None:
+        """Begins to collect answers; `target` of them close the phase."""
+        state = self.state
+        state.cohort, state.target = cohort, target
+        state.empty, state.failed, state.deadline_reached = [], [], False
+
+    def _ask(self, cohort: list[str], target: int) -> None:
+        self._collect(cohort, target)
+        self._give_tasks(cohort)
+        self._describe()
+
+    def _give_tasks(self, sites: list[str]) -> None:
+        """Gives `sites` the task of the open selection or round."""
+        state = self.state
+        if state.phase is Phase.TRAINING:
+            kind, name = TaskKind.TRAIN, ""
+        else:
+            kind, name = TaskKind.SELECT, ""
+            if state.selection_pass:
+                # The centres are part of the task's name: a selection that starts anew must not meet answers to others.
+                digest = hashlib.sha256(state.centres.encode()).hexdigest()[:12]
+                name = f"{state.round}.{state.selection_pass}-{digest}"
+        for site in sites:
+            self._add_task(kind, state.round, site, name)
+
+    def _describe(self) -> None:
+        """Says for people what the open selection or round waits for."""
+        state = self.state
+        collection = Collection.of(state)
+        if collection is None:
+            return
+        if collection.kind is TaskKind.TRAIN:
+            where = f"round {state.round} of {self.spec.rounds}"
+        else:
+            where = "selecting" + (f", pass {state.selection_pass + 1}" if state.selection_pass else "")
+        state.message = f"{where}: {collection.message}"
+
+    def _grouped(self) -> list[Instruction]:
+        state = self.state
+        state.phase = Phase.GROUPING
+        state.message = f"selecting: deciding on the reports of {len(state.reports)} sites"
+        return [self._selection()]
 
     def _selection(self) -> Select:
         return Select(self.state.round, tuple(sorted(self.state.reports)))
@@ -256,24 +335,23 @@ class RunMachine:
     def _pass_opened(self, event: PassOpened) -> list[Instruction]:
         """Asks the sites that answered the last pass; who dropped out stays out of this selection."""
         state = self.state
-        if state.phase is not Phase.SELECTING or (event.round, event.done) != (state.round, state.selection_pass):
+        if state.phase is not Phase.GROUPING or (event.round, event.done) != (state.round, state.selection_pass):
             return []
+        state.phase = Phase.SELECTING
         sites = sorted(state.reports)
         state.selection_pass += 1
         state.centres, state.cells = packed(event.centres), ""
         state.reports, state.report_tasks = {}, {}
-        # The centres are part of the task's name: a selection that starts anew must not meet answers to others.
-        name = f"{state.round}.{state.selection_pass}-{hashlib.sha256(state.centres.encode()).hexdigest()[:12]}"
-        for site in sites:
-            self._add_task(TaskKind.SELECT, state.round, site, name)
-        state.message = f"selecting: pass {state.selection_pass + 1}, waiting for the sums of {len(sites)} sites"
+        self._ask(sites, len(sites))
         return [Wake()]
 
     def _selected(self, event: SelectionMade) -> list[Instruction]:
         state = self.state
-        if state.phase is not Phase.SELECTING or event.round != state.round:
+        if state.phase is not Phase.GROUPING or event.round != state.round:
             return []
-        state.coresets = {site: packed(coreset) for site, coreset in sorted(event.coresets.items())}
+        # Whoever was shut out while the strategy was at work.
+        chosen = {site: coreset for site, coreset in sorted(event.coresets.items()) if not state.sites[site].shut_out}
+        state.coresets = {site: packed(coreset) for site, coreset in chosen.items()}
         notes: list[Instruction] = [Record(note) for note in event.notes]
         notes.append(Record(f"selection: {len(state.coresets)} of {len(state.reports)} sites have rows to train on"))
         state.reports, state.centres, state.cells = {}, "", ""
@@ -298,29 +376,29 @@ class RunMachine:
         state = self.state
         state.phase = Phase.TRAINING
         state.round_opened_at = at
-        state.cohort, state.updates = [], {}
+        state.updates = {}
+        self._collect([], 0)
         eligible = self._eligible()
+        state.wanted = cohort_size(len(eligible), self.spec.cohort_fraction)
         if not eligible:
-            state.message = f"round {state.round} waits: no site that could train is connected"
-            return [Record(state.message, trouble=True)]
+            return self._waits()
         if self.spec.schedule == "per-round":
             return self._open_selection()
-        cohort = draw_cohort(eligible, self.spec.cohort_fraction, seed=self.spec.seed, round_number=state.round)
-        return self._issue_training(cohort, at)
+        return self._issue_training(self._draw(eligible), at)
+
+    def _draw(self, sites: list[str]) -> list[str]:
+        """The round's cohort out of `sites`, with those that are drawn in excess; never fewer than the quorum."""
+        wanted = self.state.wanted
+        size = max(math.ceil(wanted * (1 + self.spec.oversample)), self.spec.quorum_of(wanted))
+        return draw(sites, size, seed=self.spec.seed, round_number=self.state.round)
 
     def _issue_training(self, cohort: list[str], at: float) -> list[Instruction]:
         state = self.state
         state.phase = Phase.TRAINING
-        state.cohort = cohort
-        for site in cohort:
-            self._add_task(TaskKind.TRAIN, state.round, site)
+        self._ask(cohort, min(len(cohort), state.wanted))
         if not cohort:
             return [Record(f"round {state.round}: no row was selected, the adapter stays as it is"), *self._close(at)]
-        state.message = self._waiting_for_updates()
-        return [Record(f"round {state.round} of {self.spec.rounds} opens with {', '.join(cohort)}")]
-
-    def _waiting_for_updates(self) -> str:
-        return f"round {self.state.round} of {self.spec.rounds}: waiting for {len(self.state.cohort)} updates"
+        return [Record(f"round {state.round} of {self.spec.rounds} opens with {listed(cohort)}")]
 
     def _updated(self, event: UpdateReceived) -> list[Instruction]:
         state = self.state
@@ -335,10 +413,32 @@ class RunMachine:
         task = self.state.tasks.pop(event.task_id, None)
         if task is None:
             return []
-        verb = "failed" if event.trouble else "gave nothing in"
-        if event.trouble:
-            self.state.sites[task.site].last_error = event.reason
-        note = Record(f"site {task.site} {verb} its {task.kind} task: {event.reason}", trouble=event.trouble)
+        self.state.sites[task.site].last_error = event.reason
+        if task.kind is not TaskKind.EVALUATE:
+            self.state.failed.append(task.site)
+        note = Record(f"site {task.site} failed its {task.kind} task: {event.reason}", trouble=True)
+        return [note, *self._advance(event.at)]
+
+    def _rejected(self, event: ResultRejected) -> list[Instruction]:
+        task = self.state.tasks.get(event.task_id)
+        if task is None:
+            return []
+        site = self.state.sites[task.site]
+        site.rejections += 1
+        if site.rejections < _QUARANTINE_AFTER:
+            return self._failed(TaskFailed(event.at, event.task_id, event.reason))
+        site.quarantined, site.last_error = True, event.reason
+        del self.state.tasks[task.id]
+        self._exclude(site.name)
+        text = f"site {site.name} is quarantined after {site.rejections} rejected results ({event.reason})"
+        return [Record(text, trouble=True), *self._advance(event.at)]
+
+    def _nothing_to_give(self, event: NothingToGive) -> list[Instruction]:
+        task = self.state.tasks.pop(event.task_id, None)
+        if task is None:
+            return []
+        self.state.empty.append(task.site)
+        note = Record(f"site {task.site} has nothing to train on in round {task.round}: its picks name no row")
         return [note, *self._advance(event.at)]
 
     def _close(self, at: float) -> list[Instruction]:
@@ -414,52 +514,96 @@ class RunMachine:
     # What follows from what has come in.
 
     def _advance(self, at: float) -> list[Instruction]:
-        """Moves on when nothing that the phase waits for can still come from a live site."""
+        """Moves on when the open phase has collected enough."""
         state = self.state
-        match state.phase:
-            case Phase.SELECTING if not self._open(TaskKind.SELECT):
-                return self._reopen(at) if self._waits_for_lost(TaskKind.SELECT) else self._selection_closed()
-            case Phase.TRAINING if state.cohort and not self._open(TaskKind.TRAIN):
-                if self._waits_for_lost(TaskKind.TRAIN):
-                    return self._reopen(at)
-                self._withdraw(TaskKind.TRAIN)
-                return [*self._close(at), Wake()]
-            case Phase.FINISHING if not self._open(TaskKind.EVALUATE):
-                self._withdraw(TaskKind.EVALUATE)
-                return self._end(Phase.COMPLETED, f"{self.spec.rounds} rounds are done", at)
+        if state.phase is Phase.FINISHING and not self._open(TaskKind.EVALUATE):
+            self._withdraw(TaskKind.EVALUATE)
+            return self._end(Phase.COMPLETED, f"{self.spec.rounds} rounds are done", at)
+        collection = Collection.of(state)
+        if collection is None:
+            return []
+        if collection.complete:
+            self._withdraw(collection.kind)
+            if collection.kind is TaskKind.SELECT:
+                return [*self._grouped(), Wake()]
+            return [*self._close(at), Wake()]
+        if collection.short:
+            return self._fill_up(collection, at)
+        self._describe()
         return []
 
-    def _selection_closed(self) -> list[Instruction]:
-        self._withdraw(TaskKind.SELECT)
-        return [self._selection(), Wake()]
-
-    def _waits_for_lost(self, kind: TaskKind) -> bool:
-        """True when nothing has come yet and only lost sites could still deliver: then a return is awaited."""
-        came = self.state.updates if kind is TaskKind.TRAIN else self.state.reports
-        waiting = [task.site for task in self.state.tasks.values() if task.kind is kind]
-        if came or not waiting or self._open(kind):
-            return False
-        self.state.message = f"round {self.state.round} waits: all of its sites are lost ({', '.join(waiting)})"
-        return True
-
-    def _reopen(self, at: float) -> list[Instruction]:
-        """Draws anew where a round found nobody, or has only lost sites left, and another site could take part."""
+    def _fill_up(self, collection: Collection, at: float) -> list[Instruction]:
+        """Asks others in the place of sites that are away: the quorum is wanted, whoever makes it up."""
         state = self.state
-        nobody = state.phase is Phase.TRAINING and not state.cohort
-        if (nobody or self._waits_for_lost(TaskKind.TRAIN)) and self._eligible():
-            self._withdraw(TaskKind.TRAIN)
-            return self._fill_round(at)
-        if self._waits_for_lost(TaskKind.SELECT) and self._trainers():
-            self._withdraw(TaskKind.SELECT)
-            return self._open_selection()
-        return []
+        training = collection.kind is TaskKind.TRAIN
+        if (training and self.spec.schedule == "per-round") or state.selection_pass:
+            # Others have no coreset yet, or no part in the passes before: all of it anew, unless something came.
+            if not collection.answered and not collection.failed and self._trainers():
+                self._withdraw(collection.kind)
+                return self._fill_round(at) if training else self._open_selection()
+            spare = []
+        else:
+            able = self._eligible() if training else self._trainers()
+            spare = [site for site in able if site not in collection.answered | collection.failed]
+        if not state.cohort:
+            return self._fill_round(at) if spare else self._waits()
+        wanted = max(collection.target, collection.quorum) - len(collection.answered)
+        others = draw(spare, wanted, seed=self.spec.seed, round_number=state.round)
+        state.cohort = sorted({*state.cohort, *others})
+        self._give_tasks(others)
+        waits = self._waits()
+        if others:
+            return [Record(f"asked in the place of {listed(collection.away)}: {listed(others)}"), Wake()]
+        return waits
+
+    def _waits(self) -> list[Instruction]:
+        before = self.state.message
+        self._describe()
+        return [Record(self.state.message, trouble=True)] if self.state.message != before else []
+
+    def _deadline_reached(self, event: DeadlineReached) -> list[Instruction]:
+        state = self.state
+        collection = Collection.of(state)
+        if event.opening != state.opening or collection is None or state.deadline_reached:
+            return []
+        state.deadline_reached = True
+        note = Record(f"the deadline of {self.spec.deadline:g} s is reached; {state.message}", trouble=True)
+        return [note, *self._advance(event.at)]
+
+    def _retried(self, event: RetryDue) -> list[Instruction]:
+        state = self.state
+        collection = Collection.of(state)
+        if event.opening != state.opening or collection is None or not collection.short:
+            return []
+        again = sorted(site for site in collection.failed if state.sites[site].live)
+        state.failed = [site for site in state.failed if site not in again]
+        self._give_tasks(again)
+        self._describe()
+        return [Record(f"asked again for want of a quorum: {listed(again)}"), Wake()] if again else []
+
+    # What operators say.
+
+    def _paused(self, event: RunPaused) -> list[Instruction]:
+        if self.state.phase.over:
+            return []
+        self.state.paused = event.reason
+        return [Record(f"the run is paused: {event.reason}", trouble=True)]
+
+    def _resumed(self, event: RunResumed) -> list[Instruction]:
+        if self.state.paused is None:
+            return []
+        self.state.paused = None
+        return [Record(f"the run goes on{f': {event.reason}' * bool(event.reason)}"), Wake()]
+
+    def _stopped(self, event: RunStopped) -> list[Instruction]:
+        return [] if self.state.phase.over else self._end(Phase.STOPPED, event.reason, event.at)
 
     def _end(self, phase: Phase, message: str, at: float) -> list[Instruction]:
         state = self.state
         state.phase, state.message, state.ended_at = phase, message, at
-        state.tasks = {}
-        completed = phase is Phase.COMPLETED
-        note = Record(f"the run {'is complete' if completed else 'failed'}: {message}", trouble=not completed)
+        state.tasks, state.updates, state.paused = {}, {}, None
+        verb = {Phase.COMPLETED: "is complete", Phase.STOPPED: "is stopped"}.get(phase, "failed")
+        note = Record(f"the run {verb}: {message}", trouble=phase is not Phase.COMPLETED)
         return [note, WriteCheckpoint(), Wake()]
 
     def _open(self, kind: TaskKind) -> bool:

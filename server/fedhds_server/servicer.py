@@ -9,12 +9,22 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 
 from fedhds.adapter import AdapterManifest, Artifact, peft_config
-from fedhds.errors import AdapterError, ArtifactError, EnrolmentRefused, FedhdsError, TaskError
-from fedhds.security.identity import identity_of
+from fedhds.errors import (
+    AdapterError,
+    ArtifactError,
+    EnrolmentRefused,
+    FedhdsError,
+    NotPermitted,
+    RunOver,
+    SettingsError,
+    TaskError,
+)
+from fedhds.security.identity import Role, identity_of
 from fedhds.status import abort, answers
 from fedhds.v1 import federation_pb2 as pb
 from fedhds.v1 import federation_pb2_grpc as rpc
@@ -24,16 +34,23 @@ from fedhds_server.coordinator import Coordinator
 from fedhds_server.enrolment import admit, check_attestation, negotiate, session_digest
 from fedhds_server.report import run_card, run_status
 from fedhds_server.selection import cells
+from fedhds_server.settings import is_loopback
 from fedhds_server.state import (
     Evaluation,
     EvaluationReceived,
     FinalDelivered,
+    NothingToGive,
     Phase,
     ReportReceived,
+    ResultRejected,
+    RunPaused,
+    RunResumed,
     RunState,
+    RunStopped,
     Site,
     SiteAttested,
     SiteConnected,
+    SiteEvicted,
     SiteLeft,
     Task,
     TaskFailed,
@@ -46,6 +63,7 @@ logger = logging.getLogger(__name__)
 # Longest time for which a long poll is held; below the idle limits of common proxies (60 s).
 _LONGEST_POLL_S = 30.0
 _DONE = "done"
+_LONGEST_REASON = 500
 
 
 class FederationServicer(rpc.FederationServicer):
@@ -109,7 +127,8 @@ class FederationServicer(rpc.FederationServicer):
         if state.phase.over:
             return pb.NextTaskResponse(task_id=_DONE, round=state.round, done=_done_task(state))
         if task is None:
-            return pb.NextTaskResponse(round=state.round, wait=pb.WaitTask(reason=state.message))
+            paused = None if state.paused is None else f"the run is paused: {state.paused}"
+            return pb.NextTaskResponse(round=state.round, wait=pb.WaitTask(reason=paused or state.message))
         return _task_message(state, task)
 
     @answers
@@ -156,30 +175,35 @@ class FederationServicer(rpc.FederationServicer):
         rows = state.sites[task.site].rows
         if fault := cells.check(report, state.spec, centres=state.centres_now, rows=rows):
             reason = f"the report is rejected: {fault}"
-            await self._coordinator.post(TaskFailed(time.time(), task.id, reason))
+            await self._coordinator.post(ResultRejected(time.time(), task.id, reason))
             return pb.CompleteTaskResponse(reason=reason)
         await self._coordinator.post(ReportReceived(time.time(), task.id, report))
         return pb.CompleteTaskResponse(accepted=True)
 
     async def _take_update(self, task: Task, result: pb.TrainResult) -> pb.CompleteTaskResponse:
         if not result.HasField("update") and not result.samples:
-            await self._coordinator.post(TaskFailed(time.time(), task.id, "its picks name no row", trouble=False))
+            await self._coordinator.post(NothingToGive(time.time(), task.id))
             return pb.CompleteTaskResponse(accepted=True)
         artifact = Artifact.from_proto(result.update)
         if not self._artifacts.has(artifact):
             raise ArtifactError("the update is not here; upload it before completing its task")
         reason = "" if math.isfinite(result.loss) else "the training loss is not finite"
+        state = self._coordinator.state
+        most = state.most_samples(task.site)
+        if not 0 < result.samples <= most:
+            reason = f"the update claims {result.samples} samples, the site was to train on {most} rows at most"
         try:
-            manifest = self._coordinator.state.adapter_manifest
-            path = self._artifacts.path(artifact)
-            await asyncio.to_thread(validate_update, path, manifest, largest_norm=None)
+            await asyncio.to_thread(
+                validate_update,
+                self._artifacts.path(artifact),
+                state.adapter_manifest,
+                current=self._artifacts.path(state.adapters[max(state.adapters)]),
+                largest_norm=state.spec.max_update_norm,
+            )
         except AdapterError as error:
             reason = f"the update is rejected: {error}"
-        rows = self._coordinator.state.sites[task.site].rows
-        if not 0 < result.samples <= rows:
-            reason = f"the update claims {result.samples} samples, the site declared {rows} rows"
         if reason:
-            await self._coordinator.post(TaskFailed(time.time(), task.id, reason))
+            await self._coordinator.post(ResultRejected(time.time(), task.id, reason))
             await self._discard(artifact)
             return pb.CompleteTaskResponse(reason=reason)
         await self._coordinator.post(UpdateReceived(time.time(), task.id, artifact, result.samples, result.loss))
@@ -264,7 +288,80 @@ class OperationsServicer(rpc.OperationsServicer):
 
     @answers
     async def GetStatus(self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext) -> pb.GetStatusResponse:
-        return run_status(self._coordinator.state, self._coordinator.checkpoint)
+        return run_status(
+            self._coordinator.state,
+            self._coordinator.checkpoint,
+            [line for line in self._coordinator.journal if line[0] > request.journal_after],
+        )
+
+    @answers
+    async def Pause(self, request: pb.PauseRequest, context: grpc.aio.ServicerContext) -> pb.PauseResponse:
+        who = _operator(context)
+
+        def decide(state: RunState) -> RunPaused:
+            _not_over(state)
+            return RunPaused(_reasoned(request.reason, who))
+
+        await self._coordinator.post(decide)
+        return pb.PauseResponse()
+
+    @answers
+    async def Resume(self, request: pb.ResumeRequest, context: grpc.aio.ServicerContext) -> pb.ResumeResponse:
+        who = _operator(context)
+        await self._coordinator.post(RunResumed(_reasoned(request.reason or "resumed", who)))
+        return pb.ResumeResponse()
+
+    @answers
+    async def Stop(self, request: pb.StopRequest, context: grpc.aio.ServicerContext) -> pb.StopResponse:
+        who = _operator(context)
+
+        def decide(state: RunState) -> RunStopped:
+            _not_over(state)
+            return RunStopped(time.time(), _reasoned(request.reason, who))
+
+        await self._coordinator.post(decide)
+        return pb.StopResponse()
+
+    @answers
+    async def Evict(self, request: pb.EvictRequest, context: grpc.aio.ServicerContext) -> pb.EvictResponse:
+        who = _operator(context)
+
+        def decide(state: RunState) -> SiteEvicted:
+            if request.site not in state.sites:
+                raise TaskError(f"no site {request.site[:128]!r} has ever enrolled; see fedhds status for the names")
+            _not_over(state)
+            return SiteEvicted(time.time(), request.site, _reasoned(request.reason, who))
+
+        await self._coordinator.post(decide)
+        return pb.EvictResponse()
+
+
+def _operator(context: grpc.aio.ServicerContext) -> str:
+    """Who calls, if that is somebody who may change the run; raises NotPermitted."""
+    peer = identity_of(context.auth_context())
+    if peer is not None:
+        if peer.role is not Role.OPERATOR:
+            raise NotPermitted(
+                f"the certificate of {peer.name!r} is a {peer.role.value}'s; have one issued with --role operator"
+            )
+        return peer.name
+    # gRPC names the peer "ipv4:127.0.0.1:4711" or "ipv6:%5B::1%5D:4711".
+    host = unquote(context.peer()).partition(":")[2].rpartition(":")[0]
+    if not is_loopback(host):
+        raise NotPermitted("without TLS a run is changed from the coordinator's own host only; call from there")
+    return ""
+
+
+def _reasoned(reason: str, who: str) -> str:
+    text = " ".join(reason.split())
+    if not text or len(text) > _LONGEST_REASON:
+        raise SettingsError("--reason", f"give 1 to {_LONGEST_REASON} characters; they are kept in the journal")
+    return f"{text} ({who})" if who else text
+
+
+def _not_over(state: RunState) -> None:
+    if state.phase.over:
+        raise RunOver(f"the run is over: {state.message}")
 
 
 def _evaluation(result: pb.EvaluationResult) -> Evaluation:
@@ -293,7 +390,7 @@ def _task_message(state: RunState, task: Task) -> pb.NextTaskResponse:
 
 
 def _done_task(state: RunState) -> pb.DoneTask:
-    outcome = "completed" if state.phase is Phase.COMPLETED else "failed"
+    outcome = state.phase.value if state.phase.over else Phase.FAILED.value
     done = pb.DoneTask(outcome=outcome, message=state.message)
     if state.adapters:
         done.adapter.CopyFrom(state.adapters[max(state.adapters)].to_proto())

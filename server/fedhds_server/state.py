@@ -17,17 +17,19 @@ class Phase(StrEnum):
     """Where a run stands."""
 
     ENROLLING = "enrolling"
-    SELECTING = "selecting"
-    TRAINING = "training"
+    SELECTING = "selecting"  # collects reports
+    GROUPING = "grouping"  # the strategy works on them
+    TRAINING = "training"  # collects updates
     AGGREGATING = "aggregating"
     FINISHING = "finishing"
     COMPLETED = "completed"
+    STOPPED = "stopped"  # by an operator
     FAILED = "failed"
 
     @property
     def over(self) -> bool:
         """Whether the run has ended."""
-        return self in (Phase.COMPLETED, Phase.FAILED)
+        return self in (Phase.COMPLETED, Phase.STOPPED, Phase.FAILED)
 
 
 class SiteState(StrEnum):
@@ -37,6 +39,7 @@ class SiteState(StrEnum):
     ENROLLED = "enrolled"
     LOST = "lost"  # silent for longer than the patience; may come back
     LEFT = "left"  # said so, or was refused
+    EVICTED = "evicted"  # by an operator; never comes back
 
 
 class TaskKind(StrEnum):
@@ -63,6 +66,13 @@ class Site(_Record):
     last_error: str = ""
     delivered: bool = False
     bytes_received: int = 0
+    rejections: int = 0  # results that did not pass validation
+    quarantined: bool = False  # after repeated rejections: gets no more work that changes the adapter
+
+    @property
+    def shut_out(self) -> bool:
+        """Whether the run takes no rows of this site any more."""
+        return self.quarantined or self.state is SiteState.EVICTED
 
     @property
     def live(self) -> bool:
@@ -132,11 +142,22 @@ class RunState(_Record):
     centres: str = ""  # base64 of the centres of the pass in progress; empty in the first one
     cells: str = ""  # base64 of the sums of all reports of the pass in progress
     coresets: dict[str, str] = Field(default_factory=dict)  # site -> base64 of its coreset, of the last selection
-    cohort: list[str] = Field(default_factory=list)  # sites that train in the open round; empty while it has none
+    cohort: list[str] = Field(default_factory=list)  # sites asked in the open selection or round; empty: none yet
+    wanted: int = 0  # sites that the open round wants: its cohort before over-sampling
+    target: int = 0  # answers that close it at once
+    empty: list[str] = Field(default_factory=list)  # of the cohort, sites that have nothing to give
+    failed: list[str] = Field(default_factory=list)  # of the cohort, sites whose task failed or was rejected
+    deadline_reached: bool = False  # of the open selection or round
+    paused: str | None = None  # the reason, while an operator's pause lasts
     updates: dict[str, Update] = Field(default_factory=dict)
     adapters: dict[int, Artifact] = Field(default_factory=dict)  # global adapters kept, by round
     closed_rounds: list[ClosedRound] = Field(default_factory=list)
     evaluations: dict[int, dict[str, Evaluation]] = Field(default_factory=dict)  # round -> evaluator -> sums
+
+    @property
+    def opening(self) -> str:
+        """Names what is open now, so that an event about it cannot hit the next."""
+        return f"{self.phase}/{self.round}.{self.selection_pass}"
 
     @property
     def pool_rows(self) -> int:
@@ -164,6 +185,16 @@ class RunState(_Record):
     def coreset_of(self, site: str) -> pb.Coreset:
         """The rows that `site` trains on by the last selection."""
         return pb.Coreset.FromString(base64.b64decode(self.coresets[site]))
+
+    def most_samples(self, site: str) -> int:
+        """Rows that `site` may train on at most by the last selection."""
+        coreset, rows = self.coreset_of(site), self.sites[site].rows
+        match coreset.WhichOneof("rows"):
+            case "random":
+                return min(rows, coreset.random.count)
+            case "picks":
+                return min(rows, sum(pick.count for pick in coreset.picks.clusters) + coreset.picks.unclustered)
+        return rows
 
     def clusters_of(self, site: str) -> pb.ClusterReport:
         """The report of `site` for the selection in progress."""
@@ -239,6 +270,15 @@ class SiteLeft:
 
 
 @dataclass(frozen=True, slots=True)
+class SiteEvicted:
+    """An operator excluded a site for good."""
+
+    at: float
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterDrawn:
     """The initial adapter is durable."""
 
@@ -297,12 +337,44 @@ class EvaluationReceived:
 
 @dataclass(frozen=True, slots=True)
 class TaskFailed:
-    """A task failed at its site, or its result was rejected; not `trouble` when it is in the nature of the run."""
+    """A task failed at its site."""
 
     at: float
     task_id: str
     reason: str
-    trouble: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ResultRejected:
+    """A task's result did not pass validation."""
+
+    at: float
+    task_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NothingToGive:
+    """A site has, as it should, no row to train on in this round: all its picks fell on padding."""
+
+    at: float
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlineReached:
+    """The open selection or round, named by `opening`, has been open for as long as the run allows."""
+
+    at: float
+    opening: str
+
+
+@dataclass(frozen=True, slots=True)
+class RetryDue:
+    """The open selection or round, named by `opening`, has been short of its quorum for one patience."""
+
+    at: float
+    opening: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +383,28 @@ class RoundAggregated:
 
     at: float
     adapter: Artifact
+
+
+@dataclass(frozen=True, slots=True)
+class RunPaused:
+    """An operator wants no new task handed out."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunResumed:
+    """An operator ended the pause."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunStopped:
+    """An operator ends the run with the adapter as it is."""
+
+    at: float
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +420,7 @@ Event = (
     | SiteSilent
     | SiteHeard
     | SiteLeft
+    | SiteEvicted
     | AdapterDrawn
     | ReportReceived
     | PassOpened
@@ -333,7 +428,14 @@ Event = (
     | UpdateReceived
     | EvaluationReceived
     | TaskFailed
+    | ResultRejected
+    | NothingToGive
+    | DeadlineReached
+    | RetryDue
     | RoundAggregated
+    | RunPaused
+    | RunResumed
+    | RunStopped
     | FinalDelivered
 )
 

@@ -189,7 +189,8 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     async def next_task(site: Any, wait_s: float) -> None:
         await asyncio.sleep(wait_s)
 
-    state = SimpleNamespace(adapters=adapters, tasks={}, phase=SimpleNamespace(over=False), round=3, message="wait")
+    phase = SimpleNamespace(over=False)
+    state = SimpleNamespace(adapters=adapters, tasks={}, phase=phase, round=3, message="wait", paused=None)
     coordinator = cast(Any, SimpleNamespace(site_of=site_of, next_task=next_task, state=state))
     made = World(tmp_path, Store(tmp_path / "artifacts"), adapters)
     server = grpc.aio.server(interceptors=(made.faults,))

@@ -20,6 +20,7 @@ from fedhds.adapter import AdapterManifest, AdapterReader, Artifact, FloatArray,
 from fedhds.errors import AdapterError, StorageError
 from fedhds.runspec import WireDtype
 from fedhds_server.aggregation import AGGREGATORS, Aggregator, Update, validate_update
+from fedhds_server.aggregation.weights import bounded_shares
 
 A, B = TensorSpec("q.lora_A.weight", (2, 3)), TensorSpec("q.lora_B.weight", (4, 2))
 MANIFEST = AdapterManifest((A, B), ("q",))
@@ -235,33 +236,60 @@ def test_fedavg_of_the_largest_values_does_not_overflow(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", WIRE_DTYPES)
-def test_the_norm_is_over_all_tensors(tmp_path: Path, dtype: WireDtype) -> None:
-    path = written(tmp_path / "update", 5, dtype)
-    flat = np.concatenate([np.float64(tensor).ravel() for tensor in read(path).values()])
-    assert validate_update(path, MANIFEST, largest_norm=None).norm == pytest.approx(np.linalg.norm(flat), rel=1e-12)
+def test_the_norm_is_that_of_the_difference_over_all_tensors(tmp_path: Path, dtype: WireDtype) -> None:
+    path, current = written(tmp_path / "update", 5, dtype), written(tmp_path / "current", 6, dtype)
+    before = read(current)
+    flat = np.concatenate([np.float64(tensor - before[name]).ravel() for name, tensor in read(path).items()])
+    norm = float(np.linalg.norm(flat))
+    validate_update(path, MANIFEST, current=current, largest_norm=norm * (1 + 1e-9))
+    with pytest.raises(AdapterError, match="beyond --max-update-norm"):
+        validate_update(path, MANIFEST, current=current, largest_norm=norm * (1 - 1e-6))
 
 
-def test_the_norm_of_the_largest_values_is_finite(tmp_path: Path) -> None:
-    path = filled(tmp_path / "update", 3e38)
-    assert validate_update(path, MANIFEST, largest_norm=None).norm == pytest.approx(3e38 * np.sqrt(14), rel=1e-6)
+def test_an_update_beyond_the_norm_bound_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    path, current = filled(tmp_path / "update", 3.0), filled(tmp_path / "current", 1.0)
+    validate_update(path, MANIFEST, current=current, largest_norm=float(np.sqrt(14 * 4)))
+    with pytest.raises(AdapterError, match=r"^it is 7\.483 away from the round's adapter, .* 7\.48$"):
+        validate_update(path, MANIFEST, current=current, largest_norm=7.48)
 
 
-def test_an_update_up_to_the_norm_bound_is_taken_and_beyond_it_refused(tmp_path: Path) -> None:
-    path = filled(tmp_path / "update", 2.0)
-    norm = float(np.sqrt(14 * 4))
-    assert validate_update(path, MANIFEST, largest_norm=norm).norm == norm
-    with pytest.raises(AdapterError, match=r"norm 7\.483 is above the bound 7\.48$"):
-        validate_update(path, MANIFEST, largest_norm=7.48)
+def test_an_update_whose_difference_overflows_is_refused(tmp_path: Path) -> None:
+    path, current = filled(tmp_path / "update", 3e38), filled(tmp_path / "current", -3e38)
+    validate_update(path, MANIFEST, current=current, largest_norm=0)
+    with pytest.raises(AdapterError, match="beyond"):
+        validate_update(path, MANIFEST, current=current, largest_norm=1e300)
 
 
 def test_an_update_that_is_not_finite_is_refused_though_only_its_last_value_is_not(tmp_path: Path) -> None:
     path = filled(tmp_path / "update", 1.0)
     path.write_bytes(path.read_bytes()[:-4] + np.float32(np.inf).tobytes())
     with pytest.raises(AdapterError, match=r"q\.lora_B\.weight holds values that are not finite"):
-        validate_update(path, MANIFEST, largest_norm=None)
+        validate_update(path, MANIFEST, current=path, largest_norm=0)
 
 
 def test_an_update_of_other_tensors_is_refused(tmp_path: Path) -> None:
     path = filled(tmp_path / "update", 1.0)
     with pytest.raises(AdapterError, match=r"the first is 'q\.lora_B\.weight'"):
-        validate_update(path, AdapterManifest((A,), ("q",)), largest_norm=None)
+        validate_update(path, AdapterManifest((A,), ("q",)), current=path, largest_norm=0)
+
+
+# How much updates count.
+
+
+@given(st.lists(st.integers(0, 10**12), min_size=1, max_size=12), st.floats(0.01, 1))
+def test_shares_sum_to_one_and_none_is_above_the_bound(samples: list[int], largest: float) -> None:
+    shares = bounded_shares(samples, largest)
+    if not any(samples):
+        assert not shares.any()
+        return
+    assert shares.sum() == pytest.approx(1)
+    assert shares.max() <= max(largest, 1 / sum(count > 0 for count in samples)) * (1 + 1e-9)
+    # Whoever brings more never counts less, and who brings nothing does not count.
+    order = np.argsort(samples, kind="stable")
+    assert (np.diff(shares[order]) >= -1e-12).all()
+    assert not shares[np.array(samples) == 0].any()
+
+
+def test_unbounded_shares_are_those_of_the_rows() -> None:
+    np.testing.assert_allclose(bounded_shares([1, 2, 5], 1), [1 / 8, 2 / 8, 5 / 8])
+    np.testing.assert_allclose(bounded_shares([1, 3, 10**18], 0.5), [1 / 8, 3 / 8, 1 / 2])

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from fedhds.adapter import AdapterManifest, Artifact, TensorSpec
 from fedhds.runspec import RunSpec
 from fedhds.v1 import federation_pb2 as pb
-from fedhds_server.rounds import RunMachine, draw_cohort
+from fedhds_server.collection import cohort_size, draw
+from fedhds_server.rounds import RunMachine
 from fedhds_server.state import (
     AdapterDrawn,
     Aggregate,
@@ -63,7 +64,7 @@ def started(sites: str = "ab", **fields: object) -> RunMachine:
     for site in sites:
         join(run, site)
     run.handle(AdapterDrawn(2.0, artifact(0)))
-    if run.state.phase is Phase.SELECTING:
+    if run.state.phase is Phase.GROUPING:
         run.handle(SelectionMade(3.0, run.state.round, dict.fromkeys(run.state.reports, ALL_ROWS)))
     return run
 
@@ -87,7 +88,7 @@ def test_waits_for_enough_sites_then_selects() -> None:
     assert run.state.message == "waiting for 1 more site"
     assert work(run.handle(AdapterDrawn(2.0, artifact(0)))) == []
     assert work(join(run, "b")) == [WriteCheckpoint(), Select(0, ("a", "b"))]
-    assert phase(run) is Phase.SELECTING
+    assert phase(run) is Phase.GROUPING
 
 
 def test_waits_for_evaluators_when_told_to() -> None:
@@ -95,7 +96,7 @@ def test_waits_for_evaluators_when_told_to() -> None:
     assert phase(run) is Phase.ENROLLING
     assert run.state.message == "waiting for 1 more evaluator"
     join(run, "e", 0, evaluates=True)
-    assert phase(run) is Phase.SELECTING
+    assert phase(run) is Phase.GROUPING
 
 
 def test_a_whole_run() -> None:
@@ -151,7 +152,7 @@ def test_a_lost_site_that_returns_in_time_still_counts() -> None:
 def test_a_round_whose_sites_are_all_lost_waits_for_them() -> None:
     run = started()
     assert work([*run.handle(SiteSilent(8.0, "a")), *run.handle(SiteSilent(8.0, "b"))]) == []
-    assert run.state.message == "round 1 waits: all of its sites are lost (a, b)"
+    assert run.state.message == "round 1 of 2: waits for its quorum: 0 of at least 1 updates; away: a, b"
     run.handle(SiteHeard(9.0, "a"))
     assert work(update(run, "a")) == [Aggregate(1)]
 
@@ -161,11 +162,10 @@ def test_another_site_takes_over_a_round_whose_cohort_is_lost() -> None:
     (drawn,) = run.state.cohort
     other = "b" if drawn == "a" else "a"
     run.handle(SiteSilent(8.0, drawn))
-    assert run.state.cohort == [other]
-    assert set(run.state.tasks) == {f"train/1/{other}"}
-    run.handle(SiteHeard(9.0, drawn))
-    assert update(run, drawn) == []
+    assert run.state.cohort == ["a", "b"]
+    assert run.next_task(other) is not None
     assert work(update(run, other)) == [Aggregate(1)]
+    assert run.state.tasks == {}
 
 
 def test_a_site_that_comes_takes_over_a_round_whose_cohort_is_lost() -> None:
@@ -186,7 +186,7 @@ def test_another_site_takes_over_a_selection_whose_sites_are_lost() -> None:
         run.handle(SiteSilent(3.0, site))
     assert set(run.state.tasks) == {"select/0/a", "select/0/b"}
     join(run, "c")
-    assert set(run.state.tasks) == {"select/0/c"}
+    assert set(run.state.tasks) == {"select/0/a", "select/0/b", "select/0/c"}
     assert work(run.handle(ReportReceived(4.0, "select/0/c", pb.ClusterReport()))) == [Select(0, ("c",))]
 
 
@@ -197,7 +197,7 @@ def test_a_restart_while_all_sites_of_a_selection_are_lost_waits_for_them_too() 
     run.handle(AdapterDrawn(2.0, artifact(0)))
     for site in "ab":
         run.handle(SiteSilent(3.0, site))
-    assert run.pending() == []
+    assert run.pending() == [WriteCheckpoint()]
     run.handle(SiteHeard(4.0, "a"))
     assert work(run.handle(ReportReceived(5.0, "select/0/a", pb.ClusterReport()))) == [Select(0, ("a",))]
 
@@ -211,12 +211,12 @@ def test_a_run_in_which_nobody_delivered_fails_however_short_it_was() -> None:
     assert "untrained" in run.state.message
 
 
-def test_a_site_that_failed_is_drawn_once_more_when_the_others_are_lost_and_then_the_round_closes() -> None:
+def test_a_round_in_which_all_who_are_here_failed_waits_for_the_others() -> None:
     run = started()
     run.handle(SiteSilent(4.0, "b"))
-    run.handle(TaskFailed(4.0, "train/1/a", "no memory"))
-    assert set(run.state.tasks) == {"train/1/a"}
-    assert work(run.handle(TaskFailed(5.0, "train/1/a", "no memory"))) == [Aggregate(1)]
+    assert work(run.handle(TaskFailed(4.0, "train/1/a", "no memory"))) == []
+    run.handle(SiteHeard(5.0, "b"))
+    assert work(run.handle(TaskFailed(6.0, "train/1/b", "no memory"))) == [Aggregate(1)]
 
 
 def test_a_round_without_any_eligible_site_waits_and_opens_when_one_returns() -> None:
@@ -263,7 +263,7 @@ def test_per_round_selection_of_nothing_is_a_round_that_changes_nothing() -> Non
     update(run, "b")
     run.handle(RoundAggregated(5.0, artifact(1)))
     for number in (2, 3, 4, 5):
-        assert phase(run) is Phase.SELECTING
+        assert phase(run) is Phase.GROUPING
         assert work(run.handle(SelectionMade(6.0, number, {}))) == [Aggregate(number)]
         run.handle(RoundAggregated(7.0, artifact(1)))
     assert phase(run) is Phase.COMPLETED
@@ -365,8 +365,10 @@ def test_pending_work_after_a_restart() -> None:
 @given(st.sets(st.text(min_size=1, max_size=8), min_size=1, max_size=30), st.floats(0.01, 1), st.integers(1, 9))
 def test_cohorts_have_the_asked_size_whatever_the_order(sites: set[str], fraction: float, number: int) -> None:
     ordered = sorted(sites)
-    cohort = draw_cohort(ordered, fraction, seed=1, round_number=number)
-    assert cohort == draw_cohort(ordered[::-1], fraction, seed=1, round_number=number)
+    size = cohort_size(len(sites), fraction)
+    cohort = draw(ordered, size, seed=1, round_number=number)
+    assert cohort == draw(ordered[::-1], size, seed=1, round_number=number)
+    assert len(cohort) == size
     assert 1 <= len(cohort) <= len(sites)
     assert abs(len(cohort) - fraction * len(sites)) <= 0.5 or len(cohort) == 1
     assert set(cohort) <= sites

@@ -1335,6 +1335,50 @@ class GetStatusRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    JOURNAL_AFTER_FIELD_NUMBER: _builtins.int
+    journal_after: _builtins.int
+    """Lines of the journal wanted: those with a greater number than this; 0: the newest ones."""
+    def __init__(
+        self,
+        *,
+        journal_after: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["journal_after", b"journal_after"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
+
+@_typing.final
+class PauseRequest(_message.Message):
+    """Pause the run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Why, for the journal; not empty."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseRequest: _TypeAlias = PauseRequest  # noqa: Y015
+
+@_typing.final
+class PauseResponse(_message.Message):
+    """The run is paused."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
     def __init__(
         self,
     ) -> None: ...
@@ -1344,7 +1388,128 @@ class GetStatusRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
+Global___PauseResponse: _TypeAlias = PauseResponse  # noqa: Y015
+
+@_typing.final
+class ResumeRequest(_message.Message):
+    """Go on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Why, for the journal."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeRequest: _TypeAlias = ResumeRequest  # noqa: Y015
+
+@_typing.final
+class ResumeResponse(_message.Message):
+    """The run goes on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeResponse: _TypeAlias = ResumeResponse  # noqa: Y015
+
+@_typing.final
+class StopRequest(_message.Message):
+    """End the run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Why, for the journal; not empty."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopRequest: _TypeAlias = StopRequest  # noqa: Y015
+
+@_typing.final
+class StopResponse(_message.Message):
+    """The run is over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopResponse: _TypeAlias = StopResponse  # noqa: Y015
+
+@_typing.final
+class EvictRequest(_message.Message):
+    """Exclude a site."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SITE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    site: _builtins.str
+    """The site's name."""
+    reason: _builtins.str
+    """Why, for the journal; not empty."""
+    def __init__(
+        self,
+        *,
+        site: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "site", b"site"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictRequest: _TypeAlias = EvictRequest  # noqa: Y015
+
+@_typing.final
+class EvictResponse(_message.Message):
+    """The site is out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictResponse: _TypeAlias = EvictResponse  # noqa: Y015
 
 @_typing.final
 class GetStatusResponse(_message.Message):
@@ -1365,10 +1530,12 @@ class GetStatusResponse(_message.Message):
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     TRAINED_ROWS_FIELD_NUMBER: _builtins.int
     POOL_ROWS_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
+    JOURNAL_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Identifies the run."""
     phase: _builtins.str
-    """"enrolling", "selecting", "training", "aggregating", "finishing", "completed", "stopped" or "failed"."""
+    """"enrolling", "selecting", "grouping", "training", "aggregating", "finishing", "completed", "stopped" or "failed"."""
     round: _builtins.int
     """Round in progress, or the last one."""
     message: _builtins.str
@@ -1383,6 +1550,8 @@ class GetStatusResponse(_message.Message):
     """Distinct rows trained on so far, over all sites; with per-round selection an upper bound."""
     pool_rows: _builtins.int
     """Training rows that all sites declared."""
+    paused: _builtins.str
+    """Why the run is paused; absent while it is not."""
     @_builtins.property
     def run(self) -> _runspec_pb2.RunSpec:
         """The run's specification."""
@@ -1398,6 +1567,10 @@ class GetStatusResponse(_message.Message):
     @_builtins.property
     def evaluations(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvaluationStatus]:
         """Evaluations, by round."""
+
+    @_builtins.property
+    def journal(self) -> _containers.RepeatedCompositeFieldContainer[Global___JournalLine]:
+        """Lines of the journal, oldest first; at most the newest 100."""
 
     def __init__(
         self,
@@ -1415,14 +1588,52 @@ class GetStatusResponse(_message.Message):
         checkpoint: _builtins.str = ...,
         trained_rows: _builtins.int = ...,
         pool_rows: _builtins.int = ...,
+        paused: _builtins.str | None = ...,
+        journal: _abc.Iterable[Global___JournalLine] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_paused", b"_paused", "paused", b"paused", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_received", b"bytes_received", "checkpoint", b"checkpoint", "closed_rounds", b"closed_rounds", "evaluations", b"evaluations", "message", b"message", "phase", b"phase", "pool_rows", b"pool_rows", "round", b"round", "run", b"run", "run_id", b"run_id", "running_s", b"running_s", "sites", b"sites", "trained_rows", b"trained_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_paused", b"_paused", "bytes_received", b"bytes_received", "checkpoint", b"checkpoint", "closed_rounds", b"closed_rounds", "evaluations", b"evaluations", "journal", b"journal", "message", b"message", "paused", b"paused", "phase", b"phase", "pool_rows", b"pool_rows", "round", b"round", "run", b"run", "run_id", b"run_id", "running_s", b"running_s", "sites", b"sites", "trained_rows", b"trained_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__paused: _TypeAlias = _typing.Literal["paused"]  # noqa: Y015
+    _WhichOneofArgType__paused: _TypeAlias = _typing.Literal["_paused", b"_paused"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__paused) -> _WhichOneofReturnType__paused | None: ...
+
+Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class JournalLine(_message.Message):
+    """One line of the run's history."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    TROUBLE_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Counts from 1."""
+    at: _builtins.float
+    """Wall time of the coordinator's host, seconds since 1970."""
+    message: _builtins.str
+    """The line, for people."""
+    trouble: _builtins.bool
+    """Somebody should look."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        at: _builtins.float = ...,
+        message: _builtins.str = ...,
+        trouble: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "message", b"message", "number", b"number", "trouble", b"trouble"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+Global___JournalLine: _TypeAlias = JournalLine  # noqa: Y015
 
 @_typing.final
 class SiteStatus(_message.Message):
@@ -1438,10 +1649,11 @@ class SiteStatus(_message.Message):
     LAST_ERROR_FIELD_NUMBER: _builtins.int
     BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
     DELIVERED_FIELD_NUMBER: _builtins.int
+    REJECTIONS_FIELD_NUMBER: _builtins.int
     site: _builtins.str
     """The site's name."""
     state: _builtins.str
-    """"enrolled", "lost" or "left"."""
+    """"connecting", "enrolled", "lost", "left", "evicted" or "quarantined"."""
     rows: _builtins.int
     """Declared training rows."""
     evaluates: _builtins.bool
@@ -1454,6 +1666,8 @@ class SiteStatus(_message.Message):
     """Payload bytes that it sent."""
     delivered: _builtins.bool
     """It has the final adapter."""
+    rejections: _builtins.int
+    """Results that did not pass validation."""
     def __init__(
         self,
         *,
@@ -1465,10 +1679,11 @@ class SiteStatus(_message.Message):
         last_error: _builtins.str = ...,
         bytes_received: _builtins.int = ...,
         delivered: _builtins.bool = ...,
+        rejections: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_received", b"bytes_received", "delivered", b"delivered", "evaluates", b"evaluates", "last_error", b"last_error", "rows", b"rows", "site", b"site", "state", b"state", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_received", b"bytes_received", "delivered", b"delivered", "evaluates", b"evaluates", "last_error", b"last_error", "rejections", b"rejections", "rows", b"rows", "site", b"site", "state", b"state", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -505,7 +505,8 @@ class Federation(object):
 
 
 class OperationsStub(object):
-    """What an operator calls; read-only.
+    """What people call. All but GetStatus change the run: with TLS they need an operator's certificate, without it a
+    caller on the coordinator's own host; else PERMISSION_DENIED. What they do, and the reason, stands in the journal.
     """
 
     def __init__(self, channel):
@@ -519,14 +520,64 @@ class OperationsStub(object):
                 request_serializer=fedhds_dot_v1_dot_federation__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=fedhds_dot_v1_dot_federation__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.Pause = channel.unary_unary(
+                '/fedhds.v1.Operations/Pause',
+                request_serializer=fedhds_dot_v1_dot_federation__pb2.PauseRequest.SerializeToString,
+                response_deserializer=fedhds_dot_v1_dot_federation__pb2.PauseResponse.FromString,
+                _registered_method=True)
+        self.Resume = channel.unary_unary(
+                '/fedhds.v1.Operations/Resume',
+                request_serializer=fedhds_dot_v1_dot_federation__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=fedhds_dot_v1_dot_federation__pb2.ResumeResponse.FromString,
+                _registered_method=True)
+        self.Stop = channel.unary_unary(
+                '/fedhds.v1.Operations/Stop',
+                request_serializer=fedhds_dot_v1_dot_federation__pb2.StopRequest.SerializeToString,
+                response_deserializer=fedhds_dot_v1_dot_federation__pb2.StopResponse.FromString,
+                _registered_method=True)
+        self.Evict = channel.unary_unary(
+                '/fedhds.v1.Operations/Evict',
+                request_serializer=fedhds_dot_v1_dot_federation__pb2.EvictRequest.SerializeToString,
+                response_deserializer=fedhds_dot_v1_dot_federation__pb2.EvictResponse.FromString,
+                _registered_method=True)
 
 
 class OperationsServicer(object):
-    """What an operator calls; read-only.
+    """What people call. All but GetStatus change the run: with TLS they need an operator's certificate, without it a
+    caller on the coordinator's own host; else PERMISSION_DENIED. What they do, and the reason, stands in the journal.
     """
 
     def GetStatus(self, request, context):
         """The run's state at this instant.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pause(self, request, context):
+        """Hands out no new task until the run is resumed; tasks that sites work on may still be delivered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Ends a pause.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Stop(self, request, context):
+        """Ends the run; every site gets the last global adapter. Error: FAILED_PRECONDITION when it is over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Evict(self, request, context):
+        """Excludes a site for good: its open task and its update of the open round are dropped, its session ends.
+        Error: NOT_FOUND when no such site ever enrolled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -540,6 +591,26 @@ def add_OperationsServicer_to_server(servicer, server):
                     request_deserializer=fedhds_dot_v1_dot_federation__pb2.GetStatusRequest.FromString,
                     response_serializer=fedhds_dot_v1_dot_federation__pb2.GetStatusResponse.SerializeToString,
             ),
+            'Pause': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pause,
+                    request_deserializer=fedhds_dot_v1_dot_federation__pb2.PauseRequest.FromString,
+                    response_serializer=fedhds_dot_v1_dot_federation__pb2.PauseResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=fedhds_dot_v1_dot_federation__pb2.ResumeRequest.FromString,
+                    response_serializer=fedhds_dot_v1_dot_federation__pb2.ResumeResponse.SerializeToString,
+            ),
+            'Stop': grpc.unary_unary_rpc_method_handler(
+                    servicer.Stop,
+                    request_deserializer=fedhds_dot_v1_dot_federation__pb2.StopRequest.FromString,
+                    response_serializer=fedhds_dot_v1_dot_federation__pb2.StopResponse.SerializeToString,
+            ),
+            'Evict': grpc.unary_unary_rpc_method_handler(
+                    servicer.Evict,
+                    request_deserializer=fedhds_dot_v1_dot_federation__pb2.EvictRequest.FromString,
+                    response_serializer=fedhds_dot_v1_dot_federation__pb2.EvictResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'fedhds.v1.Operations', rpc_method_handlers)
@@ -549,7 +620,8 @@ def add_OperationsServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Operations(object):
-    """What an operator calls; read-only.
+    """What people call. All but GetStatus change the run: with TLS they need an operator's certificate, without it a
+    caller on the coordinator's own host; else PERMISSION_DENIED. What they do, and the reason, stands in the journal.
     """
 
     @staticmethod
@@ -569,6 +641,114 @@ class Operations(object):
             '/fedhds.v1.Operations/GetStatus',
             fedhds_dot_v1_dot_federation__pb2.GetStatusRequest.SerializeToString,
             fedhds_dot_v1_dot_federation__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pause(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedhds.v1.Operations/Pause',
+            fedhds_dot_v1_dot_federation__pb2.PauseRequest.SerializeToString,
+            fedhds_dot_v1_dot_federation__pb2.PauseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedhds.v1.Operations/Resume',
+            fedhds_dot_v1_dot_federation__pb2.ResumeRequest.SerializeToString,
+            fedhds_dot_v1_dot_federation__pb2.ResumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Stop(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedhds.v1.Operations/Stop',
+            fedhds_dot_v1_dot_federation__pb2.StopRequest.SerializeToString,
+            fedhds_dot_v1_dot_federation__pb2.StopResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Evict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedhds.v1.Operations/Evict',
+            fedhds_dot_v1_dot_federation__pb2.EvictRequest.SerializeToString,
+            fedhds_dot_v1_dot_federation__pb2.EvictResponse.FromString,
             options,
             channel_credentials,
             insecure,

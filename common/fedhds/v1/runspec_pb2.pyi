@@ -60,6 +60,11 @@ class RunSpec(_message.Message):
     RELEASED_CENTROIDS_FIELD_NUMBER: _builtins.int
     MIN_SITES_FIELD_NUMBER: _builtins.int
     MIN_EVALUATORS_FIELD_NUMBER: _builtins.int
+    QUORUM_FIELD_NUMBER: _builtins.int
+    DEADLINE_FIELD_NUMBER: _builtins.int
+    OVERSAMPLE_FIELD_NUMBER: _builtins.int
+    MAX_WEIGHT_SHARE_FIELD_NUMBER: _builtins.int
+    MAX_UPDATE_NORM_FIELD_NUMBER: _builtins.int
     PATIENCE_FIELD_NUMBER: _builtins.int
     EVALUATE_EVERY_FIELD_NUMBER: _builtins.int
     MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
@@ -129,6 +134,16 @@ class RunSpec(_message.Message):
     """Training sites that must be enrolled before the run starts."""
     min_evaluators: _builtins.int
     """Evaluators that must be enrolled before the run starts."""
+    quorum: _builtins.str
+    """Least answers of a cohort with which a selection or a round closes: a count such as "3", or a share such as "80%"."""
+    deadline: _builtins.float
+    """Seconds after which a selection or a round closes with its quorum; 0: it waits for all that give signs of life."""
+    oversample: _builtins.float
+    """Sites drawn into a round beyond its cohort, as a share of that; the round closes with the cohort's number of updates."""
+    max_weight_share: _builtins.float
+    """Largest share of a round's weight that one update may have, in (0, 1]."""
+    max_update_norm: _builtins.float
+    """Largest L2 norm of the difference between an update and the round's adapter; 0: any."""
     patience: _builtins.float
     """Seconds without any progress after which a site is taken for lost."""
     evaluate_every: _builtins.int
@@ -176,13 +191,18 @@ class RunSpec(_message.Message):
         released_centroids: _builtins.int = ...,
         min_sites: _builtins.int = ...,
         min_evaluators: _builtins.int = ...,
+        quorum: _builtins.str = ...,
+        deadline: _builtins.float = ...,
+        oversample: _builtins.float = ...,
+        max_weight_share: _builtins.float = ...,
+        max_update_norm: _builtins.float = ...,
         patience: _builtins.float = ...,
         evaluate_every: _builtins.int = ...,
         max_new_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "budget", b"budget", "clip_norm", b"clip_norm", "cohort_fraction", b"cohort_fraction", "data_licence", b"data_licence", "delta", b"delta", "evaluate_every", b"evaluate_every", "feature_dimension", b"feature_dimension", "feature_layers", b"feature_layers", "feature_model", b"feature_model", "feature_pooling", b"feature_pooling", "fusion", b"fusion", "learning_rate", b"learning_rate", "lloyd_passes", b"lloyd_passes", "local_epochs", b"local_epochs", "lora_alpha", b"lora_alpha", "lora_dropout", b"lora_dropout", "lora_rank", b"lora_rank", "lora_targets", b"lora_targets", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_new_tokens", b"max_new_tokens", "min_cluster_size", b"min_cluster_size", "min_evaluators", b"min_evaluators", "min_sites", b"min_sites", "model", b"model", "model_licence", b"model_licence", "model_revision", b"model_revision", "noise_multiplier", b"noise_multiplier", "patience", b"patience", "prompt_format", b"prompt_format", "released_centroids", b"released_centroids", "rounds", b"rounds", "schedule", b"schedule", "seed", b"seed", "strategy", b"strategy", "wire_dtype", b"wire_dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "budget", b"budget", "clip_norm", b"clip_norm", "cohort_fraction", b"cohort_fraction", "data_licence", b"data_licence", "deadline", b"deadline", "delta", b"delta", "evaluate_every", b"evaluate_every", "feature_dimension", b"feature_dimension", "feature_layers", b"feature_layers", "feature_model", b"feature_model", "feature_pooling", b"feature_pooling", "fusion", b"fusion", "learning_rate", b"learning_rate", "lloyd_passes", b"lloyd_passes", "local_epochs", b"local_epochs", "lora_alpha", b"lora_alpha", "lora_dropout", b"lora_dropout", "lora_rank", b"lora_rank", "lora_targets", b"lora_targets", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_new_tokens", b"max_new_tokens", "max_update_norm", b"max_update_norm", "max_weight_share", b"max_weight_share", "min_cluster_size", b"min_cluster_size", "min_evaluators", b"min_evaluators", "min_sites", b"min_sites", "model", b"model", "model_licence", b"model_licence", "model_revision", b"model_revision", "noise_multiplier", b"noise_multiplier", "oversample", b"oversample", "patience", b"patience", "prompt_format", b"prompt_format", "quorum", b"quorum", "released_centroids", b"released_centroids", "rounds", b"rounds", "schedule", b"schedule", "seed", b"seed", "strategy", b"strategy", "wire_dtype", b"wire_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -19,18 +19,11 @@ from fedhds.runspec import WireDtype
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One site's adapter on disk and its weight, the number of rows it trained on."""
+    """One site's adapter on disk and its weight."""
 
     site: str
     path: Path
     weight: float
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateStats:
-    """L2 norm over all tensors."""
-
-    norm: float
 
 
 class Aggregator(ABC):
@@ -76,13 +69,21 @@ class Aggregator(ABC):
         """The next value of one tensor: `shares` float64 (n,) sum to 1, `update(i)` reads the i-th update's value."""
 
 
-def validate_update(path: Path, manifest: AdapterManifest, *, largest_norm: float | None) -> UpdateStats:
-    """Checks names, shapes, types, finiteness and, if given, the norm; raises AdapterError naming the tensor."""
+def validate_update(path: Path, manifest: AdapterManifest, *, current: Path, largest_norm: float) -> None:
+    """Checks names, shapes, types and finiteness; with a `largest_norm` also how far it is from the adapter `current`.
+
+    That is the L2 norm of the difference over all tensors. Raises AdapterError, naming the tensor if there is one.
+    """
     square = 0.0
-    with AdapterReader(path, manifest) as reader:
+    with ExitStack() as stack, np.errstate(over="ignore"):
+        reader = stack.enter_context(AdapterReader(path, manifest))
+        base = stack.enter_context(AdapterReader(current, manifest)) if largest_norm else None
         for spec in manifest.tensors:
-            square += float(np.square(reader.tensor(spec), dtype=np.float64).sum())
-    norm = math.sqrt(square)
-    if largest_norm is not None and norm > largest_norm:
-        raise AdapterError(f"the update's norm {norm:.4g} is above the bound {largest_norm:.4g}")
-    return UpdateStats(norm)
+            values = reader.tensor(spec)
+            if base is not None:
+                square += float(np.square(values - base.tensor(spec), dtype=np.float64).sum())
+    # Written so that a difference too large for a float is rejected too.
+    if largest_norm and not math.sqrt(square) <= largest_norm:
+        raise AdapterError(
+            f"it is {math.sqrt(square):.4g} away from the round's adapter, beyond --max-update-norm {largest_norm:.4g}"
+        )

@@ -1,0 +1,43 @@
+"""Calls of an operator's commands to the coordinator."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+_ANSWER_S = 10.0
+
+Server = Annotated[str, typer.Option(help="The coordinator's HOST:PORT.")]
+TlsCa = Annotated[Path | None, typer.Option(help="CA certificate.")]
+TlsCert = Annotated[Path | None, typer.Option(help="Certificate of an operator, or of a site to look on.")]
+TlsKey = Annotated[Path | None, typer.Option(help="Its key.")]
+DEFAULT_SERVER = "localhost:8470"
+
+
+def call(method: str, request: Message, server: str, ca: Path | None, cert: Path | None, key: Path | None) -> Any:
+    """The coordinator's answer to one call of the Operations service; raises its error or CoordinatorUnreachable."""
+    # gRPC's own log would put a line of its internals before ours.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    import grpc
+
+    from fedhds.errors import CoordinatorUnreachable
+    from fedhds.security.credentials import TlsFiles, channel_credentials, diagnose_handshake
+    from fedhds.status import error_of
+    from fedhds.v1 import federation_pb2_grpc as rpc
+
+    files = TlsFiles.from_settings(ca, cert, key)
+    channel = grpc.secure_channel(server, channel_credentials(files)) if files else grpc.insecure_channel(server)
+    with channel:
+        try:
+            return getattr(rpc.OperationsStub(channel), method)(request, timeout=_ANSWER_S)
+        except grpc.RpcError as error:
+            if known := error_of(error):
+                raise known from None
+            reason = diagnose_handshake(server, files, 3.0) or error.details() or "no answer"
+            raise CoordinatorUnreachable(f"cannot ask {server}: {reason}") from None
