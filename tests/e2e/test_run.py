@@ -13,7 +13,7 @@ from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
 from tests.client.test_team import launched
 from tests.e2e.federation import BIN, Federation
-from tests.tiny import write_rows
+from tests.tiny import make_model, write_rows
 
 pytestmark = pytest.mark.e2e
 
@@ -135,6 +135,30 @@ def test_a_site_of_two_processes_is_one_site(federation: Federation, strategy: s
     assert site.text.count("the final adapter is in") == 2
     if strategy == "fedhds":
         assert "taking the features of 21 rows" in site.text
+
+
+def test_features_may_be_taken_with_another_model_which_all_sites_must_hold(federation: Federation) -> None:
+    folder = federation.folder
+    other, third = (
+        make_model(folder / name, seed=seed, hidden=16, layers=1) for name, seed in (("other", 7), ("third", 8))
+    )
+    shards = [write_rows(folder / f"{name}.jsonl", {"sun": 12, "moon": 9}) for name in "ab"]
+    flags = ("--rounds=1", "--strategy=fedhds-aligned", "--budget=6", "--fusion=pca", f"--feature-model={other}")
+    server = federation.server(*flags)
+    first = federation.client("a", f"--data={shards[0]}")
+    first.wait_for(f"loading the feature model {other}")
+    server.wait_for("site a enrolled")
+    # The same name, other weights: what such a site clusters could not be compared.
+    other.rename(folder / "kept")
+    third.rename(other)
+    odd = federation.client("odd", f"--data={shards[1]}")
+    assert odd.wait() == 1
+    assert "the feature model differ" in odd.text
+    other.rename(third)
+    (folder / "kept").rename(other)
+    second = federation.client("b", f"--data={shards[1]}")
+    assert (server.wait(), first.wait(), second.wait()) == (0, 0, 0), server.text + first.text + second.text
+    assert json.loads((folder / "run" / "report.json").read_text())["trained_rows"] == "6"
 
 
 def test_noised_centroids_are_printed_recorded_and_bounded(federation: Federation) -> None:
