@@ -76,7 +76,8 @@ class ClientSettings(BaseModel):
     inference_batch_size: int = Field(
         16,
         ge=1,
-        description="Rows per batch when features are taken and when answers are generated.",
+        description="Most rows per batch when features are taken and when answers are generated; on a CPU features are "
+        "taken in smaller ones, which cost no time and less memory.",
         json_schema_extra={"group": "Compute"},
     )
     share_exact_cells: bool = Field(
