@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from fedhds import __version__
 from fedhds.errors import (
+    ArtifactError,
     CoordinatorUnreachable,
     EnrolmentRefused,
     Evicted,
@@ -253,7 +254,16 @@ class SiteLoop:
                     task.task_id, lambda control: self._workbench.evaluate(site, task.round, adapter, control)
                 )
                 request.evaluation.CopyFrom(sums)
-        answer: pb.CompleteTaskResponse = await self._link.call(self._link.federation.CompleteTask, request)
+        answer: pb.CompleteTaskResponse
+        try:
+            answer = await self._link.call(self._link.federation.CompleteTask, request)
+        except ArtifactError as error:
+            if kind != "train" or not trained:
+                raise
+            # A coordinator that took over, or found the bytes damaged, asks for what was uploaded once more.
+            logger.warning("%s: %s", site.name, error)
+            await self._link.upload(self._session, trained.path, trained.artifact)
+            answer = await self._link.call(self._link.federation.CompleteTask, request)
         if kind == "train" and trained:
             trained.path.unlink(missing_ok=True)
         return answer

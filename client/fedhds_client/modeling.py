@@ -10,6 +10,7 @@ import os
 import re
 import struct
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,9 +28,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
-from fedhds.adapter import AdapterManifest, AdapterReader, Artifact, TensorSpec, write_adapter
+from fedhds.adapter import AdapterManifest, AdapterReader, Artifact, FloatArray, TensorSpec, write_adapter
 from fedhds.errors import AdapterError, ModelError
-from fedhds.runspec import RunSpec
+from fedhds.runspec import RunSpec, WireDtype
 from fedhds.v1 import federation_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -194,12 +195,19 @@ class AdapterModel(InferenceModel):
         """Sets the adapter from a safetensors file; raises AdapterError when it does not fit."""
         _set_adapter(self.module, self._manifest, path)
 
-    def save(self, path: Path) -> Artifact:
-        """Writes the adapter in the run's wire type."""
+    @property
+    def wire_dtype(self) -> WireDtype:
+        """The run's wire type."""
+        return self._spec.wire_dtype
+
+    def values(self) -> Callable[[TensorSpec], FloatArray]:
+        """The adapter's tensors, on the CPU."""
         state = _adapter_state(self.module)
-        return write_adapter(
-            path, self._manifest, lambda spec: state[spec.name].detach().cpu().numpy(), self._spec.wire_dtype
-        )
+        return lambda spec: state[spec.name].detach().cpu().numpy()
+
+    def save(self, path: Path) -> Artifact:
+        """Writes the adapter in the run's type of global adapters."""
+        return write_adapter(path, self._manifest, self.values(), self._spec.adapter_dtype)
 
 
 def _with_lora(base: BaseModel, config: LoraConfig) -> Any:

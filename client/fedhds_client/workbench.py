@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +16,7 @@ from fedhds_client.link import CoordinatorLink, file_key
 from fedhds_client.settings import ClientSettings
 from fedhds_client.site import Site
 from fedhds_client.team import Prepare, Stop, Team
+from fedhds_client.update import Trained, keep_update
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,57 +40,6 @@ class Control(Protocol):
 
     def cancelled(self) -> bool:
         """Whether the computation is to stop."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A finished update on disk, kept until the coordinator has it: a restart uploads it instead of training again."""
-
-    path: Path
-    artifact: Artifact
-    samples: int
-    loss: float
-    seconds: float
-    truncated: int
-
-    def result(self) -> pb.TrainResult:
-        """The wire message."""
-        return pb.TrainResult(
-            update=self.artifact.to_proto(),
-            samples=self.samples,
-            loss=self.loss,
-            train_s=self.seconds,
-            truncated_rows=self.truncated,
-        )
-
-    @property
-    def facts(self) -> str:
-        """All but the tensors, as JSON."""
-        return json.dumps(
-            {
-                "digest": self.artifact.digest,
-                "size": self.artifact.size,
-                "samples": self.samples,
-                "loss": self.loss,
-                "seconds": self.seconds,
-                "truncated": self.truncated,
-            }
-        )
-
-    @classmethod
-    def found(cls, path: Path) -> Trained | None:
-        """The update that an earlier process finished at `path`; None when there is none, or it is damaged."""
-        note = path.with_suffix(".json")
-        if not path.exists() or not note.exists():
-            return None
-        try:
-            facts = json.loads(note.read_text(encoding="utf-8"))
-            artifact = Artifact(facts.pop("digest"), facts.pop("size"))
-            found = cls(path=path, artifact=artifact, **facts)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("the note on the finished update %s is damaged (%s): it is trained again", path, error)
-            return None
-        return found if Artifact.of_file(path) == artifact else None
 
 
 class Workbench:
@@ -215,8 +163,7 @@ class Workbench:
         if shard is None:
             raise TaskError("this site holds no training rows")
         self._features.let_go(site.name)
-        folder = site.folder / file_key(run_id)
-        path = folder / f"update-{file_key(task.task_id + adapter.name)}.safetensors"
+        path = site.folder / file_key(run_id) / f"update-{file_key(task.task_id + adapter.name)}.safetensors"
         if finished := Trained.found(path):
             logger.info("%s: the update of round %d is already here", site.name, task.round)
             return finished
@@ -246,17 +193,7 @@ class Workbench:
                 len(rows),
                 self._prompter.max_length,
             )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for old in folder.glob("update-*"):
-                old.unlink()
-            artifact = self._model.save(path)
-            trained = Trained(path, artifact, outcome.samples, outcome.loss, outcome.seconds, outcome.truncated_rows)
-            partial = path.with_suffix(".partial")
-            partial.write_text(trained.facts, encoding="utf-8")
-            partial.replace(path.with_suffix(".json"))
-        except OSError as error:
-            raise StorageError(f"cannot keep the update in {folder}: {error.strerror}; make room there") from error
+        trained = keep_update(path, self._model, adapter, outcome, number=task.round)
         logger.info("%s: round %d trained in %.1f s, loss %.4f", site.name, task.round, outcome.seconds, outcome.loss)
         return trained
 

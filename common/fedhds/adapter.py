@@ -9,7 +9,7 @@ import mmap
 import os
 import reprlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedhds.errors import AdapterError, StorageError
-from fedhds.runspec import RunSpec, WireDtype
+from fedhds.quantisation import dequantised, quantised
+from fedhds.runspec import AdapterDtype, RunSpec
 from fedhds.v1 import federation_pb2 as pb
 
 FloatArray = npt.NDArray[np.float32]
@@ -29,7 +30,9 @@ _NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
+    "I8": np.dtype(np.int8),
 }
+_FLOATS = tuple(_SAFETENSORS_NAMES.values())
 # A header lists names and offsets only; adapters of the largest models stay far below this.
 _LARGEST_HEADER = 64 << 20
 # Values of one factor: the highest rank, 1024, times a million features, which no known model has.
@@ -68,6 +71,16 @@ class TensorSpec:
     name: str
     shape: tuple[int, ...]
 
+    @property
+    def rank_axis(self) -> int:
+        """The axis that counts LoRA's rank: rows of A (rank, in), columns of B (out, rank)."""
+        return 0 if self.name.endswith(".lora_A.weight") else 1
+
+    @property
+    def scales(self) -> TensorSpec:
+        """The scales that go with the tensor where it is quantised, one per rank."""
+        return TensorSpec(f"{self.name}.scales", (self.shape[self.rank_axis],))
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterManifest:
@@ -101,7 +114,7 @@ class AdapterManifest:
 
 
 def write_adapter(
-    path: Path, manifest: AdapterManifest, tensor: Callable[[TensorSpec], FloatArray], dtype: WireDtype
+    path: Path, manifest: AdapterManifest, tensor: Callable[[TensorSpec], FloatArray], dtype: AdapterDtype
 ) -> Artifact:
     """Writes a safetensors file durably, asking `tensor` for one float32 array after the other.
 
@@ -110,17 +123,48 @@ def write_adapter(
     when the file cannot be written.
     """
     stored = _SAFETENSORS_NAMES[dtype]
-    item = _NUMPY_TYPES[stored].itemsize
+    entries = [(spec, stored) for spec in manifest.tensors]
+    return _write_safetensors(path, entries, (_shaped(tensor(spec), spec) for spec in manifest.tensors))
+
+
+def write_difference(path: Path, manifest: AdapterManifest, difference: Callable[[TensorSpec], FloatArray]) -> Artifact:
+    """Writes an update as its difference to the global adapter in int8, one float32 scale per tensor and rank.
+
+    Otherwise like `write_adapter`; raises AdapterError also for values that are not finite.
+    """
+
+    def arrays() -> Iterator[npt.NDArray[Any]]:
+        for spec in manifest.tensors:
+            values = _shaped(difference(spec), spec)
+            if not np.isfinite(values).all():
+                raise AdapterError(f"{spec.name} holds values that are not finite")
+            yield from quantised(values, spec.rank_axis)
+
+    entries = [entry for spec in manifest.tensors for entry in ((spec, "I8"), (spec.scales, "F32"))]
+    return _write_safetensors(path, entries, arrays())
+
+
+def _shaped(values: FloatArray, spec: TensorSpec) -> FloatArray:
+    if values.shape != spec.shape:
+        raise AdapterError(f"{spec.name} has shape {values.shape}, the manifest says {spec.shape}")
+    return values
+
+
+def _write_safetensors(
+    path: Path, entries: Iterable[tuple[TensorSpec, str]], arrays: Iterable[npt.NDArray[Any]]
+) -> Artifact:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for spec in manifest.tensors:
-        length = item * int(np.prod(spec.shape))
+    types = []
+    for spec, stored in entries:
+        length = _NUMPY_TYPES[stored].itemsize * int(np.prod(spec.shape))
         header[spec.name] = {
             "dtype": stored,
             "shape": list(spec.shape),
             "data_offsets": [offset, offset + length],
         }
         offset += length
+        types.append(_NUMPY_TYPES[stored])
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     digest = hashlib.sha256()
@@ -130,11 +174,8 @@ def write_adapter(
             for part in (struct.pack("<Q", len(encoded)), encoded):
                 digest.update(part)
                 file.write(part)
-            for spec in manifest.tensors:
-                values = tensor(spec)
-                if values.shape != spec.shape:
-                    raise AdapterError(f"{spec.name} has shape {values.shape}, the manifest says {spec.shape}")
-                data = values.astype(_NUMPY_TYPES[stored], copy=False).tobytes()
+            for stored_type, values in zip(types, arrays, strict=True):
+                data = values.astype(stored_type, copy=False).tobytes()
                 digest.update(data)
                 file.write(data)
             file.flush()
@@ -151,10 +192,11 @@ class AdapterReader:
     """A safetensors adapter on disk, memory-mapped; a context manager.
 
     Opening checks the header against `manifest`; `tensor` checks the values. Nothing else is trusted: the file
-    may come from a faulty or hostile site. Raises AdapterError, naming the tensor at fault.
+    may come from a faulty or hostile site. Raises AdapterError, naming the tensor at fault. With `differences` the file
+    may be what `write_difference` makes; `is_difference` says whether it is.
     """
 
-    def __init__(self, path: Path, manifest: AdapterManifest) -> None:
+    def __init__(self, path: Path, manifest: AdapterManifest, *, differences: bool = False) -> None:
         self._file = path.open("rb")
         try:
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -162,10 +204,11 @@ class AdapterReader:
             self._file.close()
             raise AdapterError("the adapter file is empty") from error
         try:
-            self._start, self._entries = _checked_header(self._map, manifest)
+            self._start, self._entries = _checked_header(self._map, manifest, differences)
         except AdapterError:
             self.close()
             raise
+        self.is_difference = manifest.tensors[0].scales.name in self._entries
 
     def __enter__(self) -> Self:
         return self
@@ -180,15 +223,27 @@ class AdapterReader:
 
     def tensor(self, spec: TensorSpec) -> FloatArray:
         """One tensor as float32, a copy; raises AdapterError when it holds a value that is not finite."""
-        stored, begin, end = self._entries[spec.name]
-        raw = self._map[self._start + begin : self._start + end]
-        values = np.frombuffer(raw, dtype=_NUMPY_TYPES[stored]).astype(np.float32).reshape(spec.shape)
+        values = self._stored(spec)
+        if self.is_difference:
+            scales = self._stored(spec.scales).astype(np.float32, copy=False)
+            if not (np.isfinite(scales) & (scales > 0)).all():
+                raise AdapterError(f"{spec.name} has scales that are not finite and above 0")
+            with np.errstate(over="ignore"):
+                values = dequantised(values, scales, spec.rank_axis)
+        values = values.astype(np.float32, copy=not values.flags.owndata)
         if not np.isfinite(values).all():
             raise AdapterError(f"{spec.name} holds values that are not finite")
         return values
 
+    def _stored(self, spec: TensorSpec) -> npt.NDArray[Any]:
+        stored, begin, end = self._entries[spec.name]
+        raw = self._map[self._start + begin : self._start + end]
+        return np.frombuffer(raw, dtype=_NUMPY_TYPES[stored]).reshape(spec.shape)
 
-def _checked_header(data: mmap.mmap, manifest: AdapterManifest) -> tuple[int, dict[str, tuple[str, int, int]]]:
+
+def _checked_header(
+    data: mmap.mmap, manifest: AdapterManifest, differences: bool
+) -> tuple[int, dict[str, tuple[str, int, int]]]:
     """Start of the tensor bytes, and per tensor its stored type and byte range after that start."""
     if len(data) < 8:
         raise AdapterError("the adapter file is shorter than a safetensors header")
@@ -202,13 +257,16 @@ def _checked_header(data: mmap.mmap, manifest: AdapterManifest) -> tuple[int, di
     if not isinstance(header, dict):
         raise AdapterError("the adapter file's header is not a JSON object")
     header.pop("__metadata__", None)
-    expected = {spec.name: spec.shape for spec in manifest.tensors}
+    expected = {spec.name: (spec.shape, _FLOATS) for spec in manifest.tensors}
+    if differences and manifest.tensors[0].scales.name in header:
+        expected = {spec.name: (spec.shape, ("I8",)) for spec in manifest.tensors}
+        expected |= {spec.scales.name: (spec.scales.shape, ("F32",)) for spec in manifest.tensors}
     if header.keys() != expected.keys():
         odd = sorted(set(header) ^ set(expected))
         raise AdapterError(f"tensors differ from the run's manifest, {len(odd)} of them; the first is {odd[0][:200]!r}")
     entries: dict[str, tuple[str, int, int]] = {}
     payload = len(data) - 8 - length
-    for name, shape in expected.items():
+    for name, (shape, types) in expected.items():
         entry = header[name]
         match entry:
             case {"dtype": str(stored), "shape": list(found), "data_offsets": [int(begin), int(end)]}:
@@ -218,8 +276,9 @@ def _checked_header(data: mmap.mmap, manifest: AdapterManifest) -> tuple[int, di
         if tuple(found) != shape:
             # What the file says may be anything, of any length: it is shown escaped and abbreviated.
             raise AdapterError(f"{name} has shape {reprlib.repr(tuple(found))}, the run's manifest says {shape}")
-        if stored not in _NUMPY_TYPES:
-            raise AdapterError(f"{name} has type {reprlib.repr(stored)}; adapters travel as F32, BF16 or F16")
+        if stored not in types:
+            travels = " or ".join(", ".join(types).rsplit(", ", 1))
+            raise AdapterError(f"{name} has type {reprlib.repr(stored)}; adapters travel as {travels}")
         if not 0 <= begin <= end <= payload or end - begin != _NUMPY_TYPES[stored].itemsize * int(np.prod(shape)):
             raise AdapterError(f"{name} has byte offsets that do not fit its shape or the file")
         entries[name] = (stored, begin, end)

@@ -16,7 +16,8 @@ FedhdsError
 ├── TaskError               a request about a task that is not this site's, or no longer wanted
 ├── PrivacyError            a release that the site's own privacy policy forbids
 ├── CoordinatorUnreachable  no answer from the coordinator for longer than the patience
-└── StorageError            the run folder or the state database cannot be read or written
+└── StorageError            the run folder, the state database or the artifact store cannot be read or written
+    └── DamagedArtifact     an artifact that was acknowledged is gone, or holds other bytes now
 """
 
 from __future__ import annotations
@@ -100,4 +101,8 @@ class CoordinatorUnreachable(FedhdsError):
 
 
 class StorageError(FedhdsError):
-    """The run folder or the state database cannot be read or written."""
+    """The run folder, the state database or the artifact store cannot be read or written."""
+
+
+class DamagedArtifact(StorageError):
+    """An artifact that was complete is gone, or its bytes are no longer those of its digest."""

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedhds.v1 import runspec_pb2
 
-WireDtype = Literal["float32", "bfloat16", "float16"]
+AdapterDtype = Literal["float32", "bfloat16", "float16"]
+WireDtype = Literal[AdapterDtype, "int8"]
 PromptFormat = Literal["auto", "chat", "alpaca"]
 Strategy = Literal["full", "random", "fedhds", "fedhds-aligned", "global"]
 Schedule = Literal["one-shot", "per-round"]
@@ -97,7 +98,10 @@ class RunSpec(BaseModel):
         json_schema_extra={"group": "Adapter"},
     )
     wire_dtype: WireDtype = Field(
-        "float32", description="Tensor type of adapters on the wire.", json_schema_extra={"group": "Adapter"}
+        "float32",
+        description="Tensor type of adapters on the wire. int8: sites send the difference to the global adapter in 8 "
+        "bits, and what was rounded away with the next one; the global adapter itself is float32.",
+        json_schema_extra={"group": "Adapter"},
     )
 
     rounds: int = Field(ge=1, description="Number of aggregation rounds.", json_schema_extra={"group": "Training"})
@@ -321,6 +325,12 @@ class RunSpec(BaseModel):
         if self.quorum.endswith("%"):
             return max(1, budget_rows(self.quorum, cohort) or 0)
         return int(self.quorum)
+
+    @property
+    def adapter_dtype(self) -> AdapterDtype:
+        """Tensor type of the global adapter: the wire type, but float32 where only updates are quantised."""
+        # Nobody would make up for what is rounded away of it in every round.
+        return "float32" if self.wire_dtype == "int8" else self.wire_dtype
 
     @property
     def noised(self) -> bool:

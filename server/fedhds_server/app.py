@@ -23,8 +23,8 @@ from fedhds.security.credentials import TlsFiles, server_credentials
 from fedhds.signals import on_signal
 from fedhds.v1 import federation_pb2_grpc as rpc
 from fedhds_server.aggregation import AGGREGATORS
-from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.coordinator import Coordinator
+from fedhds_server.remote_artifacts import open_artifacts
 from fedhds_server.selection import STRATEGIES
 from fedhds_server.servicer import FederationServicer, OperationsServicer
 from fedhds_server.settings import ServerSettings
@@ -58,7 +58,7 @@ async def serve(chosen: ServerSettings) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with _run_folder(chosen.run_folder) as folder, contextlib.closing(SqlStore.in_folder(folder)) as store:
         state = _opened(store, chosen.run_spec(), chosen.run_folder)
-        artifacts = ArtifactStore(folder / "artifacts", largest_upload=_LARGEST_UPLOAD)
+        artifacts = open_artifacts(chosen.artifacts, folder, state.run_id, largest_upload=_LARGEST_UPLOAD)
         artifacts.sweep(_named(state))
         coordinator = Coordinator(
             state,
@@ -67,6 +67,7 @@ async def serve(chosen: ServerSettings) -> int:
             folder=folder,
             strategy=STRATEGIES[state.spec.strategy],
             aggregator=AGGREGATORS["fedavg"],
+            keep_updates=chosen.keep_updates,
         )
         server = grpc.aio.server(options=_OPTIONS)
         rpc.add_FederationServicer_to_server(FederationServicer(coordinator, artifacts), server)

@@ -15,7 +15,7 @@ from google.protobuf import json_format
 
 from fedhds import adapter as adapters
 from fedhds.adapter import Artifact
-from fedhds.errors import Evicted, FedhdsError, SessionLost, StorageError
+from fedhds.errors import DamagedArtifact, Evicted, FedhdsError, SessionLost, StorageError
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.aggregation.base import Aggregator, Update
 from fedhds_server.aggregation.weights import bounded_shares
@@ -46,6 +46,7 @@ from fedhds_server.state import (
     SiteSilent,
     SiteState,
     Task,
+    UpdateDamaged,
     Wake,
     WriteCheckpoint,
 )
@@ -77,12 +78,14 @@ class Coordinator:
         folder: Path,
         strategy: InterClientSelection,
         aggregator: Aggregator,
+        keep_updates: bool = False,
     ) -> None:
         self._store = store
         self._artifacts = artifacts
         self._folder = folder
         self._strategy = strategy
         self._aggregator = aggregator
+        self._keep_updates = keep_updates
         self._machine = RunMachine(state, needs_reports=strategy.needs_reports)
         self._inbox: asyncio.Queue[tuple[Decision, asyncio.Future[None]]] = asyncio.Queue()
         self._work: asyncio.Queue[Instruction] = asyncio.Queue()
@@ -338,7 +341,7 @@ class Coordinator:
         manifest, spec = self.state.adapter_manifest, self.state.spec
         path = self._artifacts.scratch("initial")
         artifact = adapters.write_adapter(
-            path, manifest, lambda tensor: adapters.initial_tensor(tensor, spec.seed), spec.wire_dtype
+            path, manifest, lambda tensor: adapters.initial_tensor(tensor, spec.seed), spec.adapter_dtype
         )
         self._artifacts.adopt(path, artifact)
         return artifact
@@ -347,15 +350,27 @@ class Coordinator:
         state = self.state
         spent = [update.artifact for update in state.updates.values()]
         before = set(state.adapters.values())
+        for site, reason in (await asyncio.to_thread(self._damaged_updates)).items():
+            await self.post(UpdateDamaged(site, reason))
         artifact = await asyncio.to_thread(self._fold)
         await self.post(RoundAggregated(time.time(), artifact))
         kept = set(self.state.adapters.values())
         for old in {*spent, *before} - kept:
             await asyncio.to_thread(self._artifacts.delete, old)
 
+    def _damaged_updates(self) -> dict[str, str]:
+        """Of the open round's updates those whose bytes are not what was accepted, and what is wrong with them."""
+        damaged = {}
+        for site, update in sorted(self.state.updates.items()):
+            try:
+                self._artifacts.verified(update.artifact)
+            except DamagedArtifact as error:
+                damaged[site] = str(error)
+        return damaged
+
     def _fold(self) -> Artifact:
         state = self.state
-        current = state.adapters[max(state.adapters)]
+        current = self._artifacts.verified(state.adapters[max(state.adapters)])
         came = sorted(state.updates.items())
         shares = bounded_shares([update.samples for _, update in came], state.spec.max_weight_share)
         updates = [
@@ -363,10 +378,12 @@ class Coordinator:
             for (site, update), share in zip(came, shares, strict=True)
         ]
         path = self._artifacts.scratch("aggregate")
-        artifact = self._aggregator.aggregate(
-            state.adapter_manifest, self._artifacts.path(current), updates, path, state.spec.wire_dtype
-        )
+        artifact = self._aggregator.aggregate(state.adapter_manifest, current, updates, path, state.spec.adapter_dtype)
         self._artifacts.adopt(path, artifact)
+        if self._keep_updates:
+            # Before the result is durable: nothing names the updates from then on.
+            for site, update in state.updates.items():
+                self._artifacts.keep_update(update.artifact, state.round, site)
         return artifact
 
     def _write_selection(self, number: int, selection: Selection) -> None:
@@ -397,7 +414,7 @@ class Coordinator:
         state = self.state
         newest = state.adapters[max(state.adapters)]
         write_checkpoint(
-            self._folder, self._artifacts.path(newest), state.adapter_manifest, state.spec, run_card(state)
+            self._folder, self._artifacts.verified(newest), state.adapter_manifest, state.spec, run_card(state)
         )
         report = json_format.MessageToJson(
             run_status(state, self.checkpoint),

@@ -45,6 +45,7 @@ from fedhds_server.state import (
     TaskFailed,
     TaskKind,
     Update,
+    UpdateDamaged,
     UpdateReceived,
     Wake,
     WriteCheckpoint,
@@ -125,6 +126,8 @@ class RunMachine:
                 return self._selected(event)
             case UpdateReceived():
                 return self._updated(event)
+            case UpdateDamaged():
+                return self._dropped(event)
             case EvaluationReceived():
                 return self._evaluated(event)
             case TaskFailed():
@@ -408,6 +411,12 @@ class RunMachine:
         del state.tasks[task.id]
         state.updates[task.site] = Update(artifact=event.artifact, samples=event.samples, loss=event.loss)
         return self._advance(event.at)
+
+    def _dropped(self, event: UpdateDamaged) -> list[Instruction]:
+        if self.state.phase is not Phase.AGGREGATING or not self.state.updates.pop(event.site, None):
+            return []
+        message = f"round {self.state.round} goes on without the update of site {event.site}: {event.reason}"
+        return [Record(message, trouble=True)]
 
     def _failed(self, event: TaskFailed) -> list[Instruction]:
         task = self.state.tasks.pop(event.task_id, None)

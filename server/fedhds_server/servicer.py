@@ -17,6 +17,7 @@ from fedhds.adapter import AdapterManifest, Artifact, peft_config
 from fedhds.errors import (
     AdapterError,
     ArtifactError,
+    DamagedArtifact,
     EnrolmentRefused,
     FedhdsError,
     NotPermitted,
@@ -185,19 +186,26 @@ class FederationServicer(rpc.FederationServicer):
             await self._coordinator.post(NothingToGive(time.time(), task.id))
             return pb.CompleteTaskResponse(accepted=True)
         artifact = Artifact.from_proto(result.update)
-        if not self._artifacts.has(artifact):
+        if not await asyncio.to_thread(self._artifacts.has, artifact):
             raise ArtifactError("the update is not here; upload it before completing its task")
+        try:
+            path = await asyncio.to_thread(self._artifacts.verified, artifact)
+        except DamagedArtifact as error:
+            logger.error("%s", error)
+            await self._discard(artifact)
+            raise ArtifactError("the update was damaged where it was kept; upload it again") from error
         reason = "" if math.isfinite(result.loss) else "the training loss is not finite"
         state = self._coordinator.state
         most = state.most_samples(task.site)
         if not 0 < result.samples <= most:
             reason = f"the update claims {result.samples} samples, the site was to train on {most} rows at most"
+        current = await asyncio.to_thread(self._artifacts.verified, state.adapters[max(state.adapters)])
         try:
             await asyncio.to_thread(
                 validate_update,
-                self._artifacts.path(artifact),
+                path,
                 state.adapter_manifest,
-                current=self._artifacts.path(state.adapters[max(state.adapters)]),
+                current=current,
                 largest_norm=state.spec.max_update_norm,
             )
         except AdapterError as error:

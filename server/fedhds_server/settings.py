@@ -45,6 +45,18 @@ class ServerSettings(RunSpec):
         description="Folder of the run: state, artifacts, checkpoint. The same folder continues the same run.",
         json_schema_extra={"group": "Server"},
     )
+    artifacts: str = Field(
+        "",
+        description="Keep adapters and updates here instead of in the run folder: s3://BUCKET/PREFIX or any other URL "
+        "that fsspec knows, or a folder. Credentials come from the environment.",
+        json_schema_extra={"group": "Server"},
+    )
+    keep_updates: bool = Field(
+        False,
+        description="Keep every site's updates, as updates/round-N/SITE.safetensors among the artifacts, when they "
+        "have been folded.",
+        json_schema_extra={"group": "Server"},
+    )
     tls_ca: Path | None = Field(
         None,
         description="CA certificate that sites' certificates must come from.",

@@ -327,6 +327,14 @@ class UpdateReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class UpdateDamaged:
+    """The bytes of an accepted update are no longer those that were accepted."""
+
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationReceived:
     """An evaluator's sums."""
 
@@ -426,6 +434,7 @@ Event = (
     | PassOpened
     | SelectionMade
     | UpdateReceived
+    | UpdateDamaged
     | EvaluationReceived
     | TaskFailed
     | ResultRejected

@@ -555,14 +555,30 @@ async def test_a_download_replaces_what_was_there(world: World, adapter: Artifac
 
 
 async def test_a_download_that_is_wrong_twice_is_an_error_and_leaves_what_was_there(
-    world: World, adapter: Artifact
+    world: World, adapter: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Nor is the site's own check left to the coordinator's.
+    monkeypatch.setattr(world.store, "verified", world.store.path)
     world.store.path(adapter).write_bytes(bytes(adapter.size))
     (world.folder / "fetched").write_text("an older adapter")
     with pytest.raises(ArtifactError, match="has another digest"):
         await world.link().download(SESSION, adapter, world.folder / "fetched")
     assert world.store.downloads == [0, 0]
     assert (world.folder / "fetched").read_text() == "an older adapter"
+
+
+async def test_a_download_of_a_damaged_adapter_waits_until_it_has_been_put_back(
+    world: World, adapter: Artifact
+) -> None:
+    content = world.store.path(adapter).read_bytes()
+    world.store.path(adapter).write_bytes(content[:-1] + b"?")
+    download = asyncio.create_task(world.link().download(SESSION, adapter, world.folder / "fetched"))
+    while len(world.store.downloads) < 2:
+        await asyncio.sleep(0.01)
+    assert not (world.folder / "fetched.partial").stat().st_size
+    world.store.path(adapter).write_bytes(content)
+    await download
+    assert _fetched(world, adapter)
 
 
 async def test_a_download_of_what_the_coordinator_has_not_is_an_error(world: World) -> None:

@@ -29,12 +29,12 @@ from fedhds.adapter import (
     write_adapter,
 )
 from fedhds.errors import AdapterError, StorageError
-from fedhds.runspec import RunSpec, WireDtype
+from fedhds.runspec import AdapterDtype, RunSpec
 from fedhds.v1 import federation_pb2 as pb
 
 A, B = TensorSpec("q.lora_A.weight", (2, 3)), TensorSpec("q.lora_B.weight", (4, 2))
 MANIFEST = AdapterManifest((A, B), ("q",))
-WIRE_DTYPES: tuple[WireDtype, ...] = get_args(WireDtype)
+DTYPES: tuple[AdapterDtype, ...] = get_args(AdapterDtype)
 NUMPY_TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 Header = dict[str, Any]
@@ -45,7 +45,7 @@ def counted(spec: TensorSpec) -> FloatArray:
     return np.arange(np.prod(spec.shape), dtype=np.float32).reshape(spec.shape) - 3
 
 
-def written(path: Path, dtype: WireDtype = "float32") -> Path:
+def written(path: Path, dtype: AdapterDtype = "float32") -> Path:
     write_adapter(path, MANIFEST, counted, dtype)
     return path
 
@@ -138,8 +138,8 @@ def test_the_bytes_of_an_adapter_are_fixed(tmp_path: Path) -> None:
     assert (tmp_path / "adapter").read_bytes() == put_together(header, struct.pack("<4f", 1, -2, 0.5, 0))
 
 
-@pytest.mark.parametrize("dtype", WIRE_DTYPES)
-def test_equal_values_give_equal_bytes_however_they_lie_in_memory(tmp_path: Path, dtype: WireDtype) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_values_give_equal_bytes_however_they_lie_in_memory(tmp_path: Path, dtype: AdapterDtype) -> None:
     first = write_adapter(tmp_path / "first", MANIFEST, counted, dtype)
     second = write_adapter(tmp_path / "second", MANIFEST, lambda spec: np.asfortranarray(counted(spec)), dtype)
     assert first == second == Artifact.of_file(tmp_path / "first") == Artifact.of_file(tmp_path / "second")
@@ -181,9 +181,9 @@ def test_a_full_disk_is_a_named_error_and_the_file_before_stays(tmp_path: Path) 
 
 
 @settings(max_examples=60, deadline=None)
-@given(manifests(), st.sampled_from(WIRE_DTYPES), st.integers(0, 2**32))
+@given(manifests(), st.sampled_from(DTYPES), st.integers(0, 2**32))
 def test_what_is_written_is_read_and_written_again_bit_for_bit(
-    manifest: AdapterManifest, dtype: WireDtype, seed: int
+    manifest: AdapterManifest, dtype: AdapterDtype, seed: int
 ) -> None:
     kind = np.dtype(NUMPY_TYPES[dtype])
     random = np.random.default_rng(seed)
@@ -206,8 +206,8 @@ def test_what_is_written_is_read_and_written_again_bit_for_bit(
             assert write_adapter(second, manifest, reader.tensor, dtype) == artifact
 
 
-@pytest.mark.parametrize("dtype", WIRE_DTYPES)
-def test_the_safetensors_library_reads_what_is_written(tmp_path: Path, dtype: WireDtype) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_safetensors_library_reads_what_is_written(tmp_path: Path, dtype: AdapterDtype) -> None:
     found = load_file(written(tmp_path / "adapter", dtype))
     assert {tensor.dtype for tensor in found.values()} == {getattr(torch, dtype)}
     assert {name: tensor.tolist() for name, tensor in found.items()} == {
@@ -215,10 +215,10 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path, dtype: Wi
     }
 
 
-@pytest.mark.parametrize("dtype", WIRE_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("metadata", [None, {"format": "pt", "made": "elsewhere"}])
 def test_what_the_safetensors_library_writes_is_read(
-    tmp_path: Path, dtype: WireDtype, metadata: dict[str, str] | None
+    tmp_path: Path, dtype: AdapterDtype, metadata: dict[str, str] | None
 ) -> None:
     tensors = {spec.name: torch.from_numpy(counted(spec)).to(getattr(torch, dtype)) for spec in (B, A)}
     save_file(tensors, tmp_path / "adapter", metadata)
@@ -341,10 +341,10 @@ def test_an_error_quotes_a_hostile_header_briefly_and_in_characters_that_travel(
     assert len(str(caught.value).encode("utf-8")) < 2_000
 
 
-@pytest.mark.parametrize("dtype", WIRE_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_value_that_is_not_finite_is_refused_naming_its_tensor(
-    tmp_path: Path, dtype: WireDtype, value: float
+    tmp_path: Path, dtype: AdapterDtype, value: float
 ) -> None:
     path = written(tmp_path / "adapter", dtype)
     odd = np.array([value], dtype=NUMPY_TYPES[dtype]).tobytes()
@@ -359,7 +359,7 @@ def test_a_value_that_is_not_finite_is_refused_naming_its_tensor(
 @given(st.data())
 def test_damage_anywhere_is_an_adapter_error_or_another_whole_adapter(data: st.DataObject) -> None:
     with TemporaryDirectory() as folder:
-        path = written(Path(folder) / "adapter", data.draw(st.sampled_from(WIRE_DTYPES)))
+        path = written(Path(folder) / "adapter", data.draw(st.sampled_from(DTYPES)))
         content = bytearray(path.read_bytes())
         for _ in range(data.draw(st.integers(1, 3))):
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 from fedhds.adapter import AdapterManifest, AdapterReader, Artifact, FloatArray, TensorSpec, write_adapter
 from fedhds.errors import AdapterError, StorageError
-from fedhds.runspec import WireDtype
+from fedhds.runspec import AdapterDtype
 from fedhds_server.aggregation import AGGREGATORS, Aggregator, Update, validate_update
 from fedhds_server.aggregation.weights import bounded_shares
 
 A, B = TensorSpec("q.lora_A.weight", (2, 3)), TensorSpec("q.lora_B.weight", (4, 2))
 MANIFEST = AdapterManifest((A, B), ("q",))
-WIRE_DTYPES: tuple[WireDtype, ...] = get_args(WireDtype)
+DTYPES: tuple[AdapterDtype, ...] = get_args(AdapterDtype)
 
 
 @pytest.fixture(params=sorted(AGGREGATORS))
@@ -32,7 +32,7 @@ def aggregator(request: pytest.FixtureRequest) -> Aggregator:
     return AGGREGATORS[request.param]
 
 
-def written(path: Path, seed: int, dtype: WireDtype = "float32") -> Path:
+def written(path: Path, seed: int, dtype: AdapterDtype = "float32") -> Path:
     """An adapter of random values."""
     random = np.random.default_rng(seed)
     write_adapter(path, MANIFEST, lambda spec: random.normal(size=spec.shape).astype(np.float32), dtype)
@@ -45,7 +45,7 @@ def filled(path: Path, value: float) -> Path:
     return path
 
 
-def updates_of(folder: Path, weights: Mapping[str, float], dtype: WireDtype = "float32") -> list[Update]:
+def updates_of(folder: Path, weights: Mapping[str, float], dtype: AdapterDtype = "float32") -> list[Update]:
     """One random update per site."""
     return [
         Update(site, written(folder / site, seed + 1, dtype), weight)
@@ -61,10 +61,10 @@ def read(path: Path) -> dict[str, FloatArray]:
 # All aggregators.
 
 
-@pytest.mark.parametrize("dtype", WIRE_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weights", [{}, {"a": 0.0}, {"a": 0.0, "b": 0.0}])
 def test_updates_without_weight_leave_the_global_adapter_as_it_is(
-    aggregator: Aggregator, tmp_path: Path, dtype: WireDtype, weights: dict[str, float]
+    aggregator: Aggregator, tmp_path: Path, dtype: AdapterDtype, weights: dict[str, float]
 ) -> None:
     current = written(tmp_path / "current", 0, dtype)
     artifact = aggregator.aggregate(MANIFEST, current, updates_of(tmp_path, weights), tmp_path / "out", dtype)
@@ -72,9 +72,9 @@ def test_updates_without_weight_leave_the_global_adapter_as_it_is(
     assert artifact == Artifact.of_file(current)
 
 
-@pytest.mark.parametrize("dtype", WIRE_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_an_update_without_weight_is_as_if_it_had_not_come(
-    aggregator: Aggregator, tmp_path: Path, dtype: WireDtype
+    aggregator: Aggregator, tmp_path: Path, dtype: AdapterDtype
 ) -> None:
     current = written(tmp_path / "current", 0, dtype)
     updates = updates_of(tmp_path, {"a": 3, "c": 1}, dtype)
@@ -83,9 +83,9 @@ def test_an_update_without_weight_is_as_if_it_had_not_come(
     assert aggregator.aggregate(MANIFEST, current, [*updates, empty], tmp_path / "with", dtype) == without
 
 
-@pytest.mark.parametrize("dtype", WIRE_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_result_is_named_by_its_digest_and_has_the_runs_wire_type(
-    aggregator: Aggregator, tmp_path: Path, dtype: WireDtype
+    aggregator: Aggregator, tmp_path: Path, dtype: AdapterDtype
 ) -> None:
     current = written(tmp_path / "current", 0, dtype)
     updates = updates_of(tmp_path, {"a": 1, "b": 2}, dtype)
@@ -117,7 +117,7 @@ def test_the_order_of_arrival_changes_no_bit(aggregator: Aggregator, tmp_path: P
     st.randoms(use_true_random=False),
 )
 def test_any_cohort_gives_the_same_bytes_in_any_order(
-    name: str, dtype: WireDtype, weights: dict[str, int], random: Random
+    name: str, dtype: AdapterDtype, weights: dict[str, int], random: Random
 ) -> None:
     def cancelling(spec: TensorSpec) -> FloatArray:
         # Values whose sum depends on the order in which they are added.
@@ -184,7 +184,7 @@ def test_an_update_that_has_vanished_is_a_named_error(aggregator: Aggregator, tm
 # FedAvg.
 
 
-def fedavg(folder: Path, updates: list[Update], dtype: WireDtype = "float32") -> dict[str, FloatArray]:
+def fedavg(folder: Path, updates: list[Update], dtype: AdapterDtype = "float32") -> dict[str, FloatArray]:
     # Far from the updates, so that a share of it would show.
     current = filled(folder / "current", 1000.0)
     AGGREGATORS["fedavg"].aggregate(MANIFEST, current, updates, folder / "out", dtype)
@@ -204,7 +204,7 @@ def reference(updates: list[Update]) -> dict[str, npt.NDArray[np.float64]]:
 @pytest.mark.parametrize(("dtype", "rounding"), [("float32", 2**-24), ("bfloat16", 2**-8), ("float16", 2**-11)])
 @pytest.mark.parametrize("rows", [(1, 1), (10, 30, 0), (1, 1000, 7, 7, 15_011), (0.5, 0.25)])
 def test_fedavg_is_the_mean_in_float64_weighted_by_rows(
-    tmp_path: Path, dtype: WireDtype, rounding: float, rows: tuple[float, ...]
+    tmp_path: Path, dtype: AdapterDtype, rounding: float, rows: tuple[float, ...]
 ) -> None:
     updates = updates_of(tmp_path, {f"{number}": weight for number, weight in enumerate(rows)}, dtype)
     found = fedavg(tmp_path, updates, dtype)
@@ -235,8 +235,8 @@ def test_fedavg_of_the_largest_values_does_not_overflow(tmp_path: Path) -> None:
 # What an update must be.
 
 
-@pytest.mark.parametrize("dtype", WIRE_DTYPES)
-def test_the_norm_is_that_of_the_difference_over_all_tensors(tmp_path: Path, dtype: WireDtype) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_norm_is_that_of_the_difference_over_all_tensors(tmp_path: Path, dtype: AdapterDtype) -> None:
     path, current = written(tmp_path / "update", 5, dtype), written(tmp_path / "current", 6, dtype)
     before = read(current)
     flat = np.concatenate([np.float64(tensor - before[name]).ravel() for name, tensor in read(path).items()])

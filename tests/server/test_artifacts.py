@@ -1,9 +1,11 @@
-"""Artifacts: uploads that resume, count only with the right digest, and survive restarts and each other."""
+"""Artifacts, in a local folder and in S3: uploads that resume, count only when right, and survive each other."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,9 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedhds.adapter import Artifact
-from fedhds.errors import ArtifactError, StorageError
+from fedhds.errors import ArtifactError, DamagedArtifact, StorageError
 from fedhds.v1 import federation_pb2 as pb
+from fedhds_server import artifacts
 from fedhds_server.artifacts import ArtifactStore
+from fedhds_server.remote_artifacts import RemoteArtifacts
+from tests.s3 import Bucket, s3_server
 
 LARGEST = 1 << 20
 CONTENT = bytes(range(256)) * 4
@@ -33,9 +38,104 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "run" / "artifacts"
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as bucket:
+        yield bucket
+
+
 @pytest.fixture
-def store(folder: Path) -> ArtifactStore:
-    return ArtifactStore(folder, largest_upload=LARGEST)
+def bucket(server: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """An empty bucket, for this process too."""
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    server.empty()
+    return server
+
+
+@pytest.fixture(params=["local", "s3"])
+def opened(request: pytest.FixtureRequest, folder: Path) -> Callable[[Path], ArtifactStore]:
+    """Opens the run's store with this folder: the store itself, or where what is in S3 is staged and copied to."""
+    if request.param == "local":
+        return lambda where: ArtifactStore(where, largest_upload=LARGEST)
+    url = request.getfixturevalue("bucket").url
+    return lambda where: RemoteArtifacts(url, where, "run-id", largest_upload=LARGEST)
+
+
+@pytest.fixture
+def store(opened: Callable[[Path], ArtifactStore], folder: Path) -> ArtifactStore:
+    return opened(folder)
+
+
+def test_a_coordinator_elsewhere_finds_what_was_acknowledged_and_nothing_else(bucket: Bucket, tmp_path: Path) -> None:
+    first, second = (RemoteArtifacts(bucket.url, tmp_path / name, "r", largest_upload=LARGEST) for name in "ab")
+    upload(first)
+    first.append(other := reference(b"other"), 0, b"oth")
+    assert (second.has(ARTIFACT), second.received(ARTIFACT)) == (True, ARTIFACT.size)
+    assert (second.has(other), second.received(other)) == (False, 0)
+    assert held(second) == CONTENT
+    assert held(second, offset=1000) == CONTENT[1000:]
+    stranger = RemoteArtifacts(bucket.url, tmp_path / "c", "another-run", largest_upload=LARGEST)
+    assert not stranger.has(ARTIFACT)
+    second.delete(ARTIFACT)
+    assert bucket.objects() == []
+
+
+def test_an_upload_is_not_acknowledged_before_the_object_store_has_it(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RemoteArtifacts(bucket.url, tmp_path, "r", largest_upload=LARGEST)
+    store.append(ARTIFACT, 0, CONTENT)
+    bucket.remove()
+    with pytest.raises(StorageError, match="there is no such bucket; make it"):
+        store.finish(ARTIFACT)
+    assert not store.has(ARTIFACT)
+    assert store.received(ARTIFACT) == ARTIFACT.size
+    bucket.make()
+    store.finish(ARTIFACT)
+    assert bucket.objects() == [f"r/{ARTIFACT.digest}"]
+    assert held(store) == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "cannot be reached"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_EC2_METADATA_DISABLED": "true"}, "credentials"),
+    ],
+)
+def test_an_object_store_that_cannot_be_used_is_a_named_error_without_secrets(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], words: str
+) -> None:
+    for name, value in changed.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    if words == "credentials":
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(StorageError, match=words) as caught:
+        RemoteArtifacts(bucket.url, tmp_path, "r", largest_upload=LARGEST)
+    for secret in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        assert bucket.environment[secret] not in str(caught.value)
+
+
+def test_a_damaged_copy_of_an_object_is_fetched_anew_and_a_damaged_object_is_an_error(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    store = RemoteArtifacts(bucket.url, tmp_path, "r", largest_upload=LARGEST)
+    upload(store)
+    for damage in (lambda path: path.write_bytes(CONTENT[::-1]), os.unlink):
+        damage(store.path(ARTIFACT))
+        assert held(store) == CONTENT
+    for content in (CONTENT[::-1], CONTENT[:-1]):
+        bucket.write(f"r/{ARTIFACT.digest}", content)
+        store.path(ARTIFACT).unlink()
+        with pytest.raises(DamagedArtifact, match=f"{bucket.url}/r/{ARTIFACT.digest} is damaged.*put a file"):
+            held(store)
+    bucket.write(f"r/{ARTIFACT.digest}", CONTENT)
+    assert held(store) == CONTENT
+    bucket.empty()
+    store.path(ARTIFACT).unlink()
+    with pytest.raises(DamagedArtifact, match="is gone"):
+        held(store)
 
 
 def held(store: ArtifactStore, artifact: Artifact = ARTIFACT, offset: int = 0, chunk_size: int = 100) -> bytes:
@@ -52,7 +152,7 @@ def upload(store: ArtifactStore, content: bytes = CONTENT) -> Artifact:
 def test_nothing_is_held_of_an_artifact_that_nobody_sent(store: ArtifactStore) -> None:
     assert not store.has(ARTIFACT)
     assert store.received(ARTIFACT) == 0
-    with pytest.raises(ArtifactError, match=f"there is no artifact {ARTIFACT.digest[:12]}"):
+    with pytest.raises(DamagedArtifact, match=f"{ARTIFACT.digest} is gone"):
         held(store)
     with pytest.raises(ArtifactError, match="nothing of this artifact"):
         store.finish(ARTIFACT)
@@ -70,13 +170,15 @@ def test_an_upload_counts_when_it_is_finished(store: ArtifactStore) -> None:
     assert store.received(ARTIFACT) == ARTIFACT.size
 
 
-def test_an_upload_goes_on_after_a_restart_where_it_stood(folder: Path) -> None:
-    ArtifactStore(folder, largest_upload=LARGEST).append(ARTIFACT, 0, CONTENT[:400])
-    again = ArtifactStore(folder, largest_upload=LARGEST)
+def test_an_upload_goes_on_after_a_restart_where_it_stood(
+    opened: Callable[[Path], ArtifactStore], folder: Path
+) -> None:
+    opened(folder).append(ARTIFACT, 0, CONTENT[:400])
+    again = opened(folder)
     assert again.received(ARTIFACT) == 400
     again.append(ARTIFACT, 400, CONTENT[400:])
     again.finish(ARTIFACT)
-    assert held(ArtifactStore(folder, largest_upload=LARGEST)) == CONTENT
+    assert held(opened(folder)) == CONTENT
 
 
 def test_an_upload_cannot_leave_a_gap(store: ArtifactStore) -> None:
@@ -209,7 +311,7 @@ def test_a_wrong_sender_of_the_same_digest_costs_the_others_time_only(store: Art
 
 def test_an_upload_is_never_seen_missing_while_it_is_finished(store: ArtifactStore) -> None:
     over = threading.Event()
-    contents = [CONTENT + bytes([number]) for number in range(200)]
+    contents = [CONTENT + bytes([number]) for number in range(100)]
     current = reference(contents[0])
     store.append(current, 0, contents[0])
 
@@ -269,15 +371,104 @@ def test_what_is_deleted_is_gone_with_its_part_and_may_be_deleted_again(store: A
     assert store.received(other) == 0
 
 
-def test_a_sweep_keeps_what_is_named_and_uploads_that_have_not_ended(store: ArtifactStore) -> None:
-    kept, swept = upload(store, b"kept"), upload(store, b"swept")
+def test_a_sweep_keeps_what_is_named_or_young_and_uploads_that_have_not_ended(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, swept, published = upload(store, b"kept"), upload(store, b"swept"), upload(store, b"published")
+    store.keep_update(published, 1, "a")
     store.append(ARTIFACT, 0, CONTENT[:300])
     for name in ("aggregate", "initial"):
         store.scratch(name).write_bytes(b"forgotten")
     store.sweep({kept.digest})
-    assert (store.has(kept), store.has(swept)) == (True, False)
+    assert store.has(swept)
+    monkeypatch.setattr(artifacts, "YOUNG_S", -10.0)
+    store.sweep({kept.digest})
+    assert [store.has(artifact) for artifact in (kept, swept, published)] == [True, False, False]
     assert store.received(ARTIFACT) == 300
     assert not any(store.scratch(name).exists() for name in ("aggregate", "initial"))
+    assert kept_updates(store) == {"round-1/a.safetensors": b"published"}
+
+
+def kept_updates(store: ArtifactStore) -> dict[str, bytes]:
+    """What people find, by name."""
+    if isinstance(store, RemoteArtifacts):
+        files, root = store._files, f"{store._root}/updates"
+        return {path.removeprefix(f"{root}/"): files.cat_file(path) for path in files.find(root)}
+    folder = store._folder / "updates"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_kept_updates_have_names_for_people_and_outlive_the_artifact(store: ArtifactStore) -> None:
+    first, second = upload(store, b"first"), upload(store, b"second")
+    sites = ["a", "hospital/ward 3", "..", "%2F", "ß" * 128]
+    for _ in range(2):
+        for site in sites:
+            store.keep_update(first, 3, site)
+    store.keep_update(second, 4, "a")
+    for artifact in (first, second):
+        store.delete(artifact)
+    found = kept_updates(store)
+    assert found.pop("round-4/a.safetensors") == b"second"
+    assert set(found.values()) == {b"first"}
+    assert {
+        "round-3/a.safetensors",
+        "round-3/hospital%2Fward 3.safetensors",
+        "round-3/...safetensors",
+        "round-3/%252F.safetensors",
+    } < set(found)
+    assert len(found) == len(sites)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_damage_after_the_acknowledgement_is_never_read(store: ArtifactStore, damage: str) -> None:
+    upload(store)
+    store.verified(ARTIFACT)
+    path = store.path(ARTIFACT)
+    if isinstance(store, RemoteArtifacts):
+        # Its copy is fetched anew: the object it is that counts.
+        store._files.rm_file(store._object(ARTIFACT))
+    stat = path.stat()
+    match damage:
+        case "flip":
+            with path.open("r+b") as file:
+                file.seek(500)
+                file.write(bytes([CONTENT[500] ^ 1]))
+            # Not even a change that hides itself is trusted.
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            # The kernel's clock ticks every few milliseconds.
+            while path.stat().st_ctime_ns == stat.st_ctime_ns:
+                os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        case "truncate":
+            os.truncate(path, 1000)
+        case _:
+            path.unlink()
+    with pytest.raises(DamagedArtifact, match=r"(is damaged|is gone).*put a file of 1024 bytes"):
+        store.verified(ARTIFACT)
+    with pytest.raises(DamagedArtifact):
+        held(store)
+    # Deleted, it can be uploaded anew.
+    store.delete(ARTIFACT)
+    assert held(store, upload(store)) == CONTENT
+
+
+def test_damage_that_the_file_system_does_not_show_is_found_when_a_minute_has_passed(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(store)
+    hashed: list[Path] = []
+    of_file = Artifact.of_file
+
+    def noted(path: Path) -> Artifact:
+        hashed.append(path)
+        return of_file(path)
+
+    monkeypatch.setattr(Artifact, "of_file", noted)
+    for _ in range(3):
+        store.verified(ARTIFACT)
+    assert hashed == []
+    monkeypatch.setattr(artifacts, "_TRUSTED_S", 0.0)
+    store.verified(ARTIFACT)
+    assert hashed == [store.path(ARTIFACT)]
 
 
 def test_a_full_disk_is_a_named_error_that_says_what_to_do(store: ArtifactStore, folder: Path) -> None:

@@ -87,7 +87,9 @@ class RunSpec(_message.Message):
     lora_dropout: _builtins.float
     """Dropout on the adapter's input while training, in [0, 1)."""
     wire_dtype: _builtins.str
-    """Tensor type of adapters on the wire: "float32", "bfloat16" or "float16"."""
+    """Tensor type of adapters on the wire: "float32", "bfloat16", "float16", or "int8": updates are quantised differences
+    to the global adapter, which is float32.
+    """
     rounds: _builtins.int
     """Number of aggregation rounds."""
     cohort_fraction: _builtins.float

@@ -14,7 +14,7 @@ import numpy as np
 
 from fedhds.adapter import AdapterManifest, AdapterReader, Artifact, FloatArray, TensorSpec, write_adapter
 from fedhds.errors import AdapterError, StorageError
-from fedhds.runspec import WireDtype
+from fedhds.runspec import AdapterDtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Aggregator(ABC):
     """
 
     def aggregate(
-        self, manifest: AdapterManifest, current: Path, updates: Sequence[Update], out: Path, dtype: WireDtype
+        self, manifest: AdapterManifest, current: Path, updates: Sequence[Update], out: Path, dtype: AdapterDtype
     ) -> Artifact:
         """Writes the next global adapter to `out`; `current` is the one that the updates started from.
 
@@ -48,19 +48,27 @@ class Aggregator(ABC):
             raise StorageError(f"cannot aggregate into {out.parent}: {error}; check the disk and the limits") from error
 
     def _aggregated(
-        self, manifest: AdapterManifest, current: Path, updates: Sequence[Update], out: Path, dtype: WireDtype
+        self, manifest: AdapterManifest, current: Path, updates: Sequence[Update], out: Path, dtype: AdapterDtype
     ) -> Artifact:
         ordered = sorted((update for update in updates if update.weight > 0), key=lambda update: update.site)
         if not ordered:
             shutil.copyfile(current, out)
             return Artifact.of_file(out)
         with ExitStack() as stack:
-            readers = [stack.enter_context(AdapterReader(update.path, manifest)) for update in ordered]
+            readers = [
+                stack.enter_context(AdapterReader(update.path, manifest, differences=True)) for update in ordered
+            ]
             base = stack.enter_context(AdapterReader(current, manifest))
             weights = np.array([update.weight for update in ordered], dtype=np.float64)
 
             def folded(spec: TensorSpec) -> FloatArray:
-                return self.fold(base.tensor(spec), weights / weights.sum(), lambda i: readers[i].tensor(spec))
+                current = base.tensor(spec)
+
+                def update(index: int) -> FloatArray:
+                    values = readers[index].tensor(spec)
+                    return current + values if readers[index].is_difference else values
+
+                return self.fold(current, weights / weights.sum(), update)
 
             return write_adapter(out, manifest, folded, dtype)
 
@@ -76,12 +84,18 @@ def validate_update(path: Path, manifest: AdapterManifest, *, current: Path, lar
     """
     square = 0.0
     with ExitStack() as stack, np.errstate(over="ignore"):
-        reader = stack.enter_context(AdapterReader(path, manifest))
-        base = stack.enter_context(AdapterReader(current, manifest)) if largest_norm else None
+        reader = stack.enter_context(AdapterReader(path, manifest, differences=True))
+        base = stack.enter_context(AdapterReader(current, manifest)) if largest_norm or reader.is_difference else None
         for spec in manifest.tensors:
-            values = reader.tensor(spec)
-            if base is not None:
-                square += float(np.square(values - base.tensor(spec), dtype=np.float64).sum())
+            difference = reader.tensor(spec)
+            if base is None:
+                continue
+            start = base.tensor(spec)
+            if not reader.is_difference:
+                difference = difference - start
+            elif not np.isfinite(start + difference).all():
+                raise AdapterError(f"{spec.name} holds a difference that leads to values that are not finite")
+            square += float(np.square(difference, dtype=np.float64).sum())
     # Written so that a difference too large for a float is rejected too.
     if largest_norm and not math.sqrt(square) <= largest_norm:
         raise AdapterError(

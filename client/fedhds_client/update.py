@@ -1,0 +1,163 @@
+"""A finished update on the site's disk, and what quantisation rounded away of it until the next one makes up for it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedhds.adapter import AdapterReader, Artifact, FloatArray, TensorSpec, write_adapter, write_difference
+from fedhds.errors import StorageError
+from fedhds.v1 import federation_pb2 as pb
+from fedhds_client.durable import write_private
+
+if TYPE_CHECKING:
+    from fedhds_client.modeling import AdapterModel
+    from fedhds_client.training import TrainOutcome
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of an update besides its tensors; `residual` is the digest of what was rounded away, if any was."""
+
+    digest: str
+    size: int
+    samples: int
+    loss: float
+    seconds: float
+    truncated: int
+    round: int
+    residual: str = ""
+
+    @classmethod
+    def read(cls, note: Path) -> Facts | None:
+        """The facts of the update that an earlier process finished; None when the note is damaged."""
+        try:
+            return cls(**json.loads(note.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            logger.warning("the note on the finished update %s is damaged: %s", note, error)
+            return None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished update on disk, kept until the coordinator has it: a restart uploads it instead of training again."""
+
+    path: Path
+    facts: Facts
+
+    @property
+    def artifact(self) -> Artifact:
+        """The update's bytes."""
+        return Artifact(self.facts.digest, self.facts.size)
+
+    def result(self) -> pb.TrainResult:
+        """The wire message."""
+        return pb.TrainResult(
+            update=self.artifact.to_proto(),
+            samples=self.facts.samples,
+            loss=self.facts.loss,
+            train_s=self.facts.seconds,
+            truncated_rows=self.facts.truncated,
+        )
+
+    @classmethod
+    def found(cls, path: Path) -> Trained | None:
+        """The update that an earlier process finished at `path`; None when there is none, or it is damaged."""
+        note = path.with_suffix(".json")
+        if not path.exists() or not note.exists():
+            return None
+        facts = Facts.read(note)
+        found = cls(path, facts) if facts else None
+        return found if found and Artifact.of_file(path) == found.artifact else None
+
+
+def keep_update(path: Path, model: AdapterModel, adapter: Path, outcome: TrainOutcome, *, number: int) -> Trained:
+    """Writes what training made of the global adapter `adapter` in round `number` to `path`, in the run's wire type.
+
+    In int8 it is the difference to `adapter` plus what was rounded away of the site's update before; what is rounded
+    away of this one lies beside it. It is finished, and earlier ones go, once its note is durable. Raises StorageError.
+    """
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("update-*.safetensors"):
+            old.unlink()
+        residual = ""
+        if model.wire_dtype == "int8":
+            artifact, residual = _write_quantised(path, model, adapter, _carried(path, number))
+        else:
+            artifact = write_adapter(path, model.manifest(), model.values(), model.wire_dtype)
+        facts = Facts(
+            digest=artifact.digest,
+            size=artifact.size,
+            samples=outcome.samples,
+            loss=outcome.loss,
+            seconds=outcome.seconds,
+            truncated=outcome.truncated_rows,
+            round=number,
+            residual=residual,
+        )
+        write_private(path.with_suffix(".json"), json.dumps(asdict(facts)).encode())
+        for old in folder.glob("update-*"):
+            if old.stem != path.stem:
+                old.unlink()
+    except OSError as error:
+        raise StorageError(f"cannot keep the update in {folder}: {error.strerror}; make room there") from error
+    return Trained(path, facts)
+
+
+def _carried(path: Path, number: int) -> Path | None:
+    """What was rounded away of the site's update before the one at `path`; None, and a word to the log, without one."""
+    notes = [note for note in path.parent.glob("update-*.json") if note.stem != path.stem]
+    found = {note: facts for note in notes if (facts := Facts.read(note)) and facts.residual}
+    last = max(found, key=lambda note: found[note].round, default=None)
+    if last is None:
+        if notes:
+            logger.warning("what was rounded away of the update before is lost; this one starts without it")
+        elif number > 1:
+            logger.info("there is no earlier update of this run in %s to make up the rounding of", path.parent)
+        return None
+    residual = last.with_suffix(".residual")
+    if not residual.exists() or Artifact.of_file(residual).digest != found[last].residual:
+        lost = found[last].round
+        logger.warning(
+            "what was rounded away of round %d's update is lost or damaged; this one starts without it", lost
+        )
+        return None
+    return residual
+
+
+def _write_quantised(path: Path, model: AdapterModel, adapter: Path, carried: Path | None) -> tuple[Artifact, str]:
+    """Writes the update and what was rounded away of it; the update, and the digest of the other."""
+    manifest = model.manifest()
+    with _difference(model, adapter, carried) as difference:
+        artifact = write_difference(path, manifest, difference)
+        with AdapterReader(path, manifest, differences=True) as sent:
+            rest = write_adapter(
+                path.with_suffix(".residual"), manifest, lambda spec: difference(spec) - sent.tensor(spec), "float32"
+            )
+    return artifact, rest.digest
+
+
+@contextmanager
+def _difference(
+    model: AdapterModel, adapter: Path, carried: Path | None
+) -> Iterator[Callable[[TensorSpec], FloatArray]]:
+    """What the site wants to add to the global adapter, by tensor: what it learned, and what it still owes."""
+    manifest, values = model.manifest(), model.values()
+    with ExitStack() as stack:
+        base = stack.enter_context(AdapterReader(adapter, manifest))
+        owed = stack.enter_context(AdapterReader(carried, manifest)) if carried else None
+
+        def difference(spec: TensorSpec) -> FloatArray:
+            learned = values(spec) - base.tensor(spec)
+            return learned + owed.tensor(spec) if owed else learned
+
+        yield difference
