@@ -22,6 +22,7 @@ from fedhds.adapter import Artifact
 from fedhds.errors import (
     ArtifactError,
     CoordinatorUnreachable,
+    DamagedArtifact,
     EnrolmentRefused,
     FedhdsError,
     PrivacyError,
@@ -568,13 +569,22 @@ async def test_a_download_that_is_wrong_twice_is_an_error_and_leaves_what_was_th
 
 
 async def test_a_download_of_a_damaged_adapter_waits_until_it_has_been_put_back(
-    world: World, adapter: Artifact
+    world: World, adapter: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = world.store.path(adapter).read_bytes()
+    content, found = world.store.path(adapter).read_bytes(), threading.Event()
+    verified = world.store.verified
+
+    def noted(artifact: Artifact) -> Path:
+        try:
+            return verified(artifact)
+        except DamagedArtifact:
+            found.set()
+            raise
+
+    monkeypatch.setattr(world.store, "verified", noted)
     world.store.path(adapter).write_bytes(content[:-1] + b"?")
     download = asyncio.create_task(world.link().download(SESSION, adapter, world.folder / "fetched"))
-    while len(world.store.downloads) < 2:
-        await asyncio.sleep(0.01)
+    assert await asyncio.to_thread(found.wait, 20)
     assert not (world.folder / "fetched.partial").stat().st_size
     world.store.path(adapter).write_bytes(content)
     await download

@@ -1,0 +1,157 @@
+"""int8 updates: how far off they are, that they are the same everywhere, and that no faulty one is taken."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from safetensors.numpy import load_file, save_file
+
+from fedhds.adapter import (
+    AdapterManifest,
+    AdapterReader,
+    FloatArray,
+    TensorSpec,
+    initial_tensor,
+    write_adapter,
+    write_difference,
+)
+from fedhds.errors import AdapterError
+from fedhds.quantisation import dequantised, quantised
+from fedhds_server.aggregation import validate_update
+
+A, B = TensorSpec("q.lora_A.weight", (2, 30)), TensorSpec("q.lora_B.weight", (40, 2))
+MANIFEST = AdapterManifest((A, B), ("q",))
+SCALES = f"{A.name}.scales"
+
+
+def random(spec: TensorSpec) -> FloatArray:
+    return np.random.default_rng(len(spec.name) + spec.shape[0]).normal(size=spec.shape).astype(np.float32)
+
+
+@given(
+    arrays.arrays(
+        np.float32,
+        arrays.array_shapes(min_dims=2, max_dims=2, max_side=9),
+        elements=st.floats(-(2.0**100), 2.0**100, width=32),
+    ),
+    st.sampled_from((0, 1)),
+)
+def test_a_value_is_off_by_half_its_ranks_scale_at_most(values: npt.NDArray[np.float32], rank_axis: int) -> None:
+    whole, scales = quantised(values, rank_axis)
+    assert (whole.dtype.name, scales.dtype.name) == ("int8", "float32")
+    assert scales.shape == (values.shape[rank_axis],)
+    assert (scales > 0).all()
+    largest = np.abs(values).max(axis=1 - rank_axis)
+    assert (scales <= np.maximum(largest / 127 * (1 + 1e-6), np.finfo(np.float32).tiny)).all()
+    off = np.abs(dequantised(whole, scales, rank_axis).astype(np.float64) - values)
+    bound = np.expand_dims(scales, 1 - rank_axis) * (0.5 + 1e-4)
+    assert (off <= bound).all()
+    again = quantised(dequantised(whole, scales, rank_axis), rank_axis)
+    assert np.allclose(dequantised(*again, rank_axis), dequantised(whole, scales, rank_axis), rtol=1e-6, atol=1e-37)
+
+
+def test_an_update_is_a_quarter_of_the_bytes_and_the_same_bytes_again(tmp_path: Path) -> None:
+    wide = AdapterManifest((TensorSpec("q.lora_A.weight", (8, 4096)), TensorSpec("q.lora_B.weight", (4096, 8))), ("q",))
+    first = write_difference(tmp_path / "first", wide, random)
+    plain = write_adapter(tmp_path / "plain", wide, random, "float32")
+    assert first.size / plain.size < 0.26
+    assert write_difference(tmp_path / "second", wide, lambda spec: np.asfortranarray(random(spec))) == first
+
+
+def test_what_is_written_is_read_and_says_that_it_is_a_difference(tmp_path: Path) -> None:
+    write_difference(tmp_path / "update", MANIFEST, random)
+    with AdapterReader(tmp_path / "update", MANIFEST, differences=True) as reader:
+        assert reader.is_difference
+        for spec in MANIFEST.tensors:
+            read = reader.tensor(spec)
+            assert (read == dequantised(*quantised(random(spec), spec.rank_axis), spec.rank_axis)).all()
+            assert (read.shape, read.dtype.name) == (spec.shape, "float32")
+    # The file is plain safetensors.
+    assert {name: tensor.dtype.name for name, tensor in load_file(tmp_path / "update").items()} == {
+        A.name: "int8",
+        B.name: "int8",
+        A.scales.name: "float32",
+        B.scales.name: "float32",
+    }
+    write_adapter(tmp_path / "values", MANIFEST, random, "bfloat16")
+    with AdapterReader(tmp_path / "values", MANIFEST, differences=True) as reader:
+        assert not reader.is_difference
+
+
+def test_a_difference_is_no_global_adapter(tmp_path: Path) -> None:
+    write_difference(tmp_path / "update", MANIFEST, random)
+    with pytest.raises(AdapterError, match="scales"):
+        AdapterReader(tmp_path / "update", MANIFEST)
+
+
+def test_a_value_that_is_not_finite_is_not_quantised(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"q\.lora_B\.weight holds values that are not finite"):
+        write_difference(tmp_path / "u", MANIFEST, lambda s: np.full(s.shape, np.nan if s == B else 1, np.float32))
+
+
+def scales_of(value: float) -> Callable[[dict[str, Any]], Any]:
+    return lambda tensors: tensors.update({SCALES: np.array([1, value], np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (scales_of(0), "scales that are not finite and above 0"),
+        (scales_of(-1), "scales that are not finite and above 0"),
+        (scales_of(np.nan), "scales that are not finite and above 0"),
+        (scales_of(np.inf), "scales that are not finite and above 0"),
+        (scales_of(3e38), "values that are not finite"),
+        (lambda t: t.update({SCALES: np.ones(3, np.float32)}), "shape"),
+        (lambda t: t.update({SCALES: np.ones((2, 1), np.float32)}), "shape"),
+        (lambda t: t.update({SCALES: np.ones(2, np.float16)}), "travel as F32"),
+        (lambda t: t.update({A.name: np.ones(A.shape, np.float32)}), "travel as I8"),
+        (lambda t: t.update({A.name: np.ones((2, 29), np.int8)}), "shape"),
+        (lambda t: t.pop(B.scales.name), "differ from the run's manifest"),
+        (lambda t: t.pop(SCALES), "differ from the run's manifest"),
+        (lambda t: t.update({"more.scales": np.ones(2, np.float32)}), "differ from the run's manifest"),
+    ],
+)
+def test_a_faulty_quantised_update_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], words: str
+) -> None:
+    tensors: dict[str, Any] = {}
+    for spec in MANIFEST.tensors:
+        tensors[spec.name] = np.full(spec.shape, 127, np.int8)
+        tensors[spec.scales.name] = np.ones(2, np.float32)
+    change(tensors)
+    save_file(tensors, tmp_path / "update")
+    with pytest.raises(AdapterError, match=words):
+        validate_update(tmp_path / "update", MANIFEST, largest_norm=None)
+
+
+@given(st.data())
+def test_damage_anywhere_is_an_adapter_error_or_another_whole_update(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("damaged") / "update"
+    write_difference(path, MANIFEST, lambda spec: initial_tensor(spec, 1) + 1)
+    content = bytearray(path.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content[: data.draw(st.integers(len(content) - 200, len(content)))])
+    try:
+        with AdapterReader(path, MANIFEST, differences=True) as reader:
+            assert all(np.isfinite(reader.tensor(spec)).all() for spec in MANIFEST.tensors)
+    except AdapterError:
+        pass
+
+
+def test_a_header_with_scales_alone_does_not_pass_for_floats(tmp_path: Path) -> None:
+    header = json.dumps({SCALES: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "update").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(AdapterError, match="differ from the run's manifest"):
+        AdapterReader(tmp_path / "update", MANIFEST, differences=True)

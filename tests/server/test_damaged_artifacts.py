@@ -1,0 +1,113 @@
+"""Artifacts that are damaged after they were acknowledged: found where they are read, and never folded or sent."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedhds.adapter import AdapterReader
+from fedhds.errors import ArtifactError
+from fedhds_server import coordinator
+from fedhds_server.state import Phase
+from tests.server.test_service import MANIFEST, Host, complete, enrol, refused, send, start, task_of, written
+
+
+def flip(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+DAMAGES = pytest.mark.parametrize("damage", [flip, truncate, os.unlink])
+
+
+def value(host: Host) -> float:
+    """The one value that the newest global adapter holds everywhere."""
+    state = host.coordinator.state
+    with AdapterReader(host.artifacts.verified(state.adapters[max(state.adapters)]), MANIFEST) as reader:
+        found = {float(x) for spec in MANIFEST.tensors for x in np.unique(reader.tensor(spec))}
+    (only,) = found
+    return only
+
+
+async def ended(host: Host, session: str) -> str:
+    return str((await task_of(host, session)).done.outcome)
+
+
+@DAMAGES
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_a_damaged_update_is_left_out_and_the_round_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], restarted: bool
+) -> None:
+    host = await start(tmp_path, min_sites=3)
+    sessions = [await enrol(host, name) for name in "abc"]
+    for name, session, number in zip("abc", sessions, (1.0, 2.0, 4.0), strict=True):
+        await task_of(host, session)
+        if name == "c":
+            damage(host.artifacts.path(host.coordinator.state.updates["a"].artifact))
+            if restarted:
+                await host.stop()
+                host = await start(tmp_path)
+        path, artifact = written(host, number)
+        await send(host, session, path.read_bytes(), artifact)
+        assert (await complete(host, session, f"train/1/{name}", artifact)).accepted
+    assert await ended(host, sessions[1]) == "completed"
+    assert host.coordinator.state.closed_rounds[0].contributions == {"b": 10, "c": 10}
+    assert value(host) == 3.0
+    assert "round 1 goes on without the update of site a: the artifact" in caplog.text
+    await host.stop()
+
+
+@DAMAGES
+async def test_an_update_that_is_damaged_before_it_counts_is_asked_for_again(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    host = await start(tmp_path)
+    session = await enrol(host)
+    task = await task_of(host, session)
+    path, artifact = written(host, 1.0)
+    await send(host, session, path.read_bytes(), artifact)
+    damage(host.artifacts.path(artifact))
+    error = await refused(complete(host, session, task.task_id, artifact))
+    assert isinstance(error, ArtifactError)
+    await send(host, session, path.read_bytes(), artifact)
+    assert (await complete(host, session, task.task_id, artifact)).accepted
+    await host.stop()
+
+
+@DAMAGES
+async def test_a_damaged_global_adapter_stops_the_run_until_it_is_put_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
+) -> None:
+    monkeypatch.setattr(coordinator, "_STORAGE_RETRY_S", 0.05)
+    host = await start(tmp_path)
+    session = await enrol(host)
+    await task_of(host, session)
+    adapter = host.artifacts.path(host.coordinator.state.adapters[0])
+    content = adapter.read_bytes()
+    path, artifact = written(host, 1.0)
+    await send(host, session, path.read_bytes(), artifact)
+    damage(adapter)
+    said = asyncio.Event()
+    noticing = logging.Handler()
+    noticing.emit = lambda record: said.set() if "trying again" in record.getMessage() else None  # type: ignore[method-assign]
+    logging.getLogger(coordinator.__name__).addHandler(noticing)
+    assert (await complete(host, session, "train/1/a", artifact)).accepted
+    await asyncio.wait_for(said.wait(), 20)
+    logging.getLogger(coordinator.__name__).removeHandler(noticing)
+    assert f"the artifact {adapter} is" in caplog.text
+    assert "put a file of" in caplog.text
+    assert host.coordinator.state.phase is Phase.AGGREGATING
+    adapter.write_bytes(content)
+    assert await ended(host, session) == "completed"
+    assert value(host) == 1.0
+    await host.stop()
