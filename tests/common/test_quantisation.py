@@ -130,8 +130,23 @@ def test_a_faulty_quantised_update_is_refused(
         tensors[spec.scales.name] = np.ones(2, np.float32)
     change(tensors)
     save_file(tensors, tmp_path / "update")
+    current = tmp_path / "current"
+    write_adapter(current, MANIFEST, random, "float32")
     with pytest.raises(AdapterError, match=words):
-        validate_update(tmp_path / "update", MANIFEST, largest_norm=None)
+        validate_update(tmp_path / "update", MANIFEST, current=current, largest_norm=0)
+
+
+def test_a_quantised_update_is_held_to_its_own_norm_and_to_finite_sums(tmp_path: Path) -> None:
+    update, current = tmp_path / "update", tmp_path / "current"
+    write_adapter(current, MANIFEST, lambda spec: np.full(spec.shape, 3e38, np.float32), "float32")
+    write_difference(update, MANIFEST, lambda spec: np.full(spec.shape, -2, np.float32))
+    norm = 2 * np.sqrt(140)
+    validate_update(update, MANIFEST, current=current, largest_norm=norm * (1 + 1e-6))
+    with pytest.raises(AdapterError, match="beyond --max-update-norm"):
+        validate_update(update, MANIFEST, current=current, largest_norm=norm * (1 - 1e-6))
+    write_difference(update, MANIFEST, lambda spec: np.full(spec.shape, 1e38, np.float32))
+    with pytest.raises(AdapterError, match="leads to values that are not finite"):
+        validate_update(update, MANIFEST, current=current, largest_norm=0)
 
 
 @given(st.data())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fedhds.adapter import AdapterReader
-from fedhds.errors import ArtifactError
+from fedhds.errors import ArtifactError, StorageError
 from fedhds_server import coordinator
 from fedhds_server.state import Phase
 from tests.server.test_service import MANIFEST, Host, complete, enrol, refused, send, start, task_of, written
@@ -97,9 +97,24 @@ async def test_a_damaged_global_adapter_stops_the_run_until_it_is_put_back(
     path, artifact = written(host, 1.0)
     await send(host, session, path.read_bytes(), artifact)
     damage(adapter)
-    said = asyncio.Event()
+    assert isinstance(await refused(complete(host, session, "train/1/a", artifact)), StorageError)
+    adapter.write_bytes(content)
+    # Found damaged, and put back, the update counts. Then it is the fold that meets the damage.
+    checked = host.coordinator._damaged_updates
+
+    def damaged_meanwhile() -> dict[str, str]:
+        if not said.is_set():
+            adapter.unlink(missing_ok=True)
+            adapter.write_bytes(content)
+            damage(adapter)
+        return checked()
+
+    monkeypatch.setattr(host.coordinator, "_damaged_updates", damaged_meanwhile)
+    said, loop = asyncio.Event(), asyncio.get_running_loop()
     noticing = logging.Handler()
-    noticing.emit = lambda record: said.set() if "trying again" in record.getMessage() else None  # type: ignore[method-assign]
+    noticing.emit = lambda record: (  # type: ignore[method-assign]
+        loop.call_soon_threadsafe(said.set) if "trying again" in record.getMessage() else None
+    )
     logging.getLogger(coordinator.__name__).addHandler(noticing)
     assert (await complete(host, session, "train/1/a", artifact)).accepted
     await asyncio.wait_for(said.wait(), 20)
