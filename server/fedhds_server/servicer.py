@@ -246,7 +246,11 @@ class FederationServicer(rpc.FederationServicer):
             await asyncio.to_thread(self._artifacts.append, artifact, offset, message.chunk)
             offset += len(message.chunk)
             site.bytes_received += message.ByteSize()
-        await asyncio.to_thread(self._artifacts.finish, artifact)
+        finishing = asyncio.ensure_future(asyncio.to_thread(self._artifacts.finish, artifact))
+        # An object store may take minutes for what a site has sent: that the site waits is no silence.
+        while not (await asyncio.wait([finishing], timeout=self._coordinator.state.spec.patience / 3))[0]:
+            await self._coordinator.site_of(first.header.session)
+        await finishing
         return pb.UploadResponse()
 
     async def Download(

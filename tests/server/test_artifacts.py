@@ -79,6 +79,10 @@ def test_a_coordinator_elsewhere_finds_what_was_acknowledged_and_nothing_else(bu
     assert not stranger.has(ARTIFACT)
     second.delete(ARTIFACT)
     assert bucket.objects() == []
+    # The first one's copy does not stand for it.
+    assert first.received(ARTIFACT) == 0
+    upload(first)
+    assert bucket.objects() == [f"r/{ARTIFACT.digest}"]
 
 
 def test_an_upload_is_not_acknowledged_before_the_object_store_has_it(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -326,4 +327,24 @@ async def test_wakes_a_long_poll_at_once(tmp_path: Path) -> None:
     await enrol(host, "b")
     task = await asyncio.wait_for(poll, 5)
     assert task.train.coreset.HasField("all")
+    await host.stop()
+
+
+async def test_a_site_whose_upload_takes_long_to_be_kept_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = await start(tmp_path, patience=1.5)
+    session = await enrol(host)
+    task = await task_of(host, session)
+    finish = host.artifacts.finish
+
+    def slowly(artifact: Artifact) -> None:
+        time.sleep(4)
+        finish(artifact)
+
+    monkeypatch.setattr(host.artifacts, "finish", slowly)
+    path, artifact = written(host, 0.5)
+    await send(host, session, path.read_bytes(), artifact)
+    assert (await complete(host, session, task.task_id, artifact)).accepted
+    assert "is lost" not in caplog.text
     await host.stop()
