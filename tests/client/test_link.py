@@ -191,7 +191,15 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         await asyncio.sleep(wait_s)
 
     phase = SimpleNamespace(over=False)
-    state = SimpleNamespace(adapters=adapters, tasks={}, phase=phase, round=3, message="wait", paused=None)
+    state = SimpleNamespace(
+        adapters=adapters,
+        tasks={},
+        phase=phase,
+        round=3,
+        message="wait",
+        paused=None,
+        spec=SimpleNamespace(patience=60.0),
+    )
     coordinator = cast(Any, SimpleNamespace(site_of=site_of, next_task=next_task, state=state))
     made = World(tmp_path, Store(tmp_path / "artifacts"), adapters)
     server = grpc.aio.server(interceptors=(made.faults,))

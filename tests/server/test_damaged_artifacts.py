@@ -111,10 +111,13 @@ async def test_a_damaged_global_adapter_stops_the_run_until_it_is_put_back(
 
     monkeypatch.setattr(host.coordinator, "_damaged_updates", damaged_meanwhile)
     said, loop = asyncio.Event(), asyncio.get_running_loop()
-    noticing = logging.Handler()
-    noticing.emit = lambda record: (  # type: ignore[method-assign]
-        loop.call_soon_threadsafe(said.set) if "trying again" in record.getMessage() else None
-    )
+
+    class Noticing(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "trying again" in record.getMessage():
+                loop.call_soon_threadsafe(said.set)
+
+    noticing = Noticing()
     logging.getLogger(coordinator.__name__).addHandler(noticing)
     assert (await complete(host, session, "train/1/a", artifact)).accepted
     await asyncio.wait_for(said.wait(), 20)
