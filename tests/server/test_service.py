@@ -25,6 +25,7 @@ from fedhds_server.selection import STRATEGIES
 from fedhds_server.servicer import FederationServicer, OperationsServicer
 from fedhds_server.state import Phase, RunState
 from fedhds_server.store.sql import SqlStore
+from fedhds_server.wire import new_server
 
 MANIFEST = AdapterManifest((TensorSpec("q.lora_A.weight", (2, 4)), TensorSpec("q.lora_B.weight", (4, 2))), ("q",))
 FINGERPRINT = pb.ModelFingerprint(weights="w", config="c", tokenizer="t", template="p")
@@ -65,7 +66,7 @@ async def start(folder: Path, **fields: object) -> Host:
         strategy=STRATEGIES[state.spec.strategy],
         aggregator=AGGREGATORS["fedavg"],
     )
-    server = grpc.aio.server()
+    server = new_server()
     rpc.add_FederationServicer_to_server(FederationServicer(coordinator, artifacts), server)
     rpc.add_OperationsServicer_to_server(OperationsServicer(coordinator), server)
     port = server.add_insecure_port("127.0.0.1:0")
