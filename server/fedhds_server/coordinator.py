@@ -320,7 +320,8 @@ class Coordinator:
             case DrawAdapter():
                 artifact = await asyncio.to_thread(self._draw_adapter)
                 await self.post(AdapterDrawn(time.time(), artifact))
-            case Select():
+            # Whatever comes in while it waits here asks for it again: what has been decided is not decided anew.
+            case Select() if instruction in self._machine.pending():
                 done = self.state.selection_pass
                 decided = await asyncio.to_thread(decide, self.state, self._strategy, instruction)
                 if isinstance(decided, pb.Centres):

@@ -214,7 +214,7 @@ class FederationServicer(rpc.FederationServicer):
         site = await self._caller(request)
         task = self._open_task(site, request.task_id)
         if task:
-            reason = f"{request.kind}: {request.reason}"[:500]
+            reason = _printable(f"{request.kind}: {request.reason}"[:500])
             await self._coordinator.post(TaskFailed(time.time(), task.id, reason))
         return pb.FailTaskResponse()
 
@@ -362,6 +362,11 @@ def _reasoned(reason: str, who: str) -> str:
 def _not_over(state: RunState) -> None:
     if state.phase.over:
         raise RunOver(f"the run is over: {state.message}")
+
+
+def _printable(text: str) -> str:
+    """A peer's words as one line that harms neither a log, nor a terminal, nor a database."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _evaluation(result: pb.EvaluationResult) -> Evaluation:
