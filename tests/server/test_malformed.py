@@ -339,7 +339,7 @@ async def test_any_bytes(method: str, data: st.DataObject) -> None:
 async def test_calls_that_carry_nothing_or_too_much(method: str) -> None:
     async with hosted(**FULL) as host:
         await prepared(host)
-        takes_nothing = not METHODS[method].input_type.fields
+        takes_nothing = method.rpartition("/")[2] in ("GetStatus", "Resume")
         assert (await call(host, method))[0] is grpc.StatusCode.INVALID_ARGUMENT
         assert (await call(host, method, b"\xff\xff"))[0] is grpc.StatusCode.INVALID_ARGUMENT
         # Field 99, bytes: an unknown one is skipped, were it not for the length.
