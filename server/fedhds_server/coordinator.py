@@ -30,6 +30,7 @@ from fedhds_server.state import (
     AdapterDrawn,
     Aggregate,
     DeadlineReached,
+    Discard,
     DrawAdapter,
     Event,
     Instruction,
@@ -171,13 +172,15 @@ class Coordinator:
             remaining = deadline - time.monotonic()
             if task or remaining <= 0:
                 return task
-            event = self._waiting.setdefault(site.name, asyncio.Event())
+            event = self._waiting[site.name] = asyncio.Event()
             try:
                 await asyncio.wait_for(event.wait(), remaining)
             except TimeoutError:
                 return None
             finally:
-                self._waiting.pop(site.name, None)
+                # Another process of the site may meanwhile wait in the place of this one.
+                if self._waiting.get(site.name) is event:
+                    del self._waiting[site.name]
         return None
 
     # Events.
@@ -268,10 +271,12 @@ class Coordinator:
         """Tells the machine what only time tells."""
         spec = self.state.spec
         tick = min(1.0, spec.patience / 5, (spec.deadline or spec.patience) / 5)
+        looked = time.monotonic()
         while True:
             await asyncio.sleep(tick)
             now = time.monotonic()
-            await self._watch_collection(now, tick)
+            await self._watch_collection(now, now - looked)
+            looked = now
             patience = spec.patience
             for site in list(self.state.sites.values()):
                 if site.live and now - self._heard.setdefault(site.name, now) > patience:
@@ -280,7 +285,7 @@ class Coordinator:
                 # Through the inbox, as the state may be ahead of what is saved.
                 await self.post(lambda _: None)
 
-    async def _watch_collection(self, now: float, tick: float) -> None:
+    async def _watch_collection(self, now: float, elapsed: float) -> None:
         state, spec = self.state, self.state.spec
         collection = Collection.of(state)
         if state.opening != self._opening:
@@ -288,7 +293,7 @@ class Coordinator:
         if collection is None:
             return
         if state.paused is not None:
-            self._opened_at += tick
+            self._opened_at += elapsed
             self._short_since = None
             return
         if spec.deadline and not state.deadline_reached and now - self._opened_at >= spec.deadline:
@@ -332,8 +337,13 @@ class Coordinator:
                     await self.post(SelectionMade(time.time(), instruction.round, coresets, notes))
             case Aggregate() if instruction.round == self.state.round:
                 await self._aggregate()
+            case Discard(artifact) if artifact not in self._named():
+                await asyncio.to_thread(self._artifacts.delete, artifact)
             case WriteCheckpoint() if self.state.adapters:
                 await asyncio.to_thread(self._write_checkpoint)
+
+    def _named(self) -> set[Artifact]:
+        return {*self.state.adapters.values(), *(update.artifact for update in self.state.updates.values())}
 
     def _draw_adapter(self) -> Artifact:
         manifest, spec = self.state.adapter_manifest, self.state.spec

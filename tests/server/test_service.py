@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fedhds.adapter import AdapterManifest, AdapterReader, Artifact, TensorSpec, write_adapter
-from fedhds.errors import AdapterError, ArtifactError, EnrolmentRefused, NameInUse, SessionLost, TaskError
+from fedhds.errors import AdapterError, ArtifactError, EnrolmentRefused, NameInUse, RequestError, SessionLost, TaskError
 from fedhds.runspec import RunSpec
 from fedhds.status import error_of
 from fedhds.v1 import federation_pb2 as pb
@@ -195,7 +195,9 @@ async def test_an_upload_resumes_and_repeats(host: Host) -> None:
         (np.nan, 10, 1.0, "not finite"),
         (0.5, 11, 1.0, "claims 11 samples"),
         (0.5, 0, 1.0, "claims 0 samples"),
-        (0.5, 10, np.inf, "loss is not finite"),
+        (0.5, 10, np.inf, "loss is inf"),
+        (0.5, 10, np.nan, "loss is nan"),
+        (0.5, 10, 1e308, "no model gives"),
     ],
 )
 async def test_a_bad_update_is_rejected_with_its_reason_and_the_round_goes_on(
@@ -231,7 +233,7 @@ async def test_results_of_closed_or_foreign_tasks(tmp_path: Path) -> None:
     await send(host, a, path.read_bytes(), artifact)
     assert isinstance(await refused(complete(host, b, task.task_id, artifact)), TaskError)
     wrong = pb.CompleteTaskRequest(session=a, task_id=task.task_id, evaluation=pb.EvaluationResult())
-    assert isinstance(await refused(host.federation.CompleteTask(wrong)), TaskError)
+    assert isinstance(await refused(host.federation.CompleteTask(wrong)), RequestError)
     assert (await complete(host, a, task.task_id, artifact)).accepted
     again = await complete(host, a, task.task_id, artifact)
     assert (again.accepted, again.reason) == (False, "the task is closed; its result came too late to count")
