@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -60,6 +61,8 @@ Decision = Callable[[RunState], Event | None]
 # A full disk is mended by people, in minutes: often enough to go on soon, seldom enough to keep the log readable.
 _STORAGE_RETRY_S = 5.0
 _JOURNAL_TAIL = 100
+# `fedhds status --watch` asks every 2 s; whoever watches is to see the end.
+_WATCHED_S = 5.0
 _STOPPING = "the coordinator is stopping; try again when it is back"
 
 
@@ -96,6 +99,7 @@ class Coordinator:
         # A run that is started again when it is over is there for whoever has not got the adapter.
         self._started_over = state.phase.over
         self._over_since: float | None = None
+        self._watched_at = -math.inf
         # Monotonic times of what is open: since when, and since when it is short of its quorum.
         self._opening, self._opened_at = "", 0.0
         self._short_since: float | None = None
@@ -118,6 +122,10 @@ class Coordinator:
     def checkpoint(self) -> Path:
         """The PEFT folder of the last global adapter."""
         return self._folder / "checkpoint"
+
+    def watched(self) -> None:
+        """Notes that somebody asked for the run's status."""
+        self._watched_at = time.monotonic()
 
     async def run(self) -> None:
         """Works until the run is over and every live site has the final adapter, or until cancelled."""
@@ -165,9 +173,9 @@ class Coordinator:
         return site
 
     async def next_task(self, site: Site, wait_s: float) -> Task | None:
-        """The site's open task; None when it has none for `wait_s` seconds or the run is over."""
+        """The site's open task; None when it has none for `wait_s` seconds, is evicted or the run is over."""
         deadline = time.monotonic() + wait_s
-        while not self.state.phase.over:
+        while not self._dismissed(site.name):
             task = self._machine.next_task(site.name) if self.state.paused is None else None
             remaining = deadline - time.monotonic()
             if task or remaining <= 0:
@@ -252,11 +260,18 @@ class Coordinator:
     def _wake(self) -> None:
         busy = {task.site for task in self.state.tasks.values()}
         for site, event in self._waiting.items():
-            if site in busy or self.state.phase.over:
+            if site in busy or self._dismissed(site):
                 event.set()
 
+    def _dismissed(self, site: str) -> bool:
+        """Whether a site has nothing to wait for any more."""
+        return self.state.phase.over or self.state.sites[site].state is SiteState.EVICTED
+
     def _settle(self) -> None:
-        """Ends `run` when every site has the final adapter; for sites that are away it stays for one patience."""
+        """Ends `run` when every site has the final adapter; for sites that are away it stays for one patience.
+
+        And for a moment where somebody watches.
+        """
         if not self.state.phase.over:
             return
         now = time.monotonic()
@@ -264,6 +279,8 @@ class Coordinator:
         waiting = [site for site in self.state.sites.values() if not site.delivered]
         here = any(site.live for site in waiting)
         away = any(site.state is SiteState.LOST or self._started_over for site in waiting)
+        if now - self._over_since < _WATCHED_S and self._watched_at > self._over_since - _WATCHED_S:
+            return
         if not here and (not away or now - self._over_since > self.state.spec.patience):
             self._settled.set()
 

@@ -294,6 +294,7 @@ class OperationsServicer(rpc.OperationsServicer):
 
     @answers
     async def GetStatus(self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext) -> pb.GetStatusResponse:
+        self._coordinator.watched()
         return run_status(
             self._coordinator.state,
             self._coordinator.checkpoint,
@@ -317,7 +318,8 @@ class OperationsServicer(rpc.OperationsServicer):
 
         def decide(state: RunState) -> RunResumed:
             _not_over(state)
-            return RunResumed(_reasoned(request.reason or "resumed", who))
+            reason = _reasoned(request.reason, who) if request.reason else f"resumed by {who}" * bool(who)
+            return RunResumed(reason)
 
         await self._coordinator.post(decide)
         return pb.ResumeResponse()

@@ -43,7 +43,7 @@ def _drawn(
 
     Beyond that share an update has no weight (aggregation.weights), and what a site declares nobody can check.
     """
-    most = math.ceil(budget * max(largest, 1 / max(1, np.count_nonzero(rows))))
+    most = math.ceil(budget * max(largest, 1 / max(1, int((rows > 0).sum()))))
     counts = np.zeros_like(rows)
     free = rows > 0
     while missing := budget - int(counts.sum()):
