@@ -136,6 +136,7 @@ async def test_a_deadline_closes_a_round_with_its_quorum_and_a_pause_holds_it_up
 async def test_a_pause_uses_no_deadline_up_however_busy_the_coordinator_is(hosts: Callable[..., Any]) -> None:
     host = await hosts(min_sites=2, deadline=2)
     a, b = await enrol(host, "a"), await enrol(host, "b")
+    await until(lambda: host.coordinator._opening == host.coordinator.state.opening == "training/1.0")
     await pause(host)
     for _ in range(6):
         # Nothing else of this process runs meanwhile: it looks at the time only now and then.
