@@ -141,7 +141,7 @@ class CoordinatorLink:
                 error = error_of(failure)
                 if error is not None and not isinstance(error, StorageError):
                     raise error from None
-                if error is None and failure.code() not in _TRANSIENT:
+                if error is None and failure.code() not in _TRANSIENT and not _cut_short(failure):
                     raise FedhdsError(
                         f"the coordinator at {self._target} answered {failure.code().name}: {failure.details()}"
                     ) from None
@@ -170,6 +170,11 @@ class CoordinatorLink:
     async def _diagnosis(self) -> str | None:
         # gRPC says UNAVAILABLE for everything between a typing error and an expired certificate.
         return await asyncio.to_thread(diagnose_handshake, self._target, self._tls, 3.0)
+
+
+def _cut_short(failure: grpc.aio.AioRpcError) -> bool:
+    """Whether grpcio could not send on, as the call had ended: then now and then it says this in place of the status."""
+    return failure.code() is grpc.StatusCode.INTERNAL and failure.details() == "Internal error from Core"
 
 
 def file_key(text: str) -> str:

@@ -7,6 +7,7 @@ FedhdsError
 │   └── ModelError          a base model or tokenizer that cannot be used
 ├── ArtifactError           bytes that are not what their digest, size or manifest says
 │   └── AdapterError        adapter tensors that do not fit the manifest or are not finite
+├── RequestError            a request that is no message of the protocol, or says what no run can mean
 ├── EnrolmentRefused        the coordinator will not take this site (wrong base model, version, policy)
 │   ├── NameInUse           another live process, or another key, holds the site's name
 │   └── Evicted             an operator excluded this site from the run
@@ -62,6 +63,10 @@ class ArtifactError(FedhdsError):
 
 class AdapterError(ArtifactError):
     """Adapter tensors do not fit the run's manifest, or hold values that are not finite."""
+
+
+class RequestError(FedhdsError):
+    """A request is no message of the protocol, or says what no run can mean."""
 
 
 class EnrolmentRefused(FedhdsError):

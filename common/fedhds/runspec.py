@@ -261,7 +261,8 @@ class RunSpec(BaseModel):
         gt=0,
         le=1,
         description="Largest share of a round's weight that one site's update may have, whatever rows it declares; 1 "
-        "divided by the number of updates where that is more.",
+        "divided by the number of updates where that is more. The strategy random asks no site for a larger share of "
+        "its budget while others have rows left.",
         json_schema_extra={"group": "Rounds"},
     )
     max_update_norm: float = Field(

@@ -23,6 +23,7 @@ _TABLE: tuple[tuple[type[errors.FedhdsError], grpc.StatusCode], ...] = (
     (errors.SessionLost, grpc.StatusCode.UNAUTHENTICATED),
     (errors.TaskError, grpc.StatusCode.NOT_FOUND),
     (errors.ArtifactError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.RequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.UsageError, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.PrivacyError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.StorageError, grpc.StatusCode.UNAVAILABLE),

@@ -52,6 +52,9 @@ def status(
     from rich.console import Console
 
     console = Console()
+    if not console.is_terminal:
+        # Rich assumes 80 columns there, which breaks the table's lines.
+        console = Console(width=max(console.width, 120))
     if not watch:
         answer = ask()
         console.print(_picture(answer))
@@ -83,7 +86,7 @@ def _watch(console: Console, ask: Callable[[int], pb.GetStatusResponse]) -> None
             except CoordinatorUnreachable as error:
                 if str(error) != lost:
                     lost = str(error)
-                    console.print(f"{lost}; asking again", markup=False)
+                    console.print(f"{lost}; asking again", markup=False, soft_wrap=True)
                 continue
             lost = ""
             for line in answer.journal:
@@ -94,7 +97,8 @@ def _watch(console: Console, ask: Callable[[int], pb.GetStatusResponse]) -> None
 
 def _print_line(console: Console, line: pb.JournalLine) -> None:
     at = time.strftime("%H:%M:%S", time.localtime(line.at))
-    console.print(f"{at} {line.message}", markup=False, highlight=False, style="yellow" if line.trouble else "")
+    style = "yellow" if line.trouble else ""
+    console.print(f"{at} {line.message}", markup=False, highlight=False, soft_wrap=True, style=style)
 
 
 def _picture(answer: pb.GetStatusResponse) -> RenderableType:
@@ -118,7 +122,7 @@ def _picture(answer: pb.GetStatusResponse) -> RenderableType:
     for site in answer.sites:
         sites.add_row(
             Text(site.site),
-            site.state,
+            f"{site.state}, has the adapter" if site.delivered else site.state,
             str(site.rows),
             "yes" if site.evaluates else "",
             site.task,

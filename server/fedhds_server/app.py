@@ -31,22 +31,13 @@ from fedhds_server.settings import ServerSettings
 from fedhds_server.state import Phase, RunState
 from fedhds_server.store.base import Store
 from fedhds_server.store.sql import SqlStore
+from fedhds_server.wire import new_server
 
 logger = logging.getLogger(__name__)
 
 _SERVICES = ("fedhds.v1.Federation", "fedhds.v1.Operations")
 # Adapters of the largest open models at rank 64 stay below; a claim beyond it is a mistake or an attack.
 _LARGEST_UPLOAD = 64 << 30
-# Reports and manifests are single messages; adapters are streamed and have no such wall.
-_LARGEST_MESSAGE = 32 << 20
-# A site behind a NAT or a load balancer loses idle connections after about a minute; calls are long polls of up to
-# 30 s, so pings every 20 s are allowed without being taken for abuse.
-_OPTIONS = (
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-)
 _DRAIN_S = 5.0
 
 
@@ -69,7 +60,7 @@ async def serve(chosen: ServerSettings) -> int:
             aggregator=AGGREGATORS["fedavg"],
             keep_updates=chosen.keep_updates,
         )
-        server = grpc.aio.server(options=_OPTIONS)
+        server = new_server()
         rpc.add_FederationServicer_to_server(FederationServicer(coordinator, artifacts), server)
         rpc.add_OperationsServicer_to_server(OperationsServicer(coordinator), server)
         healthy = health.aio.HealthServicer()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from fedhds_server.state import (
     AdapterDrawn,
     Aggregate,
     DeadlineReached,
+    Discard,
     DrawAdapter,
     Event,
     Instruction,
@@ -60,6 +62,8 @@ Decision = Callable[[RunState], Event | None]
 # A full disk is mended by people, in minutes: often enough to go on soon, seldom enough to keep the log readable.
 _STORAGE_RETRY_S = 5.0
 _JOURNAL_TAIL = 100
+# `fedhds status --watch` asks every 2 s; whoever watches is to see the end.
+_WATCHED_S = 5.0
 _STOPPING = "the coordinator is stopping; try again when it is back"
 
 
@@ -98,6 +102,7 @@ class Coordinator:
         # A run that is started again when it is over is there for whoever has not got the adapter.
         self._started_over = state.phase.over
         self._over_since: float | None = None
+        self._watched_at = -math.inf
         # Monotonic times of what is open: since when, and since when it is short of its quorum.
         self._opening, self._opened_at = "", 0.0
         self._short_since: float | None = None
@@ -120,6 +125,10 @@ class Coordinator:
     def checkpoint(self) -> Path:
         """The PEFT folder of the last global adapter."""
         return self._folder / "checkpoint"
+
+    def watched(self) -> None:
+        """Notes that somebody asked for the run's status."""
+        self._watched_at = time.monotonic()
 
     async def run(self) -> None:
         """Works until the run is over and every live site has the final adapter, or until cancelled."""
@@ -167,20 +176,22 @@ class Coordinator:
         return site
 
     async def next_task(self, site: Site, wait_s: float) -> Task | None:
-        """The site's open task; None when it has none for `wait_s` seconds or the run is over."""
+        """The site's open task; None when it has none for `wait_s` seconds, is evicted or the run is over."""
         deadline = time.monotonic() + wait_s
-        while not self.state.phase.over:
+        while not self._dismissed(site.name):
             task = self._machine.next_task(site.name) if self.state.paused is None else None
             remaining = deadline - time.monotonic()
             if task or remaining <= 0:
                 return task
-            event = self._waiting.setdefault(site.name, asyncio.Event())
+            event = self._waiting[site.name] = asyncio.Event()
             try:
                 await asyncio.wait_for(event.wait(), remaining)
             except TimeoutError:
                 return None
             finally:
-                self._waiting.pop(site.name, None)
+                # Another process of the site may meanwhile wait in the place of this one.
+                if self._waiting.get(site.name) is event:
+                    del self._waiting[site.name]
         return None
 
     # Events.
@@ -252,11 +263,18 @@ class Coordinator:
     def _wake(self) -> None:
         busy = {task.site for task in self.state.tasks.values()}
         for site, event in self._waiting.items():
-            if site in busy or self.state.phase.over:
+            if site in busy or self._dismissed(site):
                 event.set()
 
+    def _dismissed(self, site: str) -> bool:
+        """Whether a site has nothing to wait for any more."""
+        return self.state.phase.over or self.state.sites[site].state is SiteState.EVICTED
+
     def _settle(self) -> None:
-        """Ends `run` when every site has the final adapter; for sites that are away it stays for one patience."""
+        """Ends `run` when every site has the final adapter; for sites that are away it stays for one patience.
+
+        And for a moment where somebody watches.
+        """
         if not self.state.phase.over:
             return
         now = time.monotonic()
@@ -264,6 +282,8 @@ class Coordinator:
         waiting = [site for site in self.state.sites.values() if not site.delivered]
         here = any(site.live for site in waiting)
         away = any(site.state is SiteState.LOST or self._started_over for site in waiting)
+        if now - self._over_since < _WATCHED_S and self._watched_at > self._over_since - _WATCHED_S:
+            return
         if not here and (not away or now - self._over_since > self.state.spec.patience):
             self._settled.set()
 
@@ -271,10 +291,12 @@ class Coordinator:
         """Tells the machine what only time tells."""
         spec = self.state.spec
         tick = min(1.0, spec.patience / 5, (spec.deadline or spec.patience) / 5)
+        looked = time.monotonic()
         while True:
             await asyncio.sleep(tick)
             now = time.monotonic()
-            await self._watch_collection(now, tick)
+            await self._watch_collection(now, now - looked)
+            looked = now
             patience = spec.patience
             for site in list(self.state.sites.values()):
                 if site.live and now - self._heard.setdefault(site.name, now) > patience:
@@ -283,7 +305,7 @@ class Coordinator:
                 # Through the inbox, as the state may be ahead of what is saved.
                 await self.post(lambda _: None)
 
-    async def _watch_collection(self, now: float, tick: float) -> None:
+    async def _watch_collection(self, now: float, elapsed: float) -> None:
         state, spec = self.state, self.state.spec
         collection = Collection.of(state)
         if state.opening != self._opening:
@@ -291,7 +313,7 @@ class Coordinator:
         if collection is None:
             return
         if state.paused is not None:
-            self._opened_at += tick
+            self._opened_at += elapsed
             self._short_since = None
             return
         if spec.deadline and not state.deadline_reached and now - self._opened_at >= spec.deadline:
@@ -323,7 +345,8 @@ class Coordinator:
             case DrawAdapter():
                 artifact = await asyncio.to_thread(self._draw_adapter)
                 await self.post(AdapterDrawn(time.time(), artifact))
-            case Select():
+            # Whatever comes in while it waits here asks for it again: what has been decided is not decided anew.
+            case Select() if instruction in self._machine.pending():
                 done = self.state.selection_pass
                 decided = await asyncio.to_thread(decide, self.state, self._strategy, instruction)
                 if isinstance(decided, pb.Centres):
@@ -334,8 +357,13 @@ class Coordinator:
                     await self.post(SelectionMade(time.time(), instruction.round, coresets, notes))
             case Aggregate() if instruction.round == self.state.round:
                 await self._aggregate()
+            case Discard(artifact) if artifact not in self._named():
+                await asyncio.to_thread(self._artifacts.delete, artifact)
             case WriteCheckpoint() if self.state.adapters:
                 await asyncio.to_thread(self._write_checkpoint)
+
+    def _named(self) -> set[Artifact]:
+        return {*self.state.adapters.values(), *(update.artifact for update in self.state.updates.values())}
 
     def _draw_adapter(self) -> Artifact:
         manifest, spec = self.state.adapter_manifest, self.state.spec

@@ -11,6 +11,9 @@ from fedhds.security.identity import PeerIdentity, Role
 from fedhds_server.state import RunState, SiteState
 
 PROTOCOL_VERSIONS = (1,)
+# Beyond any instruction data, a mistake or an attack; and NumPy draws from a pool of fewer than 10^9 rows.
+_MOST_ROWS = 10**8
+_MOST_POOL_ROWS = 10**9 - 1
 
 _PARTS = {
     "weights": "the weights",
@@ -81,6 +84,10 @@ def check_attestation(
     """Checks that a site holds the run's base model; raises EnrolmentRefused saying what differs."""
     if not rows and not evaluates:
         raise EnrolmentRefused("the site brings neither training rows nor held-out rows; give --data or --eval-data")
+    if rows > _MOST_ROWS or rows + state.pool_rows > _MOST_POOL_ROWS:
+        raise EnrolmentRefused(
+            f"the site declares {rows} rows; a site may bring {_MOST_ROWS} and all together {_MOST_POOL_ROWS}"
+        )
     needed = {part for part in _PARTS if part != "feature_model" or state.spec.feature_model}
     if set(fingerprint) != set(_PARTS) or not all(fingerprint[part] for part in needed):
         raise EnrolmentRefused("the site sent no complete fingerprint of its base model")

@@ -14,6 +14,7 @@ from fedhds_server.state import (
     Aggregate,
     ClosedRound,
     DeadlineReached,
+    Discard,
     DrawAdapter,
     EvaluationReceived,
     Event,
@@ -209,10 +210,12 @@ class RunMachine:
         site = self.state.sites[event.site]
         site.state, site.last_error = SiteState.EVICTED, event.reason
         self.state.tasks = {key: task for key, task in self.state.tasks.items() if task.site != event.site}
+        instructions: list[Instruction] = [Record(f"site {event.site} is evicted: {event.reason}", trouble=True)]
         if self.state.phase not in (Phase.GROUPING, Phase.AGGREGATING):
+            if dropped := self.state.updates.get(event.site):
+                instructions.append(Discard(dropped.artifact))
             self._exclude(event.site)
-        note = Record(f"site {event.site} is evicted: {event.reason}", trouble=True)
-        return [note, *self._start_if_ready(event.at), *self._advance(event.at), Wake()]
+        return [*instructions, *self._start_if_ready(event.at), *self._advance(event.at), Wake()]
 
     def _exclude(self, site: str) -> None:
         """Takes a site and what it delivered out of what is being collected."""
@@ -610,10 +613,11 @@ class RunMachine:
     def _end(self, phase: Phase, message: str, at: float) -> list[Instruction]:
         state = self.state
         state.phase, state.message, state.ended_at = phase, message, at
+        dropped = [Discard(update.artifact) for update in state.updates.values()]
         state.tasks, state.updates, state.paused = {}, {}, None
         verb = {Phase.COMPLETED: "is complete", Phase.STOPPED: "is stopped"}.get(phase, "failed")
         note = Record(f"the run {verb}: {message}", trouble=phase is not Phase.COMPLETED)
-        return [note, WriteCheckpoint(), Wake()]
+        return [note, *dropped, WriteCheckpoint(), Wake()]
 
     def _open(self, kind: TaskKind) -> bool:
         """Whether a live site still has a task of this kind."""

@@ -21,6 +21,7 @@ from fedhds.errors import (
     EnrolmentRefused,
     FedhdsError,
     NotPermitted,
+    RequestError,
     RunOver,
     SettingsError,
     TaskError,
@@ -65,6 +66,9 @@ logger = logging.getLogger(__name__)
 _LONGEST_POLL_S = 30.0
 _DONE = "done"
 _LONGEST_REASON = 500
+# Nats per response token that no model gives; what is summed over sites and rounds stays finite below it.
+_LARGEST_LOSS = 1e9
+_MOST_MEASURED = 10**15
 
 
 class FederationServicer(rpc.FederationServicer):
@@ -168,7 +172,7 @@ class FederationServicer(rpc.FederationServicer):
             case TaskKind.TRAIN, "train":
                 return await self._take_update(task, request.train)
             case _:
-                raise TaskError(f"a {task.kind} task cannot be completed by a result of kind {result!r}")
+                raise RequestError(f"a {task.kind} task cannot be completed by a result of kind {result!r}")
         return pb.CompleteTaskResponse(accepted=True)
 
     async def _take_cells(self, task: Task, report: pb.CellReport) -> pb.CompleteTaskResponse:
@@ -194,7 +198,9 @@ class FederationServicer(rpc.FederationServicer):
             logger.error("%s", error)
             await self._discard(artifact)
             raise ArtifactError("the update was damaged where it was kept; upload it again") from error
-        reason = "" if math.isfinite(result.loss) else "the training loss is not finite"
+        reason = ""
+        if not abs(result.loss) <= _LARGEST_LOSS:
+            reason = f"the training loss is {result.loss:g}, which no model gives"
         state = self._coordinator.state
         most = state.most_samples(task.site)
         if not 0 < result.samples <= most:
@@ -222,7 +228,7 @@ class FederationServicer(rpc.FederationServicer):
         site = await self._caller(request)
         task = self._open_task(site, request.task_id)
         if task:
-            reason = f"{request.kind}: {request.reason}"[:500]
+            reason = _printable(f"{request.kind}: {request.reason}"[:500])
             await self._coordinator.post(TaskFailed(time.time(), task.id, reason))
         return pb.FailTaskResponse()
 
@@ -300,6 +306,7 @@ class OperationsServicer(rpc.OperationsServicer):
 
     @answers
     async def GetStatus(self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext) -> pb.GetStatusResponse:
+        self._coordinator.watched()
         return run_status(
             self._coordinator.state,
             self._coordinator.checkpoint,
@@ -320,7 +327,13 @@ class OperationsServicer(rpc.OperationsServicer):
     @answers
     async def Resume(self, request: pb.ResumeRequest, context: grpc.aio.ServicerContext) -> pb.ResumeResponse:
         who = _operator(context)
-        await self._coordinator.post(RunResumed(_reasoned(request.reason or "resumed", who)))
+
+        def decide(state: RunState) -> RunResumed:
+            _not_over(state)
+            reason = _reasoned(request.reason, who) if request.reason else f"resumed by {who}" * bool(who)
+            return RunResumed(reason)
+
+        await self._coordinator.post(decide)
         return pb.ResumeResponse()
 
     @answers
@@ -376,12 +389,18 @@ def _not_over(state: RunState) -> None:
         raise RunOver(f"the run is over: {state.message}")
 
 
+def _printable(text: str) -> str:
+    """A peer's words as one line that harms neither a log, nor a terminal, nor a database."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 def _evaluation(result: pb.EvaluationResult) -> Evaluation:
-    sums = (result.loss_sum, result.rouge_l_sum)
-    if not result.rows or not result.tokens or not all(math.isfinite(value) for value in sums):
-        raise TaskError("an evaluation needs rows, tokens and finite sums")
+    if not all(0 < count <= _MOST_MEASURED for count in (result.rows, result.tokens)):
+        raise RequestError(f"an evaluation needs rows and tokens, at most {_MOST_MEASURED} of each")
+    if not abs(result.loss_sum) <= _LARGEST_LOSS * result.tokens:
+        raise RequestError(f"the sum of losses is {result.loss_sum:g}, which no model gives")
     if not 0 <= result.rouge_l_sum <= result.rows:
-        raise TaskError("the sum of Rouge-L F1 lies outside 0 to the number of rows")
+        raise RequestError("the sum of Rouge-L F1 lies outside 0 to the number of rows")
     return Evaluation(rows=result.rows, tokens=result.tokens, loss_sum=result.loss_sum, rouge_l_sum=result.rouge_l_sum)
 
 

@@ -478,6 +478,13 @@ class WriteCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Discard:
+    """Delete an update that no longer counts."""
+
+    artifact: Artifact
+
+
+@dataclass(frozen=True, slots=True)
 class Wake:
     """Answer the long polls: somebody's work has changed."""
 
@@ -490,4 +497,4 @@ class Record:
     trouble: bool = False
 
 
-Instruction = DrawAdapter | Select | Aggregate | WriteCheckpoint | Wake | Record
+Instruction = DrawAdapter | Select | Aggregate | WriteCheckpoint | Discard | Wake | Record

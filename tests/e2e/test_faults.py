@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from fedhds.security.identity import Role
-from fedhds.security.pki import init_authority, issue
 from tests.e2e.federation import BIN, Federation
 from tests.tiny import make_model, write_rows
 
@@ -113,44 +111,6 @@ def test_another_base_model_is_refused_saying_what_differs(federation: Federatio
     assert second.wait() == 1
     assert "the weights differs" in second.text
     assert first.process.poll() is None
-
-
-def test_without_tls_a_name_in_use_is_refused_and_the_first_lives_on(federation: Federation) -> None:
-    federation.server("--rounds=1", "--min-sites=2")
-    path = shard(federation.folder)
-    first = federation.client("a", f"--data={path}")
-    first.wait_for("waiting for 1 more site")
-    second = federation.client("a", f"--data={path}", f"--state={federation.folder / 'elsewhere'}")
-    assert second.wait() == 1
-    assert "another process is enrolled as 'a'" in second.text
-    assert first.process.poll() is None
-
-
-def test_with_tls_the_same_key_takes_over_and_another_is_refused(federation: Federation) -> None:
-    folder = federation.folder
-    federation.tls = folder / "certs"
-    init_authority(federation.tls)
-    issue(federation.tls, "coordinator", role=Role.COORDINATOR, hosts=("127.0.0.1",))
-    issue(federation.tls, "a", role=Role.SITE)
-    issue(federation.tls, "a", role=Role.SITE, out=folder / "thief")
-    federation.server("--rounds=1", "--min-sites=2")
-    path = shard(folder)
-    first = federation.client("a", f"--data={path}")
-    first.wait_for("waiting for 1 more site")
-    thief = federation.client(
-        "a",
-        f"--data={path}",
-        f"--state={folder / 'thief-state'}",
-        f"--tls-cert={folder / 'thief' / 'a.crt'}",
-        f"--tls-key={folder / 'thief' / 'a.key'}",
-    )
-    assert thief.wait() == 1
-    assert "another key" in thief.text
-    assert first.process.poll() is None
-    successor = federation.client("a", f"--data={path}", f"--state={folder / 'elsewhere'}")
-    successor.wait_for("waiting for 1 more site")
-    assert first.wait() == 1
-    assert "taken over" in first.text
 
 
 def test_a_coordinator_that_is_killed_goes_on_and_the_adapter_is_the_same(federation: Federation) -> None:

@@ -17,6 +17,7 @@ from fedhds_server.state import (
     AdapterDrawn,
     Aggregate,
     DeadlineReached,
+    Discard,
     NothingToGive,
     Phase,
     Record,
@@ -37,6 +38,7 @@ from fedhds_server.state import (
     SiteState,
     TaskFailed,
     TaskKind,
+    WriteCheckpoint,
 )
 from tests.server.test_rounds import ALL_ROWS, artifact, join, machine, phase, started, update, work
 
@@ -201,7 +203,7 @@ def test_an_evicted_site_and_its_update_are_out_and_stay_out() -> None:
     run = started("abc", quorum="100%")
     update(run, "a")
     update(run, "b")
-    assert work(run.handle(SiteEvicted(5.0, "a", "withdrew its consent"))) == []
+    assert work(run.handle(SiteEvicted(5.0, "a", "withdrew its consent"))) == [Discard(artifact(7))]
     assert work(update(run, "c")) == [Aggregate(1)]
     assert set(run.state.updates) == {"b", "c"}
     run.handle(RoundAggregated(6.0, artifact(1)))
@@ -243,7 +245,7 @@ def test_stopping_ends_the_run_with_the_adapter_as_it_is() -> None:
     update(run, "b")
     run.handle(RoundAggregated(5.0, artifact(1)))
     update(run, "a")
-    run.handle(RunStopped(6.0, "good enough (alice)"))
+    assert work(run.handle(RunStopped(6.0, "good enough (alice)"))) == [Discard(artifact(7)), WriteCheckpoint()]
     assert phase(run) is Phase.STOPPED
     assert run.state.phase.over
     assert (run.state.tasks, run.state.updates) == ({}, {})

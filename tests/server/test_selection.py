@@ -79,6 +79,19 @@ def test_random_with_the_budget_auto_takes_one_and_a_half_per_cent() -> None:
     assert sum(coreset.random.count for coreset in chosen.coresets.values()) == 30
 
 
+def test_a_site_that_declares_a_huge_number_of_rows_does_not_take_the_budget_of_random_over() -> None:
+    def counts(rows: dict[str, int], budget: int) -> dict[str, int]:
+        chosen = select("random", context(rows, budget), {})
+        return {site: coreset.random.count for site, coreset in chosen.coresets.items()}
+
+    drawn = counts({"a": 100, "b": 200, "liar": 10**8}, 60)
+    assert drawn["liar"] == 30
+    assert drawn["a"] + drawn["b"] == 30
+    # What the others do not have it gives after all: the budget is met, and its weight is bounded in any case.
+    assert counts({"a": 4, "b": 8, "liar": 10**8}, 60) == {"a": 4, "b": 8, "liar": 48}
+    assert counts({"liar": 10**8}, 60) == {"liar": 60}
+
+
 def test_random_draws_differ_between_seeds_rounds_and_sites() -> None:
     rows = {"a": 100, "b": 100}
     spec = RunSpec(model="m", rounds=1)
@@ -188,6 +201,13 @@ def test_counts_under_noise_are_refused() -> None:
     chosen = select("fedhds", context({"a": 4}, None, noised), {"a": report("a", [(0, 0)], (4,))})
     assert not chosen.coresets
     assert "does not cover" in chosen.notes[0]
+
+
+def test_a_site_with_centroids_of_another_size_does_not_shut_the_others_out() -> None:
+    reports = {"a": report("a", [(1, 2, 3)], (4,)), "b": report("b", [(0, 0)], (4,)), "c": report("c", [(0, 1)], (4,))}
+    chosen = fedhds(reports)
+    assert set(chosen.coresets) == {"b", "c"}
+    assert "site a is left out" in chosen.notes[0]
 
 
 def test_no_reports_give_an_empty_selection() -> None:

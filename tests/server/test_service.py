@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fedhds.adapter import AdapterManifest, AdapterReader, Artifact, TensorSpec, write_adapter
-from fedhds.errors import AdapterError, ArtifactError, EnrolmentRefused, NameInUse, SessionLost, TaskError
+from fedhds.errors import AdapterError, ArtifactError, EnrolmentRefused, NameInUse, RequestError, SessionLost, TaskError
 from fedhds.runspec import RunSpec
 from fedhds.status import error_of
 from fedhds.v1 import federation_pb2 as pb
@@ -26,6 +26,7 @@ from fedhds_server.selection import STRATEGIES
 from fedhds_server.servicer import FederationServicer, OperationsServicer
 from fedhds_server.state import Phase, RunState
 from fedhds_server.store.sql import SqlStore
+from fedhds_server.wire import new_server
 
 MANIFEST = AdapterManifest((TensorSpec("q.lora_A.weight", (2, 4)), TensorSpec("q.lora_B.weight", (4, 2))), ("q",))
 FINGERPRINT = pb.ModelFingerprint(weights="w", config="c", tokenizer="t", template="p")
@@ -66,7 +67,7 @@ async def start(folder: Path, **fields: object) -> Host:
         strategy=STRATEGIES[state.spec.strategy],
         aggregator=AGGREGATORS["fedavg"],
     )
-    server = grpc.aio.server()
+    server = new_server()
     rpc.add_FederationServicer_to_server(FederationServicer(coordinator, artifacts), server)
     rpc.add_OperationsServicer_to_server(OperationsServicer(coordinator), server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -195,7 +196,9 @@ async def test_an_upload_resumes_and_repeats(host: Host) -> None:
         (np.nan, 10, 1.0, "not finite"),
         (0.5, 11, 1.0, "claims 11 samples"),
         (0.5, 0, 1.0, "claims 0 samples"),
-        (0.5, 10, np.inf, "loss is not finite"),
+        (0.5, 10, np.inf, "loss is inf"),
+        (0.5, 10, np.nan, "loss is nan"),
+        (0.5, 10, 1e308, "no model gives"),
     ],
 )
 async def test_a_bad_update_is_rejected_with_its_reason_and_the_round_goes_on(
@@ -231,7 +234,7 @@ async def test_results_of_closed_or_foreign_tasks(tmp_path: Path) -> None:
     await send(host, a, path.read_bytes(), artifact)
     assert isinstance(await refused(complete(host, b, task.task_id, artifact)), TaskError)
     wrong = pb.CompleteTaskRequest(session=a, task_id=task.task_id, evaluation=pb.EvaluationResult())
-    assert isinstance(await refused(host.federation.CompleteTask(wrong)), TaskError)
+    assert isinstance(await refused(host.federation.CompleteTask(wrong)), RequestError)
     assert (await complete(host, a, task.task_id, artifact)).accepted
     again = await complete(host, a, task.task_id, artifact)
     assert (again.accepted, again.reason) == (False, "the task is closed; its result came too late to count")

@@ -555,14 +555,15 @@ class OperationsServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Pause(self, request, context):
-        """Hands out no new task until the run is resumed; tasks that sites work on may still be delivered.
+        """Hands out no new task until the run is resumed; tasks that sites work on may still be delivered, and deadlines
+        stand still. Error: FAILED_PRECONDITION when the run is over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """Ends a pause.
+        """Ends a pause; nothing changes where there is none. Error: FAILED_PRECONDITION when the run is over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -577,7 +578,7 @@ class OperationsServicer(object):
 
     def Evict(self, request, context):
         """Excludes a site for good: its open task and its update of the open round are dropped, its session ends.
-        Error: NOT_FOUND when no such site ever enrolled.
+        Errors: NOT_FOUND when no such site ever enrolled, FAILED_PRECONDITION when the run is over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

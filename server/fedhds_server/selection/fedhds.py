@@ -36,11 +36,12 @@ class FedHds(InterClientSelection):
         keys: list[tuple[str, int]] = []
         points: list[list[float]] = []
         notes: list[str] = []
-        dimension = 0
+        # The commonest, so that no site can shut the others out by its own.
+        found_in = Counter(at.clusters.dimension for _, at in sorted(reports.items()) if at.clusters.centroids)
+        dimension = found_in.most_common(1)[0][0] if found_in else 0
         pools: dict[Pool, int] = {}
         for site in sorted(reports):
             clusters = reports[site].clusters
-            dimension = dimension or clusters.dimension
             fault = _fault(clusters, dimension, context.rows.get(site, 0), noised=context.spec.noised)
             if fault:
                 notes.append(f"site {site} is left out of the selection: {fault}")

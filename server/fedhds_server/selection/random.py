@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.selection.base import InterClientSelection, Report, Selection, SelectionContext
 
 
 class Random(InterClientSelection):
-    """How many rows each site gives is drawn as if the pool lay in one place (multivariate hypergeometric)."""
+    """How many rows each site gives is drawn as if the pool lay in one place (multivariate hypergeometric).
+
+    But no site gives more than its largest share of a round's weight: what that exceeds is drawn from the others.
+    """
 
     needs_reports = False
 
@@ -20,9 +25,8 @@ class Random(InterClientSelection):
         sites = sorted(context.rows)
         pool = sum(context.rows.values())
         rng = np.random.default_rng([context.seed, context.round])
-        counts = rng.multivariate_hypergeometric(
-            [context.rows[site] for site in sites], min(context.budget or 0, pool), method="marginals"
-        )
+        rows = np.array([context.rows[site] for site in sites], dtype=np.int64)
+        counts = _drawn(rng, rows, min(context.budget or 0, pool), largest=context.spec.max_weight_share)
         return Selection(
             {
                 site: pb.Coreset(random=pb.RandomRows(count=int(count), seed=_site_seed(context, site)))
@@ -30,6 +34,27 @@ class Random(InterClientSelection):
                 if count
             }
         )
+
+
+def _drawn(
+    rng: np.random.Generator, rows: npt.NDArray[np.int64], budget: int, *, largest: float
+) -> npt.NDArray[np.int64]:
+    """How many of its `rows` (n,) each site gives: none more than the share `largest` while others have rows left.
+
+    Beyond that share an update has no weight (aggregation.weights), and what a site declares nobody can check.
+    """
+    most = math.ceil(budget * max(largest, 1 / max(1, int((rows > 0).sum()))))
+    counts = np.zeros_like(rows)
+    free = rows > 0
+    while missing := budget - int(counts.sum()):
+        room = np.where(free, rows - counts, 0)
+        if not room.any():
+            # The others have given all that they hold.
+            return counts + rng.multivariate_hypergeometric(rows - counts, missing, method="marginals")
+        counts += rng.multivariate_hypergeometric(room, min(missing, int(room.sum())), method="marginals")
+        free &= counts < most
+        counts = np.minimum(counts, most)
+    return counts
 
 
 def _site_seed(context: SelectionContext, site: str) -> int:

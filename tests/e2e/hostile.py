@@ -1,0 +1,126 @@
+"""A site that means harm: it enrols like any other, over raw gRPC, and delivers whatever a test tells it to."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from fedhds.adapter import AdapterManifest, Artifact, FloatArray, TensorSpec, write_adapter
+from fedhds.v1 import federation_pb2 as pb
+from fedhds.v1 import federation_pb2_grpc as rpc
+from fedhds_server.state import RunState
+from fedhds_server.store.sql import SqlStore
+
+_CHUNK_SIZE = 1 << 20
+_PATIENCE_S = 120.0
+
+
+def state_of(run: Path) -> RunState:
+    """The state of a run as its coordinator saved it last, also while it runs."""
+    store = SqlStore.in_folder(run)
+    try:
+        state = store.load()
+    finally:
+        store.close()
+    assert state is not None
+    return state
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Returns once `condition` holds."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@dataclass(frozen=True)
+class Forgery:
+    """What the site delivers in every round: tensors of a manifest of its own making, and claims about them."""
+
+    tensor: Callable[[TensorSpec], FloatArray]
+    manifest: Callable[[AdapterManifest], AdapterManifest] = lambda honest: honest
+    samples: int = 8
+    loss: float = 1.0
+
+
+class Hostile:
+    """Works in a thread of the test's process until the run is over or it is shut out; `answers` says how it fared.
+
+    It takes fingerprint and manifest from the run's state, so a real site must have attested before.
+    """
+
+    def __init__(self, run: Path, folder: Path, name: str, forgery: Forgery, *, rows: int = 8) -> None:
+        self.answers: list[pb.CompleteTaskResponse] = []
+        self._folder = folder
+        self._name = name
+        self._forgery = forgery
+        self._channel = grpc.insecure_channel((run / "address").read_text().strip())
+        self._stub = rpc.FederationStub(self._channel)
+        until(lambda: bool(state_of(run).manifest))
+        self._manifest = state_of(run).adapter_manifest
+        self._fingerprint = pb.ModelFingerprint(**state_of(run).fingerprint)
+        self._session = self._stub.Enroll(pb.EnrollRequest(site=name, protocol_versions=[1])).session
+        self.attest(rows)
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name=name)
+        self._thread.start()
+
+    def attest(self, rows: int) -> None:
+        """Declares so many rows, truly or not."""
+        self._stub.Attest(
+            pb.AttestRequest(
+                session=self._session, fingerprint=self._fingerprint, manifest=self._manifest.to_proto(), rows=rows
+            )
+        )
+
+    def finish(self) -> None:
+        """Waits for its end; raises what went wrong with it."""
+        self._thread.join(_PATIENCE_S)
+        assert not self._thread.is_alive()
+        self._channel.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _work(self) -> None:
+        try:
+            while not self._next():
+                pass
+        except BaseException as failure:  # noqa: BLE001 - raised in the test's own thread
+            self._failure = failure
+
+    def _next(self) -> bool:
+        """Does one task; whether the run is over."""
+        task = self._stub.NextTask(pb.NextTaskRequest(session=self._session, wait_s=2))
+        done = pb.CompleteTaskRequest(session=self._session, task_id=task.task_id)
+        match task.WhichOneof("task"):
+            case "train":
+                artifact = self._upload(task.round)
+                forgery = self._forgery
+                done.train.CopyFrom(
+                    pb.TrainResult(update=artifact.to_proto(), samples=forgery.samples, loss=forgery.loss)
+                )
+                self.answers.append(self._stub.CompleteTask(done))
+            case "done":
+                done.delivered.CopyFrom(pb.Delivered())
+                self._stub.CompleteTask(done)
+                return True
+        return False
+
+    def _upload(self, number: int) -> Artifact:
+        path = self._folder / f"{self._name}-{number}.safetensors"
+        manifest = self._forgery.manifest(self._manifest)
+        artifact = write_adapter(path, manifest, self._forgery.tensor, "float32")
+        self._stub.Upload(self._parts(path, artifact))
+        return artifact
+
+    def _parts(self, path: Path, artifact: Artifact) -> Iterator[pb.UploadRequest]:
+        yield pb.UploadRequest(header=pb.UploadHeader(session=self._session, artifact=artifact.to_proto()))
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_SIZE):
+                yield pb.UploadRequest(chunk=chunk)

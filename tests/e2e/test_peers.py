@@ -1,0 +1,377 @@
+"""What breaks the systems that a user would pick instead: here the round goes on, and only who is at fault is left out.
+
+Every test has its mirror: the healthy sites end well, and their adapter is byte for byte what they give alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from fedhds.adapter import AdapterManifest, AdapterReader, TensorSpec
+from fedhds.security.identity import Role
+from fedhds.security.pki import init_authority, issue
+from fedhds_server.state import Phase
+from tests.e2e.federation import Daemon, Federation
+from tests.e2e.hostile import Forgery, Hostile, state_of, until
+from tests.e2e.test_faults import free_port
+from tests.tiny import write_rows
+
+pytestmark = pytest.mark.e2e
+
+FLAGS = ("--strategy=full", "--evaluate-every=0")
+CANARY = "patient-4711-is-HIV-positive"
+
+# In a site's process, by way of sitecustomize: training waits for the file GATE, and can be stopped meanwhile.
+WAITING = """
+import time
+from pathlib import Path
+import fedhds_client.training as training
+
+honest = training.train
+
+def train(*arguments, cancelled, **options):
+    while not Path({gate!r}).exists():
+        if cancelled():
+            raise training.Cancelled("training was stopped")
+        time.sleep(0.05)
+    return honest(*arguments, cancelled=cancelled, **options)
+
+training.train = train
+"""
+
+CRASHING = f"""
+import torch
+import fedhds_client.training as training
+
+tries = 0
+
+def step(*_):
+    global tries
+    tries += 1
+    raise torch.OutOfMemoryError("{CANARY}") if tries == 1 else RuntimeError("{CANARY}")
+
+training._step = step
+"""
+
+# The ninth chunk of 256 KiB is never sent: the process hangs in mid-upload.
+HANGING_UPLOAD = """
+import time
+import fedhds_client.link as link
+
+class Messages:
+    sent = 0
+
+    def __init__(self, honest):
+        self.honest = honest
+
+    def __getattr__(self, name):
+        return getattr(self.honest, name)
+
+    def UploadRequest(self, **fields):
+        self.sent += "chunk" in fields
+        if self.sent > 8:
+            time.sleep(3600)
+        return self.honest.UploadRequest(**fields)
+
+link.CHUNK_SIZE = 1 << 18
+link.pb = Messages(link.pb)
+"""
+
+
+@contextmanager
+def sabotaged(federation: Federation, code: str) -> Iterator[None]:
+    """Sites that are started within run `code` first."""
+    folder = federation.folder / "sabotage"
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(code)
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    federation.environment = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    yield
+    federation.environment = {}
+
+
+def shard(folder: Path, name: str) -> Path:
+    return write_rows(folder / f"{name}.jsonl", {name: 8})
+
+
+def healthy(federation: Federation, run: str = "run", names: str = "ab") -> list[Daemon]:
+    """The sites that do as they should."""
+    address = federation.address(run)
+    return [federation.client(name, f"--data={shard(federation.folder, name)}", server=address) for name in names]
+
+
+def adapter_of(federation: Federation, run: str = "run") -> bytes:
+    return (federation.folder / run / "checkpoint" / "adapter_model.safetensors").read_bytes()
+
+
+def report_of(federation: Federation, run: str = "run") -> dict[str, list[dict[str, object]]]:
+    report: dict[str, list[dict[str, object]]] = json.loads((federation.folder / run / "report.json").read_text())
+    return report
+
+
+def received(federation: Federation, name: str) -> int:
+    """Payload bytes that a site has sent."""
+    (site,) = [site for site in report_of(federation)["sites"] if site["site"] == name]
+    return int(str(site["bytes_received"]))
+
+
+Alone = Callable[..., bytes]
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Alone:
+    """The adapter that the healthy sites a and b alone give, for the flags of a run."""
+    known: dict[tuple[str, ...], bytes] = {}
+
+    def give(*flags: str) -> bytes:
+        if flags not in known:
+            federation = Federation(tmp_path_factory.mktemp("alone"), model)
+            try:
+                server = federation.server(*FLAGS, *flags)
+                sites = healthy(federation)
+                assert server.wait() == 0, server.text
+                assert [site.wait() for site in sites] == [0, 0]
+            finally:
+                federation.stop()
+            known[flags] = adapter_of(federation)
+        return known[flags]
+
+    return give
+
+
+def all_end_well(server: Daemon, sites: list[Daemon]) -> None:
+    assert server.wait() == 0, server.text
+    assert [site.wait() for site in sites] == [0] * len(sites), "\n".join(site.text for site in sites)
+    assert "Traceback" not in server.text
+
+
+def test_a_coordinator_that_is_killed_goes_on_with_the_same_round_and_keeps_what_had_arrived(
+    federation: Federation, alone: Alone
+) -> None:
+    listen, gate, run = f"127.0.0.1:{free_port()}", federation.folder / "gate", federation.folder / "run"
+    flags = (*FLAGS, "--rounds=3", "--quorum=2")
+    server = federation.server(*flags, listen=listen)
+    (a,) = healthy(federation, names="a")
+    with sabotaged(federation, WAITING.format(gate=str(gate))):
+        (b,) = healthy(federation, names="b")
+    until(lambda: set(state_of(run).updates) == {"a"})
+    update = state_of(run).updates["a"].artifact
+    server.kill()
+    server = federation.server(*flags, listen=listen)
+    assert "going on with run" in server.text
+    state = state_of(run)
+    assert (state.phase, state.round, set(state.updates)) == (Phase.TRAINING, 1, {"a"})
+    assert (run / "artifacts" / update.digest).stat().st_size == update.size
+    gate.touch()
+    all_end_well(server, [a, b])
+    assert adapter_of(federation) == alone("--rounds=3")
+    # One upload for each of three rounds, and calls that are small beside it.
+    assert 3 * update.size < received(federation, "a") < 3.7 * update.size
+    assert a.text.count("round 1 trains on") == b.text.count("round 1 trains on") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--quorum=2", "--patience=3"), "site c is lost"),
+        (("--quorum=2", "--deadline=3", "--patience=8"), "the deadline of 3 s is reached"),
+    ],
+    ids=["quorum", "deadline"],
+)
+def test_a_round_closes_without_a_site_that_is_killed(
+    federation: Federation, alone: Alone, flags: tuple[str, ...], words: str
+) -> None:
+    server = federation.server(*FLAGS, "--rounds=3", "--min-sites=3", *flags)
+    sites = healthy(federation)
+    with sabotaged(federation, WAITING.format(gate="/nowhere")):
+        killed = federation.client("c", f"--data={shard(federation.folder, 'c')}")
+    server.wait_for("round 1 of 3 opens with a, b, c")
+    killed.kill()
+    all_end_well(server, sites)
+    assert server.text.index(words) < server.text.index("round 1 closed with 2 updates")
+    assert [closed["contributors"] for closed in report_of(federation)["closed_rounds"]] == 3 * [["a", "b"]]
+    assert adapter_of(federation) == alone("--rounds=3")
+
+
+def test_a_site_that_starts_again_takes_over_at_once_and_another_key_is_refused(
+    federation: Federation, alone: Alone
+) -> None:
+    folder = federation.folder
+    federation.tls = folder / "certs"
+    init_authority(federation.tls)
+    issue(federation.tls, "coordinator", role=Role.COORDINATOR, hosts=("127.0.0.1",))
+    for name in "ab":
+        issue(federation.tls, name, role=Role.SITE)
+    issue(federation.tls, "b", role=Role.SITE, out=folder / "thief")
+    server = federation.server(*FLAGS, "--rounds=3", "--quorum=2", "--patience=30")
+    (a,) = healthy(federation, names="a")
+    with sabotaged(federation, WAITING.format(gate="/nowhere")):
+        (first,) = healthy(federation, names="b")
+    server.wait_for("round 1 of 3 opens with a, b")
+    thief = federation.client(
+        "b",
+        f"--data={folder / 'b.jsonl'}",
+        f"--state={folder / 'thief-state'}",
+        f"--tls-cert={folder / 'thief' / 'b.crt'}",
+        f"--tls-key={folder / 'thief' / 'b.key'}",
+    )
+    assert thief.wait() == 1
+    assert "another key" in thief.text
+    assert first.process.poll() is None
+    successor = federation.client("b", f"--data={folder / 'b.jsonl'}", f"--state={folder / 'elsewhere'}")
+    assert first.wait() == 1
+    assert "taken over" in first.text
+    all_end_well(server, [a, successor])
+    # It had the open task, and nobody waited for the one that hung.
+    assert "round 1 trains on 8 of 8 rows" in successor.text
+    assert "is lost" not in server.text
+    assert adapter_of(federation) == alone("--rounds=3")
+
+
+def test_without_tls_a_name_in_use_is_refused_and_the_first_lives_on(federation: Federation) -> None:
+    federation.server("--rounds=1", "--min-sites=2")
+    (first,) = healthy(federation, names="a")
+    first.wait_for("waiting for 1 more site")
+    second = federation.client(
+        "a", f"--data={federation.folder / 'a.jsonl'}", f"--state={federation.folder / 'elsewhere'}"
+    )
+    assert second.wait() == 1
+    assert "another process is enrolled as 'a'" in second.text
+    assert first.process.poll() is None
+
+
+def test_a_site_that_is_killed_in_its_upload_goes_on_with_it_when_it_is_started_again(
+    federation: Federation, alone: Alone
+) -> None:
+    artifacts = federation.folder / "run" / "artifacts"
+    server = federation.server(*FLAGS, "--rounds=1", "--lora-rank=1024", "--quorum=2")
+    (a,) = healthy(federation, names="a")
+    with sabotaged(federation, HANGING_UPLOAD):
+        (killed,) = healthy(federation, names="b")
+    until(lambda: "round 1 trained" in killed.text and any(part.stat().st_size for part in artifacts.glob("*.part")))
+    until(lambda: set(state_of(federation.folder / "run").updates) == {"a"})
+    killed.kill()
+    (again,) = healthy(federation, names="b")
+    all_end_well(server, [a, again])
+    assert "the update of round 1 is already here" in again.text
+    # All that b sent is its adapter once, and some calls.
+    size = len(adapter_of(federation))
+    assert size > 4_000_000
+    assert received(federation, "b") < size + 2**18
+    assert adapter_of(federation) == alone("--rounds=1", "--lora-rank=1024")
+
+
+def test_a_site_that_crashes_in_training_says_so_without_the_librarys_words_and_the_round_goes_on(
+    federation: Federation, alone: Alone
+) -> None:
+    server = federation.server(*FLAGS, "--rounds=3", "--min-sites=3")
+    sites = healthy(federation)
+    with sabotaged(federation, CRASHING):
+        crashing = federation.client("c", f"--data={shard(federation.folder, 'c')}")
+    all_end_well(server, [*sites, crashing])
+    assert "site c failed its train task: TaskError: the device ran out of memory in training" in server.text
+    assert server.text.count("site c failed its train task: RuntimeError: the site's log has the details") == 2
+    assert CANARY in crashing.text
+    assert CANARY not in server.text
+    for file in (federation.folder / "run").rglob("*"):
+        assert not file.is_file() or CANARY.encode() not in file.read_bytes()
+    (site,) = [site for site in report_of(federation)["sites"] if site["site"] == "c"]
+    assert (site["rejections"], site["last_error"]) == (0, "RuntimeError: the site's log has the details")
+    assert adapter_of(federation) == alone("--rounds=3")
+
+
+def ones(spec: TensorSpec) -> np.ndarray:
+    return np.ones(spec.shape, dtype=np.float32)
+
+
+def not_numbers(spec: TensorSpec) -> np.ndarray:
+    return np.full(spec.shape, np.nan, dtype=np.float32)
+
+
+def wider(manifest: AdapterManifest) -> AdapterManifest:
+    first, *others = manifest.tensors
+    return replace(manifest, tensors=(TensorSpec(first.name, (first.shape[0] + 1, first.shape[1])), *others))
+
+
+@pytest.mark.parametrize(
+    ("forgery", "words"),
+    [
+        (Forgery(ones, manifest=wider), "the update is rejected: base_model.model"),
+        (Forgery(not_numbers), "holds values that are not finite"),
+        (Forgery(ones, samples=2**63), "claims 9223372036854775808 samples, the site was to train on 8 rows at most"),
+        (Forgery(ones, loss=1e308), "the training loss is 1e+308"),
+    ],
+    ids=["wrong shape", "NaN", "samples", "loss"],
+)
+def test_an_update_that_cannot_be_right_is_rejected_and_its_site_shut_out_in_the_end(
+    federation: Federation, alone: Alone, forgery: Forgery, words: str
+) -> None:
+    server = federation.server(*FLAGS, "--rounds=3", "--min-sites=3")
+    sites = healthy(federation)
+    hostile = Hostile(federation.folder / "run", federation.folder, "z", forgery)
+    all_end_well(server, sites)
+    hostile.finish()
+    assert [answer.accepted for answer in hostile.answers] == [False] * 3
+    assert all(words in answer.reason for answer in hostile.answers)
+    assert server.text.count("site z failed its train task") == 2
+    assert "site z is quarantined after 3 rejected results" in server.text
+    assert [closed["contributors"] for closed in report_of(federation)["closed_rounds"]] == 3 * [["a", "b"]]
+    assert adapter_of(federation) == alone("--rounds=3")
+
+
+def test_whoever_declares_more_rows_than_there_can_be_is_refused(federation: Federation, alone: Alone) -> None:
+    server = federation.server(*FLAGS, "--rounds=3", "--min-sites=2")
+    (a,) = healthy(federation, names="a")
+    with pytest.raises(grpc.RpcError) as caught:
+        Hostile(federation.folder / "run", federation.folder, "z", Forgery(ones), rows=10**12)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "declares 1000000000000 rows" in caught.value.details()
+    (b,) = healthy(federation, names="b")
+    all_end_well(server, [a, b])
+    assert adapter_of(federation) == alone("--rounds=3")
+
+
+def test_a_site_with_a_hundred_million_rows_has_its_largest_share_and_no_more(
+    federation: Federation, alone: Alone
+) -> None:
+    many = 10**8
+    run = federation.folder / "run"
+    server = federation.server(*FLAGS, "--rounds=1", "--min-sites=3", "--max-weight-share=0.4")
+    sites = healthy(federation)
+    hostile = Hostile(run, federation.folder, "z", Forgery(ones, samples=many), rows=many)
+    all_end_well(server, sites)
+    hostile.finish()
+    assert hostile.answers[0].accepted
+    manifest = state_of(run).adapter_manifest
+    expected = federation.folder / "alone.safetensors"
+    expected.write_bytes(alone("--rounds=1"))
+    path = run / "checkpoint" / "adapter_model.safetensors"
+    with AdapterReader(path, manifest) as found, AdapterReader(expected, manifest) as honest:
+        for spec in manifest.tensors:
+            np.testing.assert_allclose(found.tensor(spec), 0.6 * honest.tensor(spec) + 0.4, rtol=1e-6)
+
+
+def test_bytes_that_are_no_message_are_refused_and_change_nothing(federation: Federation, alone: Alone) -> None:
+    server = federation.server(*FLAGS, "--rounds=3")
+    (a,) = healthy(federation, names="a")
+    with grpc.insecure_channel(federation.address()) as channel:
+        for method in ("Federation/Enroll", "Federation/NextTask", "Federation/CompleteTask", "Operations/Stop"):
+            with pytest.raises(grpc.RpcError) as caught:
+                channel.unary_unary(f"/fedhds.v1.{method}")(b"\xff\xfe\xfd", timeout=30)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert caught.value.details() == "the bytes of a request are no message of this method"
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.stream_unary("/fedhds.v1.Federation/Upload")(iter([b"\xff\xfe\xfd"]), timeout=30)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    (b,) = healthy(federation, names="b")
+    all_end_well(server, [a, b])
+    assert adapter_of(federation) == alone("--rounds=3")

@@ -1,0 +1,375 @@
+"""Whatever a peer sends to whatever method, it gets a fitting status, and the run stays whole for everybody else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from fedhds.adapter import AdapterManifest, AdapterReader, Artifact, TensorSpec, write_adapter
+from fedhds.v1 import federation_pb2 as pb
+from fedhds_server import wire
+from fedhds_server.state import RunState
+from fedhds_server.store.sql import SqlStore
+from tests.server.test_service import FINGERPRINT, MANIFEST, Host, enrol, send, start, task_of
+
+METHODS = {
+    f"/{service.full_name}/{method.name}": method
+    for service in pb.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
+FITTING = {
+    grpc.StatusCode.OK,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+# What only the inside of the coordinator or a library says.
+INTERNALS = ("Traceback", "<class", "Error(", ".py", "google.", "sqlalchemy", "sqlite", "numpy", "pydantic", "Errno")
+# Every example has a server of its own: to shrink one would take longer than a test may.
+PATIENT = settings(
+    max_examples=10,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+ROWS = 10
+
+Known = dict[str, list[Any]]
+"""Values that a peer may know, by name of the field or full name of the message that they fit."""
+
+
+def values(field: FieldDescriptor, known: Known) -> st.SearchStrategy[Any]:
+    """Any value of a field, one that the coordinator knows about as often as not."""
+    match field.cpp_type:
+        case FieldDescriptor.CPPTYPE_MESSAGE:
+            value = messages(field.message_type.full_name, known)
+        case FieldDescriptor.CPPTYPE_STRING if field.type == FieldDescriptor.TYPE_BYTES:
+            value = st.binary(max_size=100)
+        case FieldDescriptor.CPPTYPE_STRING:
+            value = st.text(max_size=30) | st.text("\0/.\n", max_size=300) | st.just("x" * 100_000)
+        case FieldDescriptor.CPPTYPE_DOUBLE:
+            value = st.floats()
+        case FieldDescriptor.CPPTYPE_FLOAT:
+            value = st.floats(width=32)
+        case FieldDescriptor.CPPTYPE_BOOL:
+            value = st.booleans()
+        case FieldDescriptor.CPPTYPE_INT32 | FieldDescriptor.CPPTYPE_INT64 as kind:
+            value = _integers(signed=True, bits=32 if kind == FieldDescriptor.CPPTYPE_INT32 else 64)
+        case FieldDescriptor.CPPTYPE_UINT32 | FieldDescriptor.CPPTYPE_UINT64 as kind:
+            value = _integers(signed=False, bits=32 if kind == FieldDescriptor.CPPTYPE_UINT32 else 64)
+        case kind:
+            raise AssertionError(f"no strategy for fields of type {kind}; add one")
+    if field.name in known:
+        value = st.sampled_from(known[field.name]) | value
+    return value
+
+
+def _integers(*, signed: bool, bits: int) -> st.SearchStrategy[int]:
+    least, most = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
+    return st.integers(0, 3) | st.sampled_from([least, most, most // 2, 1 << 20]) | st.integers(least, most)
+
+
+@st.composite
+def messages(draw: st.DrawFn, full_name: str, known: Known) -> Message:
+    """Any message of a type: every field set or not, of oneofs any or none, with unknown fields now and then."""
+    if full_name in known and draw(st.booleans()):
+        return draw(st.sampled_from(known[full_name]))  # type: ignore[no-any-return]
+    descriptor = pb.DESCRIPTOR.pool.FindMessageTypeByName(full_name)
+    message = GetMessageClass(descriptor)()
+    for field in draw(st.permutations(list(descriptor.fields))):
+        if draw(st.booleans()):
+            _set(draw, message, field, known)
+    if draw(st.booleans()):
+        # Field 99 with a varint: what a newer version may send.
+        message.MergeFromString(b"\x98\x06\x01")
+    return message
+
+
+def _set(draw: st.DrawFn, message: Message, field: FieldDescriptor, known: Known) -> None:
+    """Gives a field any value."""
+    message.ClearField(field.name)
+    of_messages = field.cpp_type == FieldDescriptor.CPPTYPE_MESSAGE
+    if field.is_repeated:
+        getattr(message, field.name).extend(draw(st.lists(values(field, known), max_size=4)))
+    elif of_messages:
+        getattr(message, field.name).CopyFrom(draw(values(field, known)))
+    else:
+        setattr(message, field.name, draw(values(field, known)))
+
+
+@st.composite
+def distorted(draw: st.DrawFn, message: Message, known: Known) -> Message:
+    """A message in which one field, at any depth, has another value."""
+    copy = type(message)()
+    copy.CopyFrom(message)
+    part: Message = copy
+    while part.DESCRIPTOR.fields:
+        field = draw(st.sampled_from(list(part.DESCRIPTOR.fields)))
+        inside = field.cpp_type == FieldDescriptor.CPPTYPE_MESSAGE
+        held = getattr(part, field.name)
+        present = len(held) if field.is_repeated else inside and part.HasField(field.name)
+        if not inside or not present or not draw(st.booleans()):
+            _set(draw, part, field, known)
+            return copy
+        part = held[draw(st.integers(0, len(held) - 1))] if field.is_repeated else held
+    return copy
+
+
+async def call(host: Host, method: str, *payloads: bytes) -> tuple[grpc.StatusCode, list[bytes]]:
+    """Sends bytes as the messages of one call and half-closes; asserts that the status is a fitting one."""
+
+    async def requests() -> AsyncIterator[bytes]:
+        for payload in payloads:
+            yield payload
+
+    try:
+        if METHODS[method].server_streaming:
+            answers = [answer async for answer in host.channel.stream_stream(method)(requests(), timeout=20)]
+        else:
+            answers = [await host.channel.stream_unary(method)(requests(), timeout=20)]
+    except grpc.aio.AioRpcError as error:
+        if host.work.done():
+            host.work.result()
+        details = error.details() or ""
+        assert error.code() in FITTING, f"{method} answers {error.code()}: {details}"
+        assert details
+        assert not [words for words in INTERNALS if words in details], details
+        return error.code(), []
+    return grpc.StatusCode.OK, answers
+
+
+@contextlib.asynccontextmanager
+async def hosted(**fields: object) -> AsyncIterator[Host]:
+    """A coordinator that must be whole afterwards, and whose run another coordinator can go on with."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        host = await start(Path(folder), **fields)
+        try:
+            yield host
+            if host.work.done():
+                host.work.result()
+            await host.operations.GetStatus(pb.GetStatusRequest(), timeout=20)
+            # Everything that was posted before is saved with this.
+            if not host.work.done():
+                await host.coordinator.post(lambda _: None)
+            saved = SqlStore.in_folder(host.folder).load()
+            assert saved is not None
+            assert comparable(saved) == comparable(host.coordinator.state)
+        finally:
+            await host.stop()
+        again = await start(Path(folder))
+        try:
+            await again.operations.GetStatus(pb.GetStatusRequest(), timeout=20)
+            assert not again.work.done() or again.coordinator.state.phase.over
+        finally:
+            await again.stop()
+
+
+def comparable(state: RunState) -> dict[str, Any]:
+    """The state without its traffic counters, which are saved with the next event."""
+    content = state.model_dump()
+    for site in content["sites"].values():
+        del site["bytes_received"]
+    return content
+
+
+async def prepared(host: Host) -> Known:
+    """Two sites with open tasks, one that has not attested, and uploads that fit the run, do not, or are incomplete."""
+    sessions = [await enrol(host, name, rows=ROWS, evaluates=True) for name in "ab"]
+    third = await host.federation.Enroll(pb.EnrollRequest(site="c", protocol_versions=[1]))
+    tasks = [(await task_of(host, session)).task_id for session in sessions]
+    uploads = [upload(host, MANIFEST, 0.5), upload(host, MANIFEST, np.nan), upload(host, OTHER, 0.5)]
+    for path, artifact in uploads:
+        await send(host, sessions[0], path.read_bytes(), artifact)
+    half, whole = upload(host, MANIFEST, 0.25)
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        await send(host, sessions[0], half.read_bytes()[:100], whole)
+    artifacts = [artifact for _, artifact in uploads] + [whole, *host.coordinator.state.adapters.values()]
+    return {
+        "session": [*sessions, third.session],
+        "previous_session": [*sessions, third.session],
+        "site": ["a", "b", "c"],
+        "task_id": [*tasks, "done", "evaluate/0/a", "train/1/a"],
+        "size": [artifact.size for artifact in artifacts],
+        "digest": [artifact.digest for artifact in artifacts],
+        "fedhds.v1.ArtifactRef": [artifact.to_proto() for artifact in artifacts],
+        "fedhds.v1.ModelFingerprint": [FINGERPRINT],
+        "fedhds.v1.AdapterManifest": [MANIFEST.to_proto()],
+        "protocol_versions": [1],
+    }
+
+
+OTHER = AdapterManifest((TensorSpec("q.lora_A.weight", (3, 4)), MANIFEST.tensors[1]), ("q",))
+
+
+def upload(host: Host, manifest: AdapterManifest, value: float) -> tuple[Path, Artifact]:
+    path = host.folder / f"{value}-{manifest.tensors[0].shape[0]}"
+    return path, write_adapter(path, manifest, lambda tensor: np.full(tensor.shape, value, np.float32), "float32")
+
+
+FULL = {"strategy": "full", "min_sites": 2}
+RANDOM = {"strategy": "random", "min_sites": 1, "budget": "5", "rounds": 2, "schedule": "per-round"}
+ALIGNED = {"strategy": "fedhds-aligned", "min_sites": 2, "feature_dimension": 2, "budget": "3"}
+CLUSTERS = {"strategy": "fedhds", "min_sites": 2}
+CELLS = {"strategy": "global", "min_sites": 2, "feature_dimension": 2, "budget": "2", "lloyd_passes": 1}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@PATIENT
+@given(data=st.data())
+async def test_any_message(method: str, data: st.DataObject) -> None:
+    fields = data.draw(st.sampled_from([FULL, CLUSTERS, CELLS]))
+    async with hosted(**fields) as host:
+        known = await prepared(host)
+        request = messages(METHODS[method].input_type.full_name, known)
+        for _ in range(data.draw(st.integers(1, 4))):
+            drawn = data.draw(st.lists(request, min_size=1, max_size=4 if METHODS[method].client_streaming else 1))
+            await call(host, method, *(message.SerializeToString() for message in drawn))
+
+
+@pytest.mark.parametrize("fields", [FULL, RANDOM, CLUSTERS, ALIGNED, CELLS], ids=lambda fields: str(fields["strategy"]))
+@PATIENT
+@given(data=st.data())
+async def test_a_run_with_a_site_whose_every_message_is_wrong(fields: dict[str, object], data: st.DataObject) -> None:
+    """The run comes to its end, and what it ends with is finite."""
+    async with hosted(**fields | {"min_sites": 1}) as host:
+        sessions = {"b": await enrol(host, "b", rows=ROWS, evaluates=True)}
+        enrolled = await host.federation.Enroll(pb.EnrollRequest(site="a", protocol_versions=[1]))
+        sessions["a"] = enrolled.session
+        path, artifact = upload(host, MANIFEST, 0.5)
+        known = {"fedhds.v1.ArtifactRef": [artifact.to_proto()]}
+
+        async def say(method: str, message: Message) -> grpc.StatusCode:
+            wrong = data.draw(distorted(message, known))
+            if "session" in message.DESCRIPTOR.fields_by_name:
+                wrong.session = sessions["a"]  # type: ignore[attr-defined]
+            return (await call(host, f"/fedhds.v1.Federation/{method}", wrong.SerializeToString()))[0]
+
+        attestation = pb.AttestRequest(
+            session=sessions["a"], fingerprint=FINGERPRINT, manifest=MANIFEST.to_proto(), rows=ROWS, evaluates=True
+        )
+        while await say("Attest", attestation) is not grpc.StatusCode.OK:
+            sessions["a"] = (await host.federation.Enroll(_again(sessions["a"]))).session
+            attestation.session = sessions["a"]
+        deadline = time.monotonic() + 20
+        while not (state := host.coordinator.state).phase.over:
+            assert time.monotonic() < deadline, state
+            for site in "ba":
+                request = pb.NextTaskRequest(session=sessions[site], wait_s=0.02)
+                task = await host.federation.NextTask(request)
+                if task.WhichOneof("task") in ("wait", "done"):
+                    continue
+                if task.HasField("train"):
+                    await send(host, sessions[site], path.read_bytes(), artifact)
+                answer = result(host, site, task, artifact)
+                answer.session = sessions[site]
+                if site == "b":
+                    await host.federation.CompleteTask(answer)
+                elif await say("CompleteTask", answer) is not grpc.StatusCode.OK:
+                    await say("FailTask", pb.FailTaskRequest(session=sessions["a"], task_id=task.task_id, kind="E"))
+                    failure = pb.FailTaskRequest(session=sessions["a"], task_id=task.task_id, kind="E")
+                    await host.federation.FailTask(failure)
+            assert not host.work.done() or host.coordinator.state.phase.over, host.work
+        with AdapterReader(host.artifacts.path(state.adapters[max(state.adapters)]), MANIFEST) as reader:
+            assert all(np.isfinite(reader.tensor(tensor)).all() for tensor in MANIFEST.tensors)
+
+
+def _again(session: str) -> pb.EnrollRequest:
+    return pb.EnrollRequest(site="a", protocol_versions=[1], previous_session=session)
+
+
+def result(host: Host, site: str, task: pb.NextTaskResponse, artifact: Artifact) -> pb.CompleteTaskRequest:
+    """A right answer to any task."""
+    message = pb.CompleteTaskRequest(task_id=task.task_id)
+    rows = host.coordinator.state.sites[site].rows
+    match task.WhichOneof("task"):
+        case "train":
+            message.train.CopyFrom(pb.TrainResult(update=artifact.to_proto(), samples=min(rows, ROWS), loss=1.0))
+        case "evaluate":
+            message.evaluation.CopyFrom(pb.EvaluationResult(rows=4, tokens=9, loss_sum=3.0, rouge_l_sum=2.0))
+        case "select" if host.coordinator.state.spec.strategy == "global":
+            cell = pb.Cell(count=rows, sums=[1 << 31, 1 << 30])
+            if task.select.centres.last:
+                cell.nearest = 0.5
+            message.cells.CopyFrom(pb.CellReport(dimension=2, cells=[cell]))
+        case "select":
+            centroids = [pb.Centroid(cluster=number, values=[number, 1.0], size=1) for number in (0, 1)]
+            message.clusters.CopyFrom(pb.ClusterReport(dimension=2, centroids=centroids, unclustered=rows - 2))
+    return message
+
+
+@pytest.mark.parametrize("method", METHODS)
+@PATIENT
+@given(data=st.data())
+async def test_any_bytes(method: str, data: st.DataObject) -> None:
+    """Noise, and messages that are cut short or have a byte changed."""
+    async with hosted(**FULL) as host:
+        known = await prepared(host)
+        for _ in range(5):
+            message = data.draw(messages(METHODS[method].input_type.full_name, known)).SerializeToString()
+            where = data.draw(st.integers(0, len(message)))
+            other = data.draw(st.binary(min_size=1, max_size=3))
+            payload = data.draw(
+                st.sampled_from([message[:where], message[:where] + other + message[where + len(other) :]])
+                | st.binary(max_size=200)
+            )
+            await call(host, method, payload)
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_calls_that_carry_nothing_or_too_much(method: str) -> None:
+    async with hosted(**FULL) as host:
+        await prepared(host)
+        takes_nothing = method.rpartition("/")[2] in ("GetStatus", "Resume")
+        assert (await call(host, method))[0] is grpc.StatusCode.INVALID_ARGUMENT
+        assert (await call(host, method, b"\xff\xff"))[0] is grpc.StatusCode.INVALID_ARGUMENT
+        # Field 99, bytes: an unknown one is skipped, were it not for the length.
+        large = b"\x9a\x06" + b"\x80\x80\x80\x10" + bytes(32 << 20)
+        assert (await call(host, method, large))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+        empty, _ = await call(host, method, b"")
+        assert (empty is grpc.StatusCode.OK) == takes_nothing
+
+
+async def test_a_method_or_service_that_is_none(tmp_path: Path) -> None:
+    host = await start(tmp_path)
+    for name in ("/fedhds.v1.Federation/Nothing", "/nothing/Enroll"):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await host.channel.unary_unary(name)(b"")
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    await host.stop()
+
+
+async def test_health_and_reflection_answer_malformed_requests_too() -> None:
+    server = wire.new_server()
+    health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
+    reflection.enable_server_reflection([reflection.SERVICE_NAME], server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for name in ("/grpc.health.v1.Health/Check", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                _ = [answer async for answer in channel.unary_stream(name)(b"\xff")]
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="none"))
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        watch.cancel()
+    await server.stop(None)
