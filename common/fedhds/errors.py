@@ -15,6 +15,7 @@ FedhdsError
 ├── SessionLost             the session is unknown, superseded or expired; enrol again
 ├── TaskError               a request about a task that is not this site's, or no longer wanted
 ├── PrivacyError            a release that the site's own privacy policy forbids
+├── NotLeading              another coordinator leads the run
 ├── CoordinatorUnreachable  no answer from the coordinator for longer than the patience
 └── StorageError            the run folder or the state database cannot be read or written
 """
@@ -93,6 +94,10 @@ class TaskError(FedhdsError):
 
 class PrivacyError(FedhdsError):
     """A task asks for a release that the site's own privacy policy forbids."""
+
+
+class NotLeading(FedhdsError):
+    """This coordinator does not lead the run (any more): it answers no calls about it and cannot save its state."""
 
 
 class CoordinatorUnreachable(FedhdsError):

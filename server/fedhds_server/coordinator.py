@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from google.protobuf import json_format
 
 from fedhds import adapter as adapters
 from fedhds.adapter import Artifact
-from fedhds.errors import Evicted, FedhdsError, SessionLost, StorageError
+from fedhds.errors import Evicted, FedhdsError, NotLeading, SessionLost, StorageError
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.aggregation.base import Aggregator, Update
 from fedhds_server.aggregation.weights import bounded_shares
@@ -63,7 +64,7 @@ _STOPPING = "the coordinator is stopping; try again when it is back"
 
 
 class Coordinator:
-    """Runs one `RunState` over a store and an artifact folder.
+    """Runs one `RunState` over a store, whose lease is held, and an artifact folder.
 
     `post` returns when the event's effect is durable. Events that arrive together share one transaction.
     """
@@ -92,6 +93,8 @@ class Coordinator:
         self._settled = asyncio.Event()
         self._applying = asyncio.Lock()
         self._stopped = False
+        # Of a former leader, a thread may still be folding into the same folder.
+        self._scratch = secrets.token_hex(4)
         # A run that is started again when it is over is there for whoever has not got the adapter.
         self._started_over = state.phase.over
         self._over_since: float | None = None
@@ -119,7 +122,10 @@ class Coordinator:
         return self._folder / "checkpoint"
 
     async def run(self) -> None:
-        """Works until the run is over and every live site has the final adapter, or until cancelled."""
+        """Works until the run is over and every live site has the final adapter, or until cancelled.
+
+        Raises NotLeading when another coordinator has taken the lease.
+        """
         for instruction in self._machine.pending():
             self._work.put_nowait(instruction)
         self._settle()
@@ -140,6 +146,8 @@ class Coordinator:
             self._stopped = True
             while not self._inbox.empty():
                 _fail(self._inbox.get_nowait()[1], StorageError(_STOPPING))
+            for event in self._waiting.values():
+                event.set()
 
     async def post(self, decision: Decision | Event) -> None:
         """Applies an event and returns when its effect is durable; raises what the decision raises."""
@@ -171,6 +179,8 @@ class Coordinator:
             remaining = deadline - time.monotonic()
             if task or remaining <= 0:
                 return task
+            if self._stopped:
+                raise StorageError(_STOPPING)
             event = self._waiting.setdefault(site.name, asyncio.Event())
             try:
                 await asyncio.wait_for(event.wait(), remaining)
@@ -204,14 +214,20 @@ class Coordinator:
                     applied.append(future)
                     if isinstance(event, SiteConnected):
                         self._heard[event.site] = time.monotonic()
-            await self._commit(instructions, applied)
-            self._applying.release()
+            try:
+                await self._commit(instructions, applied)
+            finally:
+                self._applying.release()
 
     async def _commit(self, instructions: list[Instruction], applied: list[asyncio.Future[None]]) -> None:
         records = [instruction for instruction in instructions if isinstance(instruction, Record)]
         entries = [JournalEntry(time.time(), record.message, record.trouble) for record in records]
         try:
             await asyncio.to_thread(self._store.save, self.state, entries)
+        except NotLeading as error:
+            for future in applied:
+                _fail(future, error)
+            raise
         except StorageError as error:
             logger.error("%s", error)
             # What is not durable has not happened: back to the saved state, and whoever asked is told.
@@ -336,7 +352,7 @@ class Coordinator:
 
     def _draw_adapter(self) -> Artifact:
         manifest, spec = self.state.adapter_manifest, self.state.spec
-        path = self._artifacts.scratch("initial")
+        path = self._artifacts.scratch(f"initial-{self._scratch}")
         artifact = adapters.write_adapter(
             path, manifest, lambda tensor: adapters.initial_tensor(tensor, spec.seed), spec.wire_dtype
         )
@@ -362,7 +378,7 @@ class Coordinator:
             Update(site=site, path=self._artifacts.path(update.artifact), weight=float(share))
             for (site, update), share in zip(came, shares, strict=True)
         ]
-        path = self._artifacts.scratch("aggregate")
+        path = self._artifacts.scratch(f"aggregate-{self._scratch}")
         artifact = self._aggregator.aggregate(
             state.adapter_manifest, self._artifacts.path(current), updates, path, state.spec.wire_dtype
         )

@@ -7,7 +7,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import unquote
 
@@ -64,14 +64,20 @@ logger = logging.getLogger(__name__)
 _LONGEST_POLL_S = 30.0
 _DONE = "done"
 _LONGEST_REASON = 500
+# The coordinator of the run while this process leads; raises NotLeading while it does not.
+Leading = Callable[[], Coordinator]
 
 
 class FederationServicer(rpc.FederationServicer):
     """What sites call; every method's contract stands in proto/fedhds/v1/federation.proto."""
 
-    def __init__(self, coordinator: Coordinator, artifacts: ArtifactStore) -> None:
-        self._coordinator = coordinator
+    def __init__(self, leading: Leading, artifacts: ArtifactStore) -> None:
+        self._leading = leading
         self._artifacts = artifacts
+
+    @property
+    def _coordinator(self) -> Coordinator:
+        return self._leading()
 
     @answers
     async def Enroll(self, request: pb.EnrollRequest, context: grpc.aio.ServicerContext) -> pb.EnrollResponse:
@@ -283,8 +289,12 @@ class FederationServicer(rpc.FederationServicer):
 class OperationsServicer(rpc.OperationsServicer):
     """What operators call."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
+    def __init__(self, leading: Leading) -> None:
+        self._leading = leading
+
+    @property
+    def _coordinator(self) -> Coordinator:
+        return self._leading()
 
     @answers
     async def GetStatus(self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext) -> pb.GetStatusResponse:

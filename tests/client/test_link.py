@@ -194,7 +194,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     coordinator = cast(Any, SimpleNamespace(site_of=site_of, next_task=next_task, state=state))
     made = World(tmp_path, Store(tmp_path / "artifacts"), adapters)
     server = grpc.aio.server(interceptors=(made.faults,))
-    rpc.add_FederationServicer_to_server(FederationServicer(coordinator, made.store), server)
+    rpc.add_FederationServicer_to_server(FederationServicer(lambda: coordinator, made.store), server)
     made.relay.server_port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     await made.relay.up()
