@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from fedhds import __version__
 from fedhds.errors import (
+    ArtifactError,
     CoordinatorUnreachable,
     EnrolmentRefused,
     Evicted,
@@ -253,7 +254,15 @@ class SiteLoop:
                     task.task_id, lambda control: self._workbench.evaluate(site, task.round, adapter, control)
                 )
                 request.evaluation.CopyFrom(sums)
-        answer: pb.CompleteTaskResponse = await self._link.call(self._link.federation.CompleteTask, request)
+        answer: pb.CompleteTaskResponse
+        try:
+            answer = await self._link.call(self._link.federation.CompleteTask, request)
+        except ArtifactError:
+            if kind != "train" or not trained:
+                raise
+            # A coordinator that began to lead after the upload has not kept what no task had named yet.
+            await self._link.upload(self._session, trained.path, trained.artifact)
+            answer = await self._link.call(self._link.federation.CompleteTask, request)
         if kind == "train" and trained:
             trained.path.unlink(missing_ok=True)
         return answer

@@ -28,7 +28,7 @@ class Term:
     def leading(self) -> Coordinator:
         """The coordinator of the run; raises NotLeading while another process has it."""
         if self._coordinator is None:
-            raise NotLeading("this coordinator stands by while another leads; give sites the addresses of both")
+            raise NotLeading("this coordinator stands by while another leads")
         return self._coordinator
 
     async def stand_by(self) -> None:
