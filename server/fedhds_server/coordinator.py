@@ -16,7 +16,7 @@ from google.protobuf import json_format
 
 from fedhds import adapter as adapters
 from fedhds.adapter import Artifact
-from fedhds.errors import Evicted, FedhdsError, NotLeading, SessionLost, StorageError
+from fedhds.errors import Evicted, FedhdsError, SessionLost, StorageError
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.aggregation.base import Aggregator, Update
 from fedhds_server.aggregation.weights import bounded_shares
@@ -217,6 +217,9 @@ class Coordinator:
             try:
                 await self._commit(instructions, applied)
             finally:
+                # Of a commit that was cut short, nobody else would tell those who wait.
+                for future in applied:
+                    _fail(future, StorageError(_STOPPING))
                 self._applying.release()
 
     async def _commit(self, instructions: list[Instruction], applied: list[asyncio.Future[None]]) -> None:
@@ -224,10 +227,6 @@ class Coordinator:
         entries = [JournalEntry(time.time(), record.message, record.trouble) for record in records]
         try:
             await asyncio.to_thread(self._store.save, self.state, entries)
-        except NotLeading as error:
-            for future in applied:
-                _fail(future, error)
-            raise
         except StorageError as error:
             logger.error("%s", error)
             # What is not durable has not happened: back to the saved state, and whoever asked is told.

@@ -32,21 +32,21 @@ class Leadership:
         self._address = address
         # A thread of its own: behind folds and uploads the renewals would come too late.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lease")
+        self._asked = False
         self._confirmed = 0.0
 
     async def gained(self) -> None:
-        """Returns once this coordinator leads; raises StorageError when the store cannot be used at the first try."""
+        """Returns once this coordinator leads; raises StorageError when the store has never been usable."""
         known, failing = "", False
-        first = True
         while True:
             asked = time.monotonic()
             try:
                 if await self._run(self._store.acquire, self._holder, self._address, LEASE_S):
-                    self._confirmed = asked
+                    self._asked, self._confirmed = True, asked
                     return
                 leader = await self._run(self._store.leader)
             except StorageError as error:
-                if first:
+                if not self._asked:
                     raise
                 if not failing:
                     logger.error("%s; trying again", error)
@@ -55,7 +55,7 @@ class Leadership:
                 if leader and leader != known:
                     logger.info("standing by: the coordinator at %s leads", leader)
                 known, failing = leader or known, False
-            first = False
+            self._asked = True
             await asyncio.sleep(_ASK_S)
 
     async def kept_during(self, work: Coroutine[Any, Any, None]) -> None:

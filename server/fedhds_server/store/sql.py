@@ -34,8 +34,9 @@ class SqlStore(Store):
     """One run per database; in PostgreSQL, one per schema (the first of the connection's search_path)."""
 
     def __init__(self, url: sa.URL) -> None:
-        # Neither name nor password of the user, nor options, which may hold them.
-        self._place = url.set(username=None, password=None, query={}).render_as_string()
+        # Without the user and the options, which may hold a password as well.
+        shown = sa.URL.create(url.get_backend_name(), host=url.host, port=url.port, database=url.database)
+        self._place = shown.render_as_string()
         self._shared = url.get_backend_name() == "postgresql"
         self._token: int | None = None
         self._lease_s = 0.0
