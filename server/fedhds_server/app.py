@@ -108,7 +108,7 @@ async def _lead(
     while True:
         await leadership.gained()
         try:
-            state = _opened(store, chosen)
+            state = await asyncio.to_thread(_opened, store, chosen)
             artifacts.sweep(_named(state))
             coordinator = Coordinator(
                 state,
@@ -148,6 +148,7 @@ def _opened(store: Store, chosen: ServerSettings) -> RunState:
     if state is None:
         state = RunState(run_id=secrets.token_hex(8), spec=chosen.run_spec())
         store.save(state)
+        logger.info("run %s begins", state.run_id)
         return state
     _check_same_run(state, chosen)
     logger.info("going on with run %s: %s", state.run_id, state.message or state.phase.value)
