@@ -280,6 +280,8 @@ class FederationServicer(rpc.FederationServicer):
 
     async def _discard(self, artifact: Artifact) -> None:
         """Deletes an upload that does not count, unless something else names the same bytes."""
+        # Shown by a save that it still leads: a deposed leader's state does not know what its successor counts on.
+        await self._coordinator.post(lambda _: None)
         state = self._coordinator.state
         named = {*state.adapters.values(), *(update.artifact for update in state.updates.values())}
         if artifact not in named:
