@@ -61,10 +61,9 @@ async def serve(chosen: ServerSettings) -> int:
         if state := store.load():
             # A standby that could not take over says so now, not when it is needed.
             _check_same_run(state, chosen)
-        artifacts = ArtifactStore(folder / "artifacts", largest_upload=_LARGEST_UPLOAD)
         term = Term()
         server = grpc.aio.server(options=_OPTIONS)
-        rpc.add_FederationServicer_to_server(FederationServicer(term.leading, artifacts), server)
+        rpc.add_FederationServicer_to_server(FederationServicer(term.leading), server)
         rpc.add_OperationsServicer_to_server(OperationsServicer(term.leading), server)
         health_pb2_grpc.add_HealthServicer_to_server(term.health, server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
@@ -80,7 +79,7 @@ async def serve(chosen: ServerSettings) -> int:
         logger.info(
             "fedhds-server %s listens on %s:%d (%s)", __version__, host, port, "mutual TLS" if tls else "no TLS"
         )
-        work = asyncio.create_task(_lead(chosen, folder, store, artifacts, leadership, term))
+        work = asyncio.create_task(_lead(chosen, folder, store, leadership, term))
         exit_status = on_signal(work.cancel)
         try:
             coordinator = await work
@@ -96,19 +95,13 @@ async def serve(chosen: ServerSettings) -> int:
         return 1 if coordinator.state.phase is Phase.FAILED else 0
 
 
-async def _lead(
-    chosen: ServerSettings,
-    folder: Path,
-    store: Store,
-    artifacts: ArtifactStore,
-    leadership: Leadership,
-    term: Term,
-) -> Coordinator:
+async def _lead(chosen: ServerSettings, folder: Path, store: Store, leadership: Leadership, term: Term) -> Coordinator:
     """Stands by until this process leads, and again when it does so no more; returns when the run is over."""
     while True:
         await leadership.gained()
         try:
             state = await asyncio.to_thread(_opened, store, chosen)
+            artifacts = ArtifactStore(folder / "artifacts", largest_upload=_LARGEST_UPLOAD)
             artifacts.sweep(_named(state))
             coordinator = Coordinator(
                 state,

@@ -106,6 +106,11 @@ class Coordinator:
         self._journal_tail = deque(entries[-_JOURNAL_TAIL:], maxlen=_JOURNAL_TAIL)
 
     @property
+    def artifacts(self) -> ArtifactStore:
+        """Where the run's adapters and updates lie."""
+        return self._artifacts
+
+    @property
     def journal(self) -> list[tuple[int, JournalEntry]]:
         """The newest lines of the journal with their numbers, which count from 1."""
         first = self._journal_lines - len(self._journal_tail) + 1
@@ -137,17 +142,18 @@ class Coordinator:
                 task.result()
             await self._work.join()
         finally:
+            # At once, as another may lead by now: nobody may be answered from what this one remembers.
+            self._stopped = True
+            for event in self._waiting.values():
+                event.set()
             # What is being applied is finished, so that whoever waits for it hears; not for ever, on a disk that fails.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._applying.acquire(), _STORAGE_RETRY_S)
             for task in [waiter, *tasks]:
                 task.cancel()
             await asyncio.gather(waiter, *tasks, return_exceptions=True)
-            self._stopped = True
             while not self._inbox.empty():
                 _fail(self._inbox.get_nowait()[1], StorageError(_STOPPING))
-            for event in self._waiting.values():
-                event.set()
 
     async def post(self, decision: Decision | Event) -> None:
         """Applies an event and returns when its effect is durable; raises what the decision raises."""
@@ -160,6 +166,8 @@ class Coordinator:
 
     async def site_of(self, session: str) -> Site:
         """The site that holds `session`, noted as alive; raises SessionLost or Evicted."""
+        if self._stopped:
+            raise StorageError(_STOPPING)
         name = self._sessions.get(session_digest(session))
         if name is None:
             raise SessionLost("the session is unknown, or another process of this site has taken over; enrol again")
@@ -175,12 +183,12 @@ class Coordinator:
         """The site's open task; None when it has none for `wait_s` seconds or the run is over."""
         deadline = time.monotonic() + wait_s
         while not self.state.phase.over:
+            if self._stopped:
+                raise StorageError(_STOPPING)
             task = self._machine.next_task(site.name) if self.state.paused is None else None
             remaining = deadline - time.monotonic()
             if task or remaining <= 0:
                 return task
-            if self._stopped:
-                raise StorageError(_STOPPING)
             event = self._waiting.setdefault(site.name, asyncio.Event())
             try:
                 await asyncio.wait_for(event.wait(), remaining)

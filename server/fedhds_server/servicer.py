@@ -71,13 +71,16 @@ Leading = Callable[[], Coordinator]
 class FederationServicer(rpc.FederationServicer):
     """What sites call; every method's contract stands in proto/fedhds/v1/federation.proto."""
 
-    def __init__(self, leading: Leading, artifacts: ArtifactStore) -> None:
+    def __init__(self, leading: Leading) -> None:
         self._leading = leading
-        self._artifacts = artifacts
 
     @property
     def _coordinator(self) -> Coordinator:
         return self._leading()
+
+    @property
+    def _artifacts(self) -> ArtifactStore:
+        return self._leading().artifacts
 
     @answers
     async def Enroll(self, request: pb.EnrollRequest, context: grpc.aio.ServicerContext) -> pb.EnrollResponse:

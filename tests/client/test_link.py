@@ -192,10 +192,10 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
     phase = SimpleNamespace(over=False)
     state = SimpleNamespace(adapters=adapters, tasks={}, phase=phase, round=3, message="wait", paused=None)
-    coordinator = cast(Any, SimpleNamespace(site_of=site_of, next_task=next_task, state=state))
     made = World(tmp_path, Store(tmp_path / "artifacts"), adapters)
+    coordinator = cast(Any, SimpleNamespace(site_of=site_of, next_task=next_task, state=state, artifacts=made.store))
     server = grpc.aio.server(interceptors=(made.faults,))
-    rpc.add_FederationServicer_to_server(FederationServicer(lambda: coordinator, made.store), server)
+    rpc.add_FederationServicer_to_server(FederationServicer(lambda: coordinator), server)
     made.relay.server_port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     await made.relay.up()
@@ -386,7 +386,7 @@ async def _standby() -> AsyncIterator[tuple[str, list[str]]]:
         raise NotLeading("this one stands by")
 
     server = grpc.aio.server()
-    rpc.add_FederationServicer_to_server(FederationServicer(leading, cast(Any, None)), server)
+    rpc.add_FederationServicer_to_server(FederationServicer(leading), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield f"127.0.0.1:{port}", asked

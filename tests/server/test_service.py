@@ -67,7 +67,7 @@ async def start(folder: Path, **fields: object) -> Host:
         aggregator=AGGREGATORS["fedavg"],
     )
     server = grpc.aio.server()
-    rpc.add_FederationServicer_to_server(FederationServicer(lambda: coordinator, artifacts), server)
+    rpc.add_FederationServicer_to_server(FederationServicer(lambda: coordinator), server)
     rpc.add_OperationsServicer_to_server(OperationsServicer(lambda: coordinator), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
