@@ -52,11 +52,11 @@ def test_a_lease_that_is_given_up_is_free_at_once(place: Place) -> None:
 
 
 def test_a_lease_is_one_holders_until_it_runs_out(shared: Place) -> None:
-    first = shared.leading("one", lease_s=1.0)
+    first = shared.leading("one", lease_s=3.0)
     second = shared.open()
     assert not second.acquire("two", "two:1", 60.0)
     assert second.leader() == "one:1"
-    until = time.monotonic() + 2.0
+    until = time.monotonic() + 4.0
     while time.monotonic() < until:
         first.renew()
         assert not second.acquire("two", "two:1", 60.0)
@@ -137,7 +137,7 @@ def test_coordinators_may_make_the_tables_of_a_database_at_the_same_time(shared:
 async def test_the_lease_is_kept_while_the_work_goes_on_and_given_up_after_it(
     shared: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leadership, "LEASE_S", 1.0)
+    monkeypatch.setattr(leadership, "LEASE_S", 3.0)
     monkeypatch.setattr(leadership, "_RENEW_S", 0.2)
     kept = Leadership(shared.open(), "one", "one:1")
     other = shared.open()
@@ -145,7 +145,7 @@ async def test_the_lease_is_kept_while_the_work_goes_on_and_given_up_after_it(
 
     async def work() -> None:
         for _ in range(10):
-            await asyncio.sleep(0.25)
+            await asyncio.sleep(0.4)
             granted.append(await asyncio.to_thread(other.acquire, "two", "two:1", 60.0))
 
     await kept.gained()
