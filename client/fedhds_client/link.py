@@ -6,15 +6,16 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 
 from fedhds.adapter import Artifact
-from fedhds.errors import ArtifactError, CoordinatorUnreachable, FedhdsError, StorageError
+from fedhds.errors import ArtifactError, CoordinatorUnreachable, FedhdsError, NotLeading, StorageError
 from fedhds.security.credentials import TlsFiles, channel_credentials, diagnose_handshake
+from fedhds.settings import addresses
 from fedhds.status import error_of
 from fedhds.v1 import federation_pb2 as pb
 from fedhds.v1 import federation_pb2_grpc as rpc
@@ -47,26 +48,33 @@ _ANSWER_S = 60.0
 
 
 class CoordinatorLink:
-    """One channel to the coordinator, shared by all sites of a process; counts the payload bytes it sends.
+    """The way to the coordinator, shared by all sites of a process; counts the payload bytes it sends.
 
-    Every call is repeated while the coordinator cannot be reached, until `patience` seconds have passed without any
-    answer; then CoordinatorUnreachable. Domain errors of the coordinator are raised as what they are.
+    `server` is a HOST:PORT, or several divided by commas, of which one leads and the others stand by: a call that one
+    does not answer goes to the next at once. Every call is repeated while no coordinator can be reached, until
+    `patience` seconds have passed without any answer; then CoordinatorUnreachable. Domain errors of the coordinator
+    are raised as what they are.
     """
 
-    def __init__(self, target: str, tls: TlsFiles | None, *, patience: float) -> None:
-        self._target = target
+    def __init__(self, server: str, tls: TlsFiles | None, *, patience: float) -> None:
+        self._targets = addresses(server)
         self._tls = tls
         self._patience = patience
         self.bytes_sent = 0
-        if tls:
-            self._channel = grpc.aio.secure_channel(target, channel_credentials(tls), options=_OPTIONS)
-        else:
-            self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
-        self.federation: Any = rpc.FederationStub(self._channel)
+        self._channels = [self._channel(target) for target in self._targets]
+        self._stubs: list[Any] = [rpc.FederationStub(channel) for channel in self._channels]
+        self._current = 0
+        self.federation: Any = _Federation(lambda: self._stubs[self._current])
+
+    def _channel(self, target: str) -> grpc.aio.Channel:
+        if self._tls:
+            return grpc.aio.secure_channel(target, channel_credentials(self._tls), options=_OPTIONS)
+        return grpc.aio.insecure_channel(target, options=_OPTIONS)
 
     async def close(self) -> None:
-        """Closes the channel."""
-        await self._channel.close()
+        """Closes the channels."""
+        for channel in self._channels:
+            await channel.close()
 
     async def call(self, method: Any, request: Any, *, wait_s: float = 0.0) -> Any:
         """One unary call; `wait_s` is how long the coordinator may hold it."""
@@ -133,47 +141,76 @@ class CoordinatorLink:
     ) -> Answer:
         """Neither the time for which a poll is held nor that in which a transfer's `position` grows is silence."""
         started, reached = time.monotonic(), position()
-        pause, told = _FIRST_PAUSE_S, False
+        pause, told, tries = _FIRST_PAUSE_S, False, 0
+        failures: dict[str, FedhdsError | str] = {}
+        places = ", ".join(self._targets)
         while True:
+            asked, tries = self._current, tries + 1
+            target = self._targets[asked]
             try:
                 answer = await attempt()
             except grpc.aio.AioRpcError as failure:
                 error = error_of(failure)
-                if error is not None and not isinstance(error, StorageError):
+                if error is not None and not isinstance(error, (StorageError, NotLeading)):
                     raise error from None
                 if error is None and failure.code() not in _TRANSIENT and not _cut_short(failure):
                     raise FedhdsError(
-                        f"the coordinator at {self._target} answered {failure.code().name}: {failure.details()}"
+                        f"the coordinator at {target} answered {failure.code().name}: {failure.details()}"
                     ) from None
-                reason = str(error) if error else failure.details() or failure.code().name
+                failures[target] = error or failure.details() or failure.code().name
             else:
                 if told:
-                    logger.info("the coordinator answers again")
+                    logger.info("the coordinator answers again%s", f", at {target}" if len(self._targets) > 1 else "")
                 return answer
             if (now_at := position()) > reached:
                 reached, started, pause = now_at, time.monotonic(), _FIRST_PAUSE_S
             started, held_s = min(time.monotonic(), started + held_s), 0.0
             remaining = self._patience - (time.monotonic() - started)
-            if not told or remaining <= 0:
-                reason = await self._diagnosis() or reason
+            # Unless another call, which failed there too, has already moved on.
+            if self._current == asked:
+                self._current = (asked + 1) % len(self._targets)
             if remaining <= 0:
                 raise CoordinatorUnreachable(
-                    f"no answer from the coordinator at {self._target} for {self._patience:g} s: {reason}; "
+                    f"no answer from the coordinator at {places} for {self._patience:g} s: "
+                    f"{await self._explained(failures)}; "
                     "check --server and that fedhds-server runs there"
                 )
+            if tries % len(self._targets):
+                if not told:
+                    reason = await self._explained({target: failures[target]})
+                    logger.info("%s: %s; trying %s", target, reason, self._targets[self._current])
+                continue
             if not told:
-                logger.warning("cannot reach %s: %s; trying again for %.0f s", self._target, reason, remaining)
+                reason = await self._explained(failures)
+                logger.warning("cannot reach %s: %s; trying again for %.0f s", places, reason, remaining)
                 told = True
             await asyncio.sleep(min(pause, max(remaining, 0.05)))
             pause = min(pause * 2, _LONGEST_PAUSE_S)
 
-    async def _diagnosis(self) -> str | None:
-        # gRPC says UNAVAILABLE for everything between a typing error and an expired certificate.
-        return await asyncio.to_thread(diagnose_handshake, self._target, self._tls, 3.0)
+    async def _explained(self, failures: Mapping[str, FedhdsError | str]) -> str:
+        reasons = {target: str(failure) for target, failure in failures.items()}
+        for target, failure in failures.items():
+            # gRPC says UNAVAILABLE for everything between a typing error and an expired certificate.
+            if not isinstance(failure, FedhdsError):
+                found = await asyncio.to_thread(diagnose_handshake, target, self._tls, 3.0)
+                reasons[target] = found or reasons[target]
+        if len(reasons) == 1:
+            return next(iter(reasons.values()))
+        return "; ".join(f"{target}: {reason}" for target, reason in reasons.items())
+
+
+class _Federation:
+    """The methods of whichever stub is current at the instant of the call."""
+
+    def __init__(self, current: Callable[[], Any]) -> None:
+        self._current = current
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        return lambda *arguments, **options: getattr(self._current(), method)(*arguments, **options)
 
 
 def _cut_short(failure: grpc.aio.AioRpcError) -> bool:
-    """Whether grpcio could not send on, as the call had ended: then now and then it says this in place of the status."""
+    """Whether grpcio could not send on as the call had ended: it then says this, now and then, for the status."""
     return failure.code() is grpc.StatusCode.INTERNAL and failure.details() == "Internal error from Core"
 
 

@@ -9,6 +9,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedhds.settings import addresses
+
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -43,7 +45,9 @@ class ClientSettings(BaseModel):
         json_schema_extra={"group": "Data"},
     )
     server: str = Field(
-        "localhost:8470", description="The coordinator's HOST:PORT.", json_schema_extra={"group": "Link"}
+        "localhost:8470",
+        description="The coordinator's HOST:PORT; with standbys theirs too, divided by commas.",
+        json_schema_extra={"group": "Link"},
     )
     name: str | None = Field(
         None,
@@ -110,7 +114,8 @@ class ClientSettings(BaseModel):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise ValueError(f"data: two shards are called {twice}; sites are named after them, rename one")
-        host, _, port = self.server.rpartition(":")
-        if not host or not re.fullmatch("[0-9]+", port) or not 0 < int(port) <= 65535:
-            raise ValueError(f"server: {self.server!r} is not HOST:PORT")
+        for address in addresses(self.server):
+            host, _, port = address.rpartition(":")
+            if not host or not re.fullmatch("[0-9]+", port) or not 0 < int(port) <= 65535:
+                raise ValueError(f"server: {address!r} is not HOST:PORT")
         return self

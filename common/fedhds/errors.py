@@ -16,6 +16,7 @@ FedhdsError
 ├── SessionLost             the session is unknown, superseded or expired; enrol again
 ├── TaskError               a request about a task that is not this site's, or no longer wanted
 ├── PrivacyError            a release that the site's own privacy policy forbids
+├── NotLeading              another coordinator leads the run
 ├── CoordinatorUnreachable  no answer from the coordinator for longer than the patience
 └── StorageError            the run folder, the state database or the artifact store cannot be read or written
     └── DamagedArtifact     an artifact that was acknowledged is gone, or holds other bytes now
@@ -99,6 +100,10 @@ class TaskError(FedhdsError):
 
 class PrivacyError(FedhdsError):
     """A task asks for a release that the site's own privacy policy forbids."""
+
+
+class NotLeading(FedhdsError):
+    """This coordinator does not lead the run (any more): it answers no calls about it and cannot save its state."""
 
 
 class CoordinatorUnreachable(FedhdsError):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _ANSWER_S = 10.0
 
-Server = Annotated[str, typer.Option(help="The coordinator's HOST:PORT.")]
+Server = Annotated[str, typer.Option(help="The coordinator's HOST:PORT; with standbys theirs too, divided by commas.")]
 TlsCa = Annotated[Path | None, typer.Option(help="CA certificate.")]
 TlsCert = Annotated[Path | None, typer.Option(help="Certificate of an operator, or of a site to look on.")]
 TlsKey = Annotated[Path | None, typer.Option(help="Its key.")]
@@ -21,23 +21,31 @@ DEFAULT_SERVER = "localhost:8470"
 
 
 def call(method: str, request: Message, server: str, ca: Path | None, cert: Path | None, key: Path | None) -> Any:
-    """The coordinator's answer to one call of the Operations service; raises its error or CoordinatorUnreachable."""
+    """The answer of whichever address of `server` leads to one call of the Operations service.
+
+    Raises the coordinator's own error, or CoordinatorUnreachable with what is wrong with every address.
+    """
     # gRPC's own log would put a line of its internals before ours.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     import grpc
 
-    from fedhds.errors import CoordinatorUnreachable
+    from fedhds.errors import CoordinatorUnreachable, NotLeading
     from fedhds.security.credentials import TlsFiles, channel_credentials, diagnose_handshake
+    from fedhds.settings import addresses
     from fedhds.status import error_of
     from fedhds.v1 import federation_pb2_grpc as rpc
 
     files = TlsFiles.from_settings(ca, cert, key)
-    channel = grpc.secure_channel(server, channel_credentials(files)) if files else grpc.insecure_channel(server)
-    with channel:
-        try:
-            return getattr(rpc.OperationsStub(channel), method)(request, timeout=_ANSWER_S)
-        except grpc.RpcError as error:
-            if known := error_of(error):
-                raise known from None
-            reason = diagnose_handshake(server, files, 3.0) or error.details() or "no answer"
-            raise CoordinatorUnreachable(f"cannot ask {server}: {reason}") from None
+    reasons = []
+    for target in addresses(server):
+        channel = grpc.secure_channel(target, channel_credentials(files)) if files else grpc.insecure_channel(target)
+        with channel:
+            try:
+                return getattr(rpc.OperationsStub(channel), method)(request, timeout=_ANSWER_S)
+            except grpc.RpcError as error:
+                known = error_of(error)
+                if known and not isinstance(known, NotLeading):
+                    raise known from None
+                reason = str(known or "") or diagnose_handshake(target, files, 3.0) or error.details() or "no answer"
+                reasons.append(f"cannot ask {target}: {reason}")
+    raise CoordinatorUnreachable("; ".join(reasons))

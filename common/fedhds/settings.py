@@ -35,6 +35,11 @@ def variable(name: str) -> str:
     return ENVIRONMENT_PREFIX + name.upper()
 
 
+def addresses(server: str) -> list[str]:
+    """Every HOST:PORT of a `--server`."""
+    return [address.strip() for address in server.split(",")]
+
+
 def load(
     model: type[Model],
     *,

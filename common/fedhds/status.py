@@ -27,6 +27,7 @@ _TABLE: tuple[tuple[type[errors.FedhdsError], grpc.StatusCode], ...] = (
     (errors.UsageError, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.PrivacyError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.StorageError, grpc.StatusCode.UNAVAILABLE),
+    (errors.NotLeading, grpc.StatusCode.UNAVAILABLE),
 )
 _REASON = "fedhds-error"
 _CLASSES = {kind.__name__: kind for kind, _ in _TABLE}

@@ -9,21 +9,23 @@ import logging
 import os
 import resource
 import secrets
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fedhds import __version__
-from fedhds.errors import SettingsError, StorageError
-from fedhds.runspec import RunSpec
+from fedhds.errors import NotLeading, SettingsError, StorageError
 from fedhds.security.credentials import TlsFiles, server_credentials
 from fedhds.signals import on_signal
 from fedhds.v1 import federation_pb2_grpc as rpc
 from fedhds_server.aggregation import AGGREGATORS
+from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.coordinator import Coordinator
+from fedhds_server.leadership import Leadership
 from fedhds_server.remote_artifacts import open_artifacts
 from fedhds_server.selection import STRATEGIES
 from fedhds_server.servicer import FederationServicer, OperationsServicer
@@ -31,11 +33,11 @@ from fedhds_server.settings import ServerSettings
 from fedhds_server.state import Phase, RunState
 from fedhds_server.store.base import Store
 from fedhds_server.store.sql import SqlStore
+from fedhds_server.term import SERVICES, Term
 from fedhds_server.wire import new_server
 
 logger = logging.getLogger(__name__)
 
-_SERVICES = ("fedhds.v1.Federation", "fedhds.v1.Operations")
 # Adapters of the largest open models at rank 64 stay below; a claim beyond it is a mistake or an attack.
 _LARGEST_UPLOAD = 64 << 30
 _DRAIN_S = 5.0
@@ -47,33 +49,21 @@ async def serve(chosen: ServerSettings) -> int:
     # A fold holds two files of every update of a round open, and every site one connection.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with _run_folder(chosen.run_folder) as folder, contextlib.closing(SqlStore.in_folder(folder)) as store:
-        state = _opened(store, chosen.run_spec(), chosen.run_folder)
-        artifacts = open_artifacts(chosen.artifacts, folder, state.run_id, largest_upload=_LARGEST_UPLOAD)
-        artifacts.sweep(_named(state))
-        coordinator = Coordinator(
-            state,
-            store=store,
-            artifacts=artifacts,
-            folder=folder,
-            strategy=STRATEGIES[state.spec.strategy],
-            aggregator=AGGREGATORS["fedavg"],
-            keep_updates=chosen.keep_updates,
-        )
+    with _run_folder(chosen.run_folder) as (folder, holder), contextlib.closing(_store(chosen, folder)) as store:
+        if state := store.load():
+            # A standby that could not take over says so now, not when it is needed.
+            _check_same_run(state, chosen)
+        term = Term()
         server = new_server()
-        rpc.add_FederationServicer_to_server(FederationServicer(coordinator, artifacts), server)
-        rpc.add_OperationsServicer_to_server(OperationsServicer(coordinator), server)
-        healthy = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-        names = [*_SERVICES, health.SERVICE_NAME]
-        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+        rpc.add_FederationServicer_to_server(FederationServicer(term.leading), server)
+        rpc.add_OperationsServicer_to_server(OperationsServicer(term.leading), server)
+        health_pb2_grpc.add_HealthServicer_to_server(term.health, server)
+        reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         port = _bind(server, chosen.listen, tls)
         host = chosen.listen.rpartition(":")[0]
-        work = asyncio.create_task(coordinator.run())
-        exit_status = on_signal(work.cancel)
+        leadership = Leadership(store, holder, f"{socket.gethostname()}:{port}")
+        await term.stand_by()
         await server.start()
-        for name in ("", *names):
-            await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
         try:
             (folder / "address").write_text(f"{host}:{port}\n")
         except OSError as error:
@@ -81,17 +71,45 @@ async def serve(chosen: ServerSettings) -> int:
         logger.info(
             "fedhds-server %s listens on %s:%d (%s)", __version__, host, port, "mutual TLS" if tls else "no TLS"
         )
+        work = asyncio.create_task(_lead(chosen, folder, store, leadership, term))
+        exit_status = on_signal(work.cancel)
         try:
-            await work
+            coordinator = await work
         except asyncio.CancelledError:
             logger.info("stopped; start again on %s to go on", chosen.run_folder)
             return exit_status()
         finally:
-            await healthy.enter_graceful_shutdown()
+            await term.health.enter_graceful_shutdown()
             await server.stop(_DRAIN_S)
+            leadership.close()
             (folder / "address").unlink(missing_ok=True)
         logger.info("checkpoint: %s", coordinator.checkpoint)
         return 1 if coordinator.state.phase is Phase.FAILED else 0
+
+
+async def _lead(chosen: ServerSettings, folder: Path, store: Store, leadership: Leadership, term: Term) -> Coordinator:
+    """Stands by until this process leads, and again when it does so no more; returns when the run is over."""
+    while True:
+        await leadership.gained()
+        try:
+            state = await asyncio.to_thread(_opened, store, chosen)
+            artifacts = await asyncio.to_thread(_artifacts, chosen, folder, state)
+            coordinator = Coordinator(
+                state,
+                store=store,
+                artifacts=artifacts,
+                folder=folder,
+                strategy=STRATEGIES[state.spec.strategy],
+                aggregator=AGGREGATORS["fedavg"],
+                keep_updates=chosen.keep_updates,
+            )
+            async with term.of(coordinator):
+                await leadership.kept_during(coordinator.run())
+            return coordinator
+        except NotLeading as error:
+            logger.warning("%s; standing by", error)
+        finally:
+            await leadership.given_up()
 
 
 def _bind(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
@@ -105,23 +123,43 @@ def _bind(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
         ) from error
 
 
-def _opened(store: Store, spec: RunSpec, folder: Path) -> RunState:
+def _store(chosen: ServerSettings, folder: Path) -> SqlStore:
+    return SqlStore.at(chosen.store.get_secret_value()) if chosen.store else SqlStore.in_folder(folder)
+
+
+def _artifacts(chosen: ServerSettings, folder: Path, state: RunState) -> ArtifactStore:
+    artifacts = open_artifacts(chosen.artifacts, folder, state.run_id, largest_upload=_LARGEST_UPLOAD)
+    artifacts.sweep(_named(state))
+    return artifacts
+
+
+def _opened(store: Store, chosen: ServerSettings) -> RunState:
     """The run in the store, or a new one; raises SettingsError when the store's run is another."""
     state = store.load()
     if state is None:
-        state = RunState(run_id=secrets.token_hex(8), spec=spec)
+        state = RunState(run_id=secrets.token_hex(8), spec=chosen.run_spec())
         store.save(state)
+        logger.info("run %s begins", state.run_id)
         return state
-    if state.spec != spec:
-        old, new = state.spec.model_dump(), spec.model_dump()
-        changed = [f"{name} {old[name]!r}, now {new[name]!r}" for name in old if old[name] != new[name]]
-        raise SettingsError(
-            "--run-folder",
-            f"{folder} holds a run with other settings ({'; '.join(changed)}); go on with the same settings, or choose "
-            "another folder for a new run",
-        )
+    _check_same_run(state, chosen)
     logger.info("going on with run %s: %s", state.run_id, state.message or state.phase.value)
     return state
+
+
+def _check_same_run(state: RunState, chosen: ServerSettings) -> None:
+    spec = chosen.run_spec()
+    if state.spec == spec:
+        return
+    old, new = state.spec.model_dump(), spec.model_dump()
+    changed = [f"{name} {old[name]!r}, now {new[name]!r}" for name in old if old[name] != new[name]]
+    setting, place, another = (
+        ("--store", "the database", "database") if chosen.store else ("--run-folder", f"{chosen.run_folder}", "folder")
+    )
+    raise SettingsError(
+        setting,
+        f"{place} holds a run with other settings ({'; '.join(changed)}); go on with the same settings, or choose "
+        f"another {another} for a new run",
+    )
 
 
 def _named(state: RunState) -> set[str]:
@@ -130,8 +168,8 @@ def _named(state: RunState) -> set[str]:
 
 
 @contextlib.contextmanager
-def _run_folder(folder: Path) -> Iterator[Path]:
-    """The run folder, made if need be and held against a second coordinator."""
+def _run_folder(folder: Path) -> Iterator[tuple[Path, str]]:
+    """The run folder, made if need be and held against a second coordinator, and the name that is its own for good."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -142,10 +180,16 @@ def _run_folder(folder: Path) -> Iterator[Path]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            holder = os.read(descriptor, 64).decode()
+            if not holder:
+                holder = secrets.token_hex(16)
+                os.write(descriptor, holder.encode())
         except BlockingIOError as error:
             raise SettingsError(
                 "--run-folder", f"{folder} is in use by another coordinator; stop it or choose another folder"
             ) from error
-        yield folder.resolve()
+        except OSError as error:
+            raise StorageError(f"cannot write {folder / 'lock'}: {error.strerror}; make room there") from error
+        yield folder.resolve(), holder
     finally:
         os.close(descriptor)

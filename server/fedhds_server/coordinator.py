@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import math
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable
@@ -68,7 +69,7 @@ _STOPPING = "the coordinator is stopping; try again when it is back"
 
 
 class Coordinator:
-    """Runs one `RunState` over a store and an artifact folder.
+    """Runs one `RunState` over a store, whose lease is held, and an artifact folder.
 
     `post` returns when the event's effect is durable. Events that arrive together share one transaction.
     """
@@ -99,6 +100,8 @@ class Coordinator:
         self._settled = asyncio.Event()
         self._applying = asyncio.Lock()
         self._stopped = False
+        # Of a former leader, a thread may still be folding into the same folder.
+        self._scratch = secrets.token_hex(4)
         # A run that is started again when it is over is there for whoever has not got the adapter.
         self._started_over = state.phase.over
         self._over_since: float | None = None
@@ -109,6 +112,11 @@ class Coordinator:
         entries = store.journal()
         self._journal_lines = len(entries)
         self._journal_tail = deque(entries[-_JOURNAL_TAIL:], maxlen=_JOURNAL_TAIL)
+
+    @property
+    def artifacts(self) -> ArtifactStore:
+        """Where the run's adapters and updates lie."""
+        return self._artifacts
 
     @property
     def journal(self) -> list[tuple[int, JournalEntry]]:
@@ -131,7 +139,10 @@ class Coordinator:
         self._watched_at = time.monotonic()
 
     async def run(self) -> None:
-        """Works until the run is over and every live site has the final adapter, or until cancelled."""
+        """Works until the run is over and every live site has the final adapter, or until cancelled.
+
+        Raises NotLeading when another coordinator has taken the lease.
+        """
         for instruction in self._machine.pending():
             self._work.put_nowait(instruction)
         self._settle()
@@ -143,13 +154,16 @@ class Coordinator:
                 task.result()
             await self._work.join()
         finally:
+            # At once, as another may lead by now: nobody may be answered from what this one remembers.
+            self._stopped = True
+            for event in self._waiting.values():
+                event.set()
             # What is being applied is finished, so that whoever waits for it hears; not for ever, on a disk that fails.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._applying.acquire(), _STORAGE_RETRY_S)
             for task in [waiter, *tasks]:
                 task.cancel()
             await asyncio.gather(waiter, *tasks, return_exceptions=True)
-            self._stopped = True
             while not self._inbox.empty():
                 _fail(self._inbox.get_nowait()[1], StorageError(_STOPPING))
 
@@ -164,6 +178,8 @@ class Coordinator:
 
     async def site_of(self, session: str) -> Site:
         """The site that holds `session`, noted as alive; raises SessionLost or Evicted."""
+        if self._stopped:
+            raise StorageError(_STOPPING)
         name = self._sessions.get(session_digest(session))
         if name is None:
             raise SessionLost("the session is unknown, or another process of this site has taken over; enrol again")
@@ -179,6 +195,8 @@ class Coordinator:
         """The site's open task; None when it has none for `wait_s` seconds, is evicted or the run is over."""
         deadline = time.monotonic() + wait_s
         while not self._dismissed(site.name):
+            if self._stopped:
+                raise StorageError(_STOPPING)
             task = self._machine.next_task(site.name) if self.state.paused is None else None
             remaining = deadline - time.monotonic()
             if task or remaining <= 0:
@@ -218,8 +236,13 @@ class Coordinator:
                     applied.append(future)
                     if isinstance(event, SiteConnected):
                         self._heard[event.site] = time.monotonic()
-            await self._commit(instructions, applied)
-            self._applying.release()
+            try:
+                await self._commit(instructions, applied)
+            finally:
+                # Of a commit that was cut short, nobody else would tell those who wait.
+                for future in applied:
+                    _fail(future, StorageError(_STOPPING))
+                self._applying.release()
 
     async def _commit(self, instructions: list[Instruction], applied: list[asyncio.Future[None]]) -> None:
         records = [instruction for instruction in instructions if isinstance(instruction, Record)]
@@ -367,7 +390,7 @@ class Coordinator:
 
     def _draw_adapter(self) -> Artifact:
         manifest, spec = self.state.adapter_manifest, self.state.spec
-        path = self._artifacts.scratch("initial")
+        path = self._artifacts.scratch(f"initial-{self._scratch}")
         artifact = adapters.write_adapter(
             path, manifest, lambda tensor: adapters.initial_tensor(tensor, spec.seed), spec.adapter_dtype
         )
@@ -405,7 +428,7 @@ class Coordinator:
             Update(site=site, path=self._artifacts.path(update.artifact), weight=float(share))
             for (site, update), share in zip(came, shares, strict=True)
         ]
-        path = self._artifacts.scratch("aggregate")
+        path = self._artifacts.scratch(f"aggregate-{self._scratch}")
         artifact = self._aggregator.aggregate(state.adapter_manifest, current, updates, path, state.spec.adapter_dtype)
         self._artifacts.adopt(path, artifact)
         if self._keep_updates:

@@ -7,7 +7,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import unquote
 
@@ -69,14 +69,23 @@ _LONGEST_REASON = 500
 # Nats per response token that no model gives; what is summed over sites and rounds stays finite below it.
 _LARGEST_LOSS = 1e9
 _MOST_MEASURED = 10**15
+# The coordinator of the run while this process leads; raises NotLeading while it does not.
+Leading = Callable[[], Coordinator]
 
 
 class FederationServicer(rpc.FederationServicer):
     """What sites call; every method's contract stands in proto/fedhds/v1/federation.proto."""
 
-    def __init__(self, coordinator: Coordinator, artifacts: ArtifactStore) -> None:
-        self._coordinator = coordinator
-        self._artifacts = artifacts
+    def __init__(self, leading: Leading) -> None:
+        self._leading = leading
+
+    @property
+    def _coordinator(self) -> Coordinator:
+        return self._leading()
+
+    @property
+    def _artifacts(self) -> ArtifactStore:
+        return self._leading().artifacts
 
     @answers
     async def Enroll(self, request: pb.EnrollRequest, context: grpc.aio.ServicerContext) -> pb.EnrollResponse:
@@ -292,6 +301,8 @@ class FederationServicer(rpc.FederationServicer):
 
     async def _discard(self, artifact: Artifact) -> None:
         """Deletes an upload that does not count, unless something else names the same bytes."""
+        # Shown by a save that it still leads: a deposed leader's state does not know what its successor counts on.
+        await self._coordinator.post(lambda _: None)
         state = self._coordinator.state
         named = {*state.adapters.values(), *(update.artifact for update in state.updates.values())}
         if artifact not in named:
@@ -301,8 +312,12 @@ class FederationServicer(rpc.FederationServicer):
 class OperationsServicer(rpc.OperationsServicer):
     """What operators call."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
+    def __init__(self, leading: Leading) -> None:
+        self._leading = leading
+
+    @property
+    def _coordinator(self) -> Coordinator:
+        return self._leading()
 
     @answers
     async def GetStatus(self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext) -> pb.GetStatusResponse:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 
 from fedhds.lloyd import all_passes
 from fedhds.runspec import RunSpec
@@ -55,6 +55,13 @@ class ServerSettings(RunSpec):
         False,
         description="Keep every site's updates, as updates/round-N/SITE.safetensors among the artifacts, when they "
         "have been folded.",
+        json_schema_extra={"group": "Server"},
+    )
+    store: SecretStr | None = Field(
+        None,
+        description="Keep the run's state in this PostgreSQL database, postgresql://USER@HOST/DATABASE, in place of "
+        "SQLite in the run folder; coordinators with the same one stand by for each other. Whoever may list processes "
+        "reads flags: leave a password to the environment or ~/.pgpass.",
         json_schema_extra={"group": "Server"},
     )
     tls_ca: Path | None = Field(

@@ -25,6 +25,7 @@ from fedhds.errors import (
     DamagedArtifact,
     EnrolmentRefused,
     FedhdsError,
+    NotLeading,
     PrivacyError,
     SessionLost,
     StorageError,
@@ -200,10 +201,10 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         paused=None,
         spec=SimpleNamespace(patience=60.0),
     )
-    coordinator = cast(Any, SimpleNamespace(site_of=site_of, next_task=next_task, state=state))
     made = World(tmp_path, Store(tmp_path / "artifacts"), adapters)
+    coordinator = cast(Any, SimpleNamespace(site_of=site_of, next_task=next_task, state=state, artifacts=made.store))
     server = grpc.aio.server(interceptors=(made.faults,))
-    rpc.add_FederationServicer_to_server(FederationServicer(coordinator, made.store), server)
+    rpc.add_FederationServicer_to_server(FederationServicer(lambda: coordinator), server)
     made.relay.server_port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     await made.relay.up()
@@ -335,6 +336,70 @@ async def test_any_other_failure_is_an_error_that_names_coordinator_and_status(w
     with pytest.raises(FedhdsError, match=rf"the coordinator at 127\.0\.0\.1:\d+ answered {code}: as planned"):
         await _beat(world.link())
     assert len(world.faults.calls) == 1
+
+
+# Several coordinators, of which one leads.
+
+
+async def test_what_a_standby_does_not_answer_goes_to_the_leader_at_once_and_stays_there(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="fedhds_client.link")
+    async with _standby() as (standby, asked):
+        leader = f"127.0.0.1:{world.relay.port}"
+        link = CoordinatorLink(f"{standby}, {leader}", None, patience=20)
+        world.links.append(link)
+        began = time.monotonic()
+        assert await _beat(link)
+        assert time.monotonic() - began < 0.2, "it paused"
+        assert all([await _beat(link) for _ in range(3)])
+        assert len(asked) == 1
+        path, artifact = world.folder / "update", _file(world.folder / "update", 3 * CHUNK_SIZE)
+        await link.upload(SESSION, path, artifact)
+    assert world.store.has(artifact)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"{standby}: this one stands by; trying {leader}"]
+
+
+async def test_sites_of_one_process_move_on_together(world: World) -> None:
+    async with _standby() as (standby, asked):
+        link = CoordinatorLink(f"{standby},127.0.0.1:{world.relay.port}", None, patience=20)
+        world.links.append(link)
+        assert all(await asyncio.gather(*(_beat(link) for _ in range(20))))
+        assert len(asked) <= 20
+        assert len(world.faults.calls) == 20
+
+
+async def test_of_several_addresses_that_lead_nowhere_each_is_explained(world: World) -> None:
+    port = world.relay.port
+    world.relay.down()
+    async with _standby() as (standby, asked):
+        link = CoordinatorLink(f"{standby},127.0.0.1:{port}", None, patience=0.7)
+        world.links.append(link)
+        with pytest.raises(CoordinatorUnreachable) as caught:
+            await _beat(link)
+        assert f"at {standby}, 127.0.0.1:{port} for 0.7 s: " in str(caught.value)
+        assert f"{standby}: this one stands by" in str(caught.value)
+        assert f"127.0.0.1:{port}: nothing listens" in str(caught.value)
+        # With pauses between the rounds, not in a tight loop.
+        assert 2 <= len(asked) < 8
+
+
+@asynccontextmanager
+async def _standby() -> AsyncIterator[tuple[str, list[str]]]:
+    """A coordinator that does not lead: its address, and what it was asked."""
+    asked: list[str] = []
+
+    def leading() -> Any:
+        asked.append("")
+        raise NotLeading("this one stands by")
+
+    server = grpc.aio.server()
+    rpc.add_FederationServicer_to_server(FederationServicer(leading), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield f"127.0.0.1:{port}", asked
+    await server.stop(None)
 
 
 # Patience.

@@ -57,6 +57,7 @@ async def start(folder: Path, **fields: object) -> Host:
     store = SqlStore.in_folder(folder)
     values = {"model": "m", "rounds": 1, "min_sites": 1, "strategy": "full", "evaluate_every": 0} | fields
     state = store.load() or RunState(run_id="r", spec=RunSpec.model_validate(values))
+    assert store.acquire("test", "", 60.0)
     store.save(state)
     artifacts = ArtifactStore(folder / "artifacts", largest_upload=1 << 20)
     coordinator = Coordinator(
@@ -68,8 +69,8 @@ async def start(folder: Path, **fields: object) -> Host:
         aggregator=AGGREGATORS["fedavg"],
     )
     server = new_server()
-    rpc.add_FederationServicer_to_server(FederationServicer(coordinator, artifacts), server)
-    rpc.add_OperationsServicer_to_server(OperationsServicer(coordinator), server)
+    rpc.add_FederationServicer_to_server(FederationServicer(lambda: coordinator), server)
+    rpc.add_OperationsServicer_to_server(OperationsServicer(lambda: coordinator), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")

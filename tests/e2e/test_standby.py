@@ -1,0 +1,220 @@
+"""Two coordinators on one PostgreSQL and one folder of artifacts: one leads, the other takes over."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+
+import grpc
+import psycopg
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from fedhds.errors import NotLeading
+from fedhds.status import error_of
+from fedhds.v1 import federation_pb2 as pb
+from fedhds.v1 import federation_pb2_grpc as rpc
+from fedhds_server.leadership import LEASE_S
+from tests.e2e.federation import BIN, Daemon, Federation
+from tests.postgres import PASSWORD, PostgresServer
+from tests.tiny import write_rows
+
+pytestmark = pytest.mark.e2e
+
+# Besides the lease: a poll, and a machine that others use too.
+SLACK_S = 5.0
+
+
+class Pair:
+    """Coordinators that stand by for each other."""
+
+    def __init__(self, federation: Federation, postgres: PostgresServer) -> None:
+        self.federation = federation
+        self.postgres = postgres
+        self.store = postgres.create_database()
+        self.artifacts = federation.folder / "artifacts"
+        self.artifacts.mkdir()
+        # In the environment, where no list of processes shows it.
+        federation.environment["FEDHDS_STORE"] = self.store
+
+    def server(self, run: str, *flags: str) -> Daemon:
+        folder = self.federation.folder / run
+        folder.mkdir(exist_ok=True)
+        if not (folder / "artifacts").exists():
+            (folder / "artifacts").symlink_to(self.artifacts)
+        return self.federation.server("--rounds=6", "--strategy=full", "--min-sites=2", *flags, run=run)
+
+    def client(self, name: str) -> Daemon:
+        path = write_rows(self.federation.folder / f"{name}.jsonl", {"sun": 10})
+        servers = f"{self.federation.address('one')},{self.federation.address('two')}"
+        return self.federation.client(name, f"--data={path}", server=servers)
+
+    def journal(self) -> list[str]:
+        with psycopg.connect(self.store) as connection:
+            return [row[0] for row in connection.execute("select message from journal order by sequence")]
+
+
+@pytest.fixture
+def pair(federation: Federation, postgres: PostgresServer) -> Iterator[Pair]:
+    yield Pair(federation, postgres)
+    federation.stop()
+    for daemon in federation.daemons:
+        assert PASSWORD not in daemon.text
+        assert "Traceback" not in daemon.text
+
+
+def seconds_until(daemon: Daemon, words: str, since: float) -> float:
+    daemon.wait_for(words)
+    return time.monotonic() - since
+
+
+def closed(lines: list[str]) -> list[str]:
+    return [found[0] for line in lines if (found := re.match(r"round \d+ closed", line))]
+
+
+ROUNDS = [f"round {number} closed" for number in range(1, 7)]
+
+
+def test_a_standby_takes_over_from_a_leader_that_is_killed_and_the_adapter_is_the_same(
+    federation: Federation, postgres: PostgresServer
+) -> None:
+    plain = federation.server("--rounds=6", "--strategy=full", "--min-sites=2", run="plain")
+    for name in "ab":
+        path = write_rows(federation.folder / f"{name}.jsonl", {"sun": 10})
+        federation.client(name, f"--data={path}", server=federation.address("plain"))
+    assert plain.wait() == 0, plain.text
+    for daemon in federation.daemons:
+        daemon.wait()
+    for name in "ab":
+        # The same sites, in another run.
+        (federation.folder / "state" / name).rename(federation.folder / f"state-{name}")
+
+    pair = Pair(federation, postgres)
+    first = pair.server("one")
+    second = pair.server("two")
+    second.wait_for("standing by: the coordinator at")
+    sites = [pair.client(name) for name in "ab"]
+    first.wait_for("round 2 closed")
+    first.kill()
+    taken_s = seconds_until(second, "going on with run", time.monotonic())
+    print(f"taken over after {taken_s:.1f} s")
+    assert taken_s < LEASE_S + SLACK_S
+    assert second.wait() == 0, second.text
+    assert [site.wait() for site in sites] == [0, 0], "\n".join(site.text for site in sites)
+    assert closed(pair.journal()) == ROUNDS
+    results = [
+        (federation.folder / run / "checkpoint" / "adapter_model.safetensors").read_bytes() for run in ("plain", "two")
+    ]
+    assert results[0] == results[1]
+    assert PASSWORD not in "".join(daemon.text for daemon in federation.daemons)
+
+
+def test_a_standby_is_not_ready_and_takes_over_at_once_from_a_leader_that_is_stopped(pair: Pair) -> None:
+    first = pair.server("one")
+    second = pair.server("two")
+    second.wait_for("standing by: the coordinator at")
+    federation = pair.federation
+    assert health(federation.address("one")) == "SERVING"
+    assert health(federation.address("two")) == "NOT_SERVING"
+    assert health(federation.address("two"), "fedhds.v1.Federation") == "NOT_SERVING"
+    assert health(federation.address("two"), "grpc.health.v1.Health") == "SERVING"
+    with grpc.insecure_channel(federation.address("two")) as channel:
+        with pytest.raises(grpc.RpcError) as refused:
+            rpc.FederationStub(channel).Enroll(pb.EnrollRequest(site="a", protocol_versions=[1]), timeout=10)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert isinstance(error_of(refused.value), NotLeading)
+    status = [str(BIN / "fedhds"), "status", "--json", "--server"]
+    both = f"{federation.address('two')},{federation.address('one')}"
+    asked = subprocess.run([*status, both], capture_output=True, text=True, check=True)
+    assert json.loads(asked.stdout)["phase"] == "enrolling"
+    alone = subprocess.run([*status, federation.address("two")], capture_output=True, text=True)
+    assert alone.returncode == 1
+    assert "stands by" in alone.stderr
+
+    sites = [pair.client(name) for name in "ab"]
+    first.wait_for("round 2 closed")
+    first.process.send_signal(signal.SIGTERM)
+    taken_s = seconds_until(second, "going on with run", time.monotonic())
+    print(f"taken over after {taken_s:.1f} s")
+    assert taken_s < LEASE_S - 1.0
+    assert first.wait() == 128 + signal.SIGTERM
+    assert second.wait() == 0, second.text
+    assert [site.wait() for site in sites] == [0, 0], "\n".join(site.text for site in sites)
+    assert closed(pair.journal()) == ROUNDS
+
+
+def test_a_leader_that_stood_still_cannot_write_and_stands_by(pair: Pair) -> None:
+    first = pair.server("one")
+    second = pair.server("two")
+    second.wait_for("standing by: the coordinator at")
+    sites = [pair.client(name) for name in "ab"]
+    first.wait_for("round 2 closed")
+    first.process.send_signal(signal.SIGSTOP)
+    seen = first.text
+    taken_s = seconds_until(second, "going on with run", time.monotonic())
+    print(f"taken over after {taken_s:.1f} s")
+    assert taken_s < LEASE_S + SLACK_S
+    first.process.send_signal(signal.SIGCONT)
+    first.wait_for("standing by\n")
+    assert "this coordinator does not lead the run (any more)" in first.text
+    assert second.wait() == 0, second.text
+    # It takes over the run that is over, for sites that might still come, and ends with it.
+    assert first.wait() == 0, first.text
+    assert [site.wait() for site in sites] == [0, 0], "\n".join(site.text for site in sites)
+    # What it did between waking up and noticing has left no trace.
+    assert closed(pair.journal()) == ROUNDS
+    after = first.text[len(seen) :].partition("standing by\n")[0]
+    assert not re.search(r"round \d+ (closed|of)", after), after
+
+
+def test_a_leader_that_is_started_again_need_not_wait_for_its_own_lease(pair: Pair) -> None:
+    first = pair.server("one")
+    first.wait_for(" begins")
+    first.kill()
+    again = pair.server("one")
+    again.wait_for("going on with run")
+    assert "standing by" not in again.text
+
+
+def test_a_database_that_is_away_for_longer_than_the_lease_is_waited_for(pair: Pair) -> None:
+    first = pair.server("one")
+    second = pair.server("two")
+    sites = [pair.client(name) for name in "ab"]
+    first.wait_for("round 2 closed")
+    pair.postgres.stop()
+    try:
+        first.wait_for("the lease could not be renewed")
+        second.wait_for("trying again")
+    finally:
+        pair.postgres.start()
+    statuses = {first.wait(), second.wait()}
+    assert statuses == {0}, first.text + second.text
+    assert [site.wait() for site in sites] == [0, 0], "\n".join(site.text for site in sites)
+    assert closed(pair.journal()) == ROUNDS
+
+
+def test_a_standby_of_another_run_is_refused_when_it_starts(pair: Pair) -> None:
+    pair.server("one").wait_for("listens on")
+    other = pair.federation.start(
+        "server", "fedhds-server", *pair.federation.server_flags("--rounds=5", "--strategy=full", run="two")
+    )
+    assert other.wait() == 2
+    assert "--store: the database holds a run with other settings (rounds 6, now 5" in other.text
+
+
+def test_a_database_that_does_not_answer_is_said(pair: Pair) -> None:
+    pair.federation.environment["FEDHDS_STORE"] = pair.store.replace("/test", "/absent")
+    server = pair.federation.start("server", "fedhds-server", *pair.federation.server_flags("--rounds=1"))
+    assert server.wait() == 1
+    assert 'database "absent' in server.text
+
+
+def health(address: str, service: str = "") -> str:
+    with grpc.insecure_channel(address) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=10)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
