@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from fedhds import __version__
 from fedhds.errors import (
+    ArtifactError,
     CoordinatorUnreachable,
     EnrolmentRefused,
     Evicted,
@@ -176,10 +177,11 @@ class SiteLoop:
             protocol_versions=PROTOCOL_VERSIONS,
             fedhds_version=__version__,
             previous_session=self._site.session(),
+            session=self._site.next_session(),
         )
         answer = await self._link.call(self._link.federation.Enroll, request)
         self._session, self._lease_s, self._run_id = answer.session, answer.lease_s, answer.run_id
-        self._site.keep_session(answer.session)
+        self._site.keep_session()
         spec = RunSpec.from_proto(answer.run)
         logger.info(
             "%s: enrolled in run %s (%s, %d rounds of %s)",
@@ -253,7 +255,16 @@ class SiteLoop:
                     task.task_id, lambda control: self._workbench.evaluate(site, task.round, adapter, control)
                 )
                 request.evaluation.CopyFrom(sums)
-        answer: pb.CompleteTaskResponse = await self._link.call(self._link.federation.CompleteTask, request)
+        answer: pb.CompleteTaskResponse
+        try:
+            answer = await self._link.call(self._link.federation.CompleteTask, request)
+        except ArtifactError as error:
+            if kind != "train" or not trained:
+                raise
+            # A coordinator that took over, or found the bytes damaged, asks for what was uploaded once more.
+            logger.warning("%s: %s", site.name, error)
+            await self._link.upload(self._session, trained.path, trained.artifact)
+            answer = await self._link.call(self._link.federation.CompleteTask, request)
         if kind == "train" and trained:
             trained.path.unlink(missing_ok=True)
         return answer

@@ -274,6 +274,14 @@ async def test_sessions(host: Host) -> None:
     await enrol(host)
 
 
+async def test_an_enrolment_whose_answer_was_lost_can_be_repeated(host: Host) -> None:
+    request = pb.EnrollRequest(site="a", protocol_versions=[1], session="ab" * 32)
+    answers = [await host.federation.Enroll(request) for _ in range(2)]
+    assert [answer.session for answer in answers] == ["ab" * 32] * 2
+    request.session = "cd" * 32
+    assert isinstance(await refused(host.federation.Enroll(request)), NameInUse)
+
+
 async def test_another_model_is_refused_and_frees_the_name(tmp_path: Path) -> None:
     host = await start(tmp_path, min_sites=2)
     await enrol(host, "a")
