@@ -119,7 +119,7 @@ class Coordinator:
         return self._folder / "checkpoint"
 
     async def run(self) -> None:
-        """Works until the run is over and every live site has the final adapter, or until cancelled."""
+        """Works until the run is over and every live site has the final adapter and has left, or until cancelled."""
         for instruction in self._machine.pending():
             self._work.put_nowait(instruction)
         self._settle()
@@ -253,13 +253,14 @@ class Coordinator:
                 event.set()
 
     def _settle(self) -> None:
-        """Ends `run` when every site has the final adapter; for sites that are away it stays for one patience."""
+        """Ends `run` when every site has the final adapter and has gone; for those away it stays for one patience."""
         if not self.state.phase.over:
             return
         now = time.monotonic()
         self._over_since = self._over_since or now
         waiting = [site for site in self.state.sites.values() if not site.delivered]
-        here = any(site.live for site in waiting)
+        # A site that has the adapter says goodbye, once it knows that this was noted; until then it may ask again.
+        here = any(site.live for site in self.state.sites.values())
         away = any(site.state is SiteState.LOST or self._started_over for site in waiting)
         if not here and (not away or now - self._over_since > self.state.spec.patience):
             self._settled.set()
