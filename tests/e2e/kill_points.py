@@ -116,8 +116,8 @@ def in_coordinator(points: Points) -> None:
 
         setattr(FederationServicer, method, wrapped)
 
-    RunMachine.handle = noted_handle  # type: ignore[method-assign]
-    SqlStore.save = noted_save  # type: ignore[method-assign]
+    RunMachine.handle = noted_handle  # type: ignore[assignment, method-assign]
+    SqlStore.save = noted_save  # type: ignore[assignment, method-assign]
     sa.event.listen(sa.engine.Engine, "commit", on_commit)
     ArtifactStore.open_chunks = chunks  # type: ignore[assignment, method-assign]
     for operation in ("append", "finish", "adopt", "delete", "sweep"):
@@ -187,7 +187,7 @@ def in_site(points: Points) -> None:
         self.federation.Upload = cut(self.federation.Upload, "upload underway")
         self.federation.Download = cut(self.federation.Download, "download underway")
 
-    daemon.Control.report = noted_report  # type: ignore[method-assign]
+    daemon.Control.report = noted_report  # type: ignore[assignment, method-assign]
     link.CoordinatorLink.call = noted_call  # type: ignore[method-assign]
     link.CoordinatorLink.__init__ = noted_create  # type: ignore[method-assign]
     link.CHUNK_SIZE = CHUNK_BYTES

@@ -28,11 +28,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
 # The longest life of one process; a site lives through all kills of its coordinator.
 _LIFE_S = 300.0
-# A killed site is back within --patience, also on a busy machine: nobody takes its place.
 _COMMON = (
     "--rounds=2",
     "--quorum=100%",
-    "--patience=100",
     "--lora-rank=64",
     "--local-epochs=2",
     "--fusion=pca",
@@ -45,10 +43,13 @@ _RUNS = {
     "random": ("--strategy=random", "--schedule=per-round", "--budget=4"),
 }
 _CHANGE = r"[a-z]+-[a-z]+ (un)?committed"
-# A site says goodbye when its run is over; by then its coordinator may have ended.
-_FAREWELL = {"SiteLeft uncommitted", "SiteLeft committed"}
-# A site that has delivered is done: whether it dies before it exits, nobody can tell.
-_SITE_POINTS = "(?!CompleteTask heard on delivered).*"
+# A site says goodbye once, when it has the final adapter. A coordinator that is not there to hear it stays for one
+# patience when it is back, and takes the site for lost; neither is a part of the run.
+_AFTERWARDS = {f"{event} {when}" for event in ("SiteLeft", "SiteSilent") for when in ("uncommitted", "committed")}
+_COORDINATOR_POINTS = "(?!SiteLeft|SiteSilent).*"
+# A site that has heard that its delivery is noted has nothing left to do.
+_LAST_OF_SITE = "CompleteTask heard on delivered"
+_SITE_POINTS = f"(?!{_LAST_OF_SITE}).*"
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ class Outcome:
 class Run:
     """A coordinator and the sites a and b, which are started again whenever a point has killed them."""
 
-    def __init__(self, federation: Federation, name: str, *, server: str = "", sites: str = "") -> None:
+    def __init__(self, federation: Federation, name: str, *, patience: int, server: str = "", sites: str = "") -> None:
         """`server` and `sites` are patterns of the points at which they die; see kill_points."""
         self._federation = federation
-        self._flags = (*_COMMON, *_RUNS[name])
+        self._flags = (*_COMMON, *_RUNS[name], f"--patience={patience}")
         self._patterns = {"server": server, "sites": sites}
         self._ending = threading.Event()
         self.lives: dict[str, list[Daemon]] = {name: [] for name in ("server", "a", "b")}
@@ -145,7 +146,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Callab
     def outcome(name: str) -> Outcome:
         federation = Federation(tmp_path_factory.mktemp(f"undisturbed-{name}"), model)
         try:
-            return Run(federation, name).outcome()
+            return Run(federation, name, patience=60).outcome()
         finally:
             federation.stop()
 
@@ -153,16 +154,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Callab
 
 
 @pytest.mark.parametrize(
-    ("name", "points", "least"), [("global", ".*", 25), ("aligned", _CHANGE, 10), ("random", _CHANGE, 10)]
+    ("name", "points", "least"),
+    [("global", _COORDINATOR_POINTS, 25), ("aligned", _CHANGE, 10), ("random", _CHANGE, 10)],
+    ids=list(_RUNS),
 )
 def test_a_coordinator_that_is_killed_everywhere(
     federation: Federation, undisturbed: Callable[[str], Outcome], name: str, points: str, least: int
 ) -> None:
     plain = undisturbed(name)
-    run = Run(federation, name, server=points)
+    run = Run(federation, name, patience=20, server=points)
     killed = run.outcome()
     # A point kills when it is first reached, so all that an undisturbed run passes, new ones too, have killed.
-    assert killed.reached["server"] - _FAREWELL == plain.reached["server"] - _FAREWELL
+    assert killed.reached["server"] - _AFTERWARDS == plain.reached["server"] - _AFTERWARDS
     assert len(run.lives["server"]) > least
     assert killed == plain
     assert len(killed.adapters) == 1
@@ -170,7 +173,7 @@ def test_a_coordinator_that_is_killed_everywhere(
         assert len(run.lives[site]) == 1
         # What was trained was never lost: not the site's work, nor what the coordinator had accepted.
         assert run.said(site, "round 1 trains on") == run.said(site, "round 2 trains on") == 1
-    assert not run.said("server", "failed|is lost|Traceback")
+    assert not run.said("server", "failed|Traceback")
 
 
 def test_sites_that_are_killed_everywhere(federation: Federation, undisturbed: Callable[[str], Outcome]) -> None:
@@ -180,10 +183,11 @@ def test_sites_that_are_killed_everywhere(federation: Federation, undisturbed: C
     issue(federation.tls, "coordinator", role=Role.COORDINATOR, hosts=("127.0.0.1",))
     for site in "ab":
         issue(federation.tls, site, role=Role.SITE)
-    run = Run(federation, "global", sites=_SITE_POINTS)
+    # A killed site is back within the patience, also on a busy machine: a selection without it would be another.
+    run = Run(federation, "global", patience=100, sites=_SITE_POINTS)
     killed = run.outcome()
     assert killed.reached["sites"] == plain.reached["sites"]
-    assert len(run.lives["a"]) + len(run.lives["b"]) - 2 == len(killed.reached["sites"]) - 1
+    assert len(run.lives["a"]) + len(run.lives["b"]) - 2 == len(killed.reached["sites"] - {_LAST_OF_SITE}) >= 15
     assert killed == plain
     assert len(killed.adapters) == 1
     assert not run.said("server", "failed|is lost|Traceback")
