@@ -177,10 +177,11 @@ class SiteLoop:
             protocol_versions=PROTOCOL_VERSIONS,
             fedhds_version=__version__,
             previous_session=self._site.session(),
+            session=self._site.next_session(),
         )
         answer = await self._link.call(self._link.federation.Enroll, request)
         self._session, self._lease_s, self._run_id = answer.session, answer.lease_s, answer.run_id
-        self._site.keep_session(answer.session)
+        self._site.keep_session()
         spec = RunSpec.from_proto(answer.run)
         logger.info(
             "%s: enrolled in run %s (%s, %d rounds of %s)",

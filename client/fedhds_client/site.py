@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import secrets
 import socket
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from fedhds.errors import SettingsError, StorageError
 from fedhds.privacy.ledger import Ledger
 from fedhds.security.credentials import TlsFiles, own_identity
+from fedhds_client.durable import write_private
 from fedhds_client.link import file_key
 from fedhds_client.settings import ClientSettings
 from fedhds_client.shard import Shard
@@ -46,13 +48,20 @@ class Site:
         path = self.folder / "session"
         return path.read_text(encoding="ascii") if path.exists() else ""
 
-    def keep_session(self, session: str) -> None:
-        """Remembers the session for the next start."""
-        path = self.folder / "session.partial"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(session)
-        path.replace(self.folder / "session")
+    def next_session(self) -> str:
+        """The secret of the session that is to begin, the same until `keep_session`; raises StorageError.
+
+        It is kept before the coordinator hears of it: whatever ends this process, or the coordinator, before the
+        answer is here, the site can show that it was the one that asked.
+        """
+        path = self.folder / "session.next"
+        if not path.exists():
+            write_private(path, secrets.token_hex(32).encode())
+        return path.read_text(encoding="ascii")
+
+    def keep_session(self) -> None:
+        """The next session has begun; it is remembered for the next start."""
+        (self.folder / "session.next").replace(self.folder / "session")
 
 
 def open_sites(chosen: ClientSettings, tls: TlsFiles | None, stack: ExitStack) -> list[Site]:

@@ -139,7 +139,7 @@ class Coordinator:
         self._watched_at = time.monotonic()
 
     async def run(self) -> None:
-        """Works until the run is over and every live site has the final adapter, or until cancelled.
+        """Works until the run is over and every live site has the final adapter and has left, or until cancelled.
 
         Raises NotLeading when another coordinator has taken the lease.
         """
@@ -294,7 +294,7 @@ class Coordinator:
         return self.state.phase.over or self.state.sites[site].state is SiteState.EVICTED
 
     def _settle(self) -> None:
-        """Ends `run` when every site has the final adapter; for sites that are away it stays for one patience.
+        """Ends `run` when every site has the final adapter and has gone; for those away it stays for one patience.
 
         And for a moment where somebody watches.
         """
@@ -303,7 +303,8 @@ class Coordinator:
         now = time.monotonic()
         self._over_since = self._over_since or now
         waiting = [site for site in self.state.sites.values() if not site.delivered]
-        here = any(site.live for site in waiting)
+        # A site that has the adapter says goodbye, once it knows that this was noted; until then it may ask again.
+        here = any(site.live for site in self.state.sites.values())
         away = any(site.state is SiteState.LOST or self._started_over for site in waiting)
         if now - self._over_since < _WATCHED_S and self._watched_at > self._over_since - _WATCHED_S:
             return

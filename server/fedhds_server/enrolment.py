@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
+import secrets
 
 from fedhds.adapter import AdapterManifest
 from fedhds.errors import EnrolmentRefused, Evicted, NameInUse
@@ -40,12 +42,19 @@ def negotiate(offered: list[int]) -> int:
     return max(common)
 
 
-def admit(state: RunState, name: str, peer: PeerIdentity | None, previous_session: str) -> str:
+def drawn_session(proposed: str) -> str:
+    """The session's secret: what the site drew, or a new one; raises EnrolmentRefused for one that could be guessed."""
+    if proposed and not re.fullmatch("[0-9a-f]{64}", proposed):
+        raise EnrolmentRefused("the session that the site proposes is not 64 hexadecimal digits; install fedhds anew")
+    return proposed or secrets.token_hex(32)
+
+
+def admit(state: RunState, name: str, peer: PeerIdentity | None, *sessions: str) -> str:
     """Checks that the caller may hold `name`; returns the key to pin, empty without TLS.
 
     With TLS the certificate decides: the name is its name, or its name, "/" and a shard's; the same key takes over a
     live session, another key is refused for the whole run. Without TLS a live name is given only to who knows its
-    session. Raises NameInUse or EnrolmentRefused.
+    session: one of `sessions`. Raises NameInUse or EnrolmentRefused.
     """
     if not name or len(name) > 128 or not name.isprintable():
         raise EnrolmentRefused("a site's name is 1 to 128 printable characters; set --name")
@@ -70,7 +79,8 @@ def admit(state: RunState, name: str, peer: PeerIdentity | None, previous_sessio
             f"the name {name!r} belongs to a site with another key; enrol with that key (fedhds certs issue --renew "
             "keeps it) or under another name"
         )
-    if not key and site.live and not hmac.compare_digest(site.session, session_digest(previous_session)):
+    known = [hmac.compare_digest(site.session, session_digest(session)) for session in sessions]
+    if not key and site.live and not any(known):
         raise NameInUse(
             f"another process is enrolled as {name!r}; stop it, wait until it is taken for lost, or choose "
             "another --name"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -33,7 +32,7 @@ from fedhds.v1 import federation_pb2_grpc as rpc
 from fedhds_server.aggregation.base import validate_update
 from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.coordinator import Coordinator
-from fedhds_server.enrolment import admit, check_attestation, negotiate, session_digest
+from fedhds_server.enrolment import admit, check_attestation, drawn_session, negotiate, session_digest
 from fedhds_server.report import run_card, run_status
 from fedhds_server.selection import cells
 from fedhds_server.settings import is_loopback
@@ -91,10 +90,10 @@ class FederationServicer(rpc.FederationServicer):
     async def Enroll(self, request: pb.EnrollRequest, context: grpc.aio.ServicerContext) -> pb.EnrollResponse:
         version = negotiate(list(request.protocol_versions))
         peer = identity_of(context.auth_context())
-        session = secrets.token_hex(32)
+        session = drawn_session(request.session)
 
         def decide(state: RunState) -> SiteConnected:
-            key = admit(state, request.site, peer, request.previous_session)
+            key = admit(state, request.site, peer, request.previous_session, session)
             return SiteConnected(request.site, key, session_digest(session))
 
         await self._coordinator.post(decide)

@@ -73,11 +73,11 @@ class Federation:
         self.prefix: tuple[str, ...] = ()
         self.environment: dict[str, str] = {}
 
-    def start(self, name: str, program: str, *flags: object) -> Daemon:
+    def start(self, name: str, program: str, *flags: object, prefix: tuple[str, ...] = ()) -> Daemon:
         """Starts a console script whose log is called `name`."""
         number = len(self.daemons)
         log = self.folder / f"{number:02d}-{name}.log"
-        daemon = Daemon(log, program, *flags, environment=self.environment, prefix=self.prefix)
+        daemon = Daemon(log, program, *flags, environment=self.environment, prefix=(*self.prefix, *prefix))
         self.daemons.append(daemon)
         return daemon
 

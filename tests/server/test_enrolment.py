@@ -8,7 +8,7 @@ from fedhds.adapter import AdapterManifest, TensorSpec
 from fedhds.errors import EnrolmentRefused, NameInUse
 from fedhds.runspec import RunSpec
 from fedhds.security.identity import PeerIdentity, Role
-from fedhds_server.enrolment import admit, check_attestation, negotiate, session_digest
+from fedhds_server.enrolment import admit, check_attestation, drawn_session, negotiate, session_digest
 from fedhds_server.state import Phase, RunState, Site, SiteState, packed
 
 MANIFEST = AdapterManifest((TensorSpec("q.lora_A.weight", (2, 4)),), ("q",))
@@ -34,6 +34,18 @@ def test_without_tls_a_live_name_needs_its_session() -> None:
     with pytest.raises(NameInUse, match="another process is enrolled as 'a'"):
         admit(live, "a", None, "")
     assert admit(live, "a", None, "secret") == ""
+
+
+def test_without_tls_a_repeated_enrolment_is_known_by_the_session_that_it_proposes() -> None:
+    assert admit(state_with(state=SiteState.CONNECTING), "a", None, "", "secret") == ""
+
+
+def test_a_proposed_session_must_not_be_guessable() -> None:
+    assert drawn_session("ab" * 32) == "ab" * 32
+    assert drawn_session("") != drawn_session("")
+    for weak in ("a", "A" * 64, "0" * 63 + "\n"):
+        with pytest.raises(EnrolmentRefused, match="64 hexadecimal digits"):
+            drawn_session(weak)
 
 
 @pytest.mark.parametrize("gone", [SiteState.LOST, SiteState.LEFT])

@@ -163,9 +163,11 @@ async def test_a_whole_run_over_the_wire(host: Host) -> None:
     done = await task_of(host, session)
     assert done.done.outcome == "completed"
     assert '"r": 8' in done.done.adapter_config
-    await host.federation.CompleteTask(
-        pb.CompleteTaskRequest(session=session, task_id=done.task_id, delivered=pb.Delivered())
-    )
+    delivery = pb.CompleteTaskRequest(session=session, task_id=done.task_id, delivered=pb.Delivered())
+    for _ in range(2):
+        # The answer may be lost: the coordinator is there until the site has gone.
+        assert (await host.federation.CompleteTask(delivery)).accepted
+    await host.federation.Leave(pb.LeaveRequest(session=session))
     await asyncio.wait_for(host.work, 10)
     with AdapterReader(host.folder / "checkpoint" / "adapter_model.safetensors", MANIFEST) as reader:
         assert (reader.tensor(MANIFEST.tensors[0]) == 0.5).all()
@@ -277,6 +279,14 @@ async def test_sessions(host: Host) -> None:
     assert answer.withdrawn
     await host.federation.Leave(pb.LeaveRequest(session=successor))
     await enrol(host)
+
+
+async def test_an_enrolment_whose_answer_was_lost_can_be_repeated(host: Host) -> None:
+    request = pb.EnrollRequest(site="a", protocol_versions=[1], session="ab" * 32)
+    answers = [await host.federation.Enroll(request) for _ in range(2)]
+    assert [answer.session for answer in answers] == ["ab" * 32] * 2
+    request.session = "cd" * 32
+    assert isinstance(await refused(host.federation.Enroll(request)), NameInUse)
 
 
 async def test_another_model_is_refused_and_frees_the_name(tmp_path: Path) -> None:

@@ -57,12 +57,17 @@ class EnrollRequest(_message.Message):
     PROTOCOL_VERSIONS_FIELD_NUMBER: _builtins.int
     FEDHDS_VERSION_FIELD_NUMBER: _builtins.int
     PREVIOUS_SESSION_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     site: _builtins.str
     """Name the site wants; with TLS it must be the certificate's name, or that name, "/" and a shard's name."""
     fedhds_version: _builtins.str
     """The site's fedhds version, for people."""
     previous_session: _builtins.str
     """Session that this site held before, if it remembers one: proves, also without TLS, that it is the same site."""
+    session: _builtins.str
+    """Secret of the session that is to begin, 64 hexadecimal digits that the site drew and kept before it asked: an
+    enrolment that is repeated, because its answer was lost, is the same one. Empty: the coordinator draws it.
+    """
     @_builtins.property
     def protocol_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Protocol versions that the site speaks; the coordinator chooses the highest that both do."""
@@ -74,10 +79,11 @@ class EnrollRequest(_message.Message):
         protocol_versions: _abc.Iterable[_builtins.int] | None = ...,
         fedhds_version: _builtins.str = ...,
         previous_session: _builtins.str = ...,
+        session: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fedhds_version", b"fedhds_version", "previous_session", b"previous_session", "protocol_versions", b"protocol_versions", "site", b"site"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fedhds_version", b"fedhds_version", "previous_session", b"previous_session", "protocol_versions", b"protocol_versions", "session", b"session", "site", b"site"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

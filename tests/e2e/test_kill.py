@@ -1,0 +1,193 @@
+"""kill -9 at every step of a run: the run ends with the same adapter, byte for byte, as one that nothing disturbed."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedhds.security.identity import Role
+from fedhds.security.pki import init_authority, issue
+from tests.e2e import kill_points
+from tests.e2e.federation import Daemon, Federation
+from tests.tiny import write_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+# The longest life of one process; a site lives through all kills of its coordinator.
+_LIFE_S = 300.0
+_COMMON = (
+    "--rounds=2",
+    "--quorum=100%",
+    "--lora-rank=64",
+    "--local-epochs=2",
+    "--fusion=pca",
+    "--feature-dimension=16",
+)
+# All changes of phase of a run that ends well are in one of these.
+_RUNS = {
+    "global": ("--strategy=global", "--budget=4", "--lloyd-passes=1", "--min-evaluators=1"),
+    "aligned": ("--strategy=fedhds-aligned", "--schedule=per-round", "--budget=4"),
+    "random": ("--strategy=random", "--schedule=per-round", "--budget=4"),
+}
+_CHANGE = r"[a-z]+-[a-z]+ (un)?committed"
+# A site says goodbye once, when it has the final adapter. A coordinator that is not there to hear it stays for one
+# patience when it is back, and takes the site for lost; neither is a part of the run.
+_AFTERWARDS = {f"{event} {when}" for event in ("SiteLeft", "SiteSilent") for when in ("uncommitted", "committed")}
+_COORDINATOR_POINTS = "(?!SiteLeft|SiteSilent).*"
+# A site that has heard that its delivery is noted has nothing left to do.
+_LAST_OF_SITE = "CompleteTask heard on delivered"
+_SITE_POINTS = f"(?!{_LAST_OF_SITE}).*"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run, and the points that its coordinator ("server") and its sites ("sites") reached."""
+
+    adapters: set[bytes]
+    rounds: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    reached: dict[str, set[str]] = field(compare=False)
+
+
+class Run:
+    """A coordinator and the sites a and b, which are started again whenever a point has killed them."""
+
+    def __init__(self, federation: Federation, name: str, *, patience: int, server: str = "", sites: str = "") -> None:
+        """`server` and `sites` are patterns of the points at which they die; see kill_points."""
+        self._federation = federation
+        self._flags = (*_COMMON, *_RUNS[name], f"--patience={patience}")
+        self._patterns = {"server": server, "sites": sites}
+        self._ending = threading.Event()
+        self.lives: dict[str, list[Daemon]] = {name: [] for name in ("server", "a", "b")}
+
+    def outcome(self) -> Outcome:
+        """Runs to the end; fails when a process ends in any other way."""
+        federation, folder = self._federation, self._federation.folder
+        for name in self._patterns:
+            (folder / "points" / name).mkdir(parents=True)
+        listen = f"127.0.0.1:{_quiet_port()}"
+        shards = {name: write_rows(folder / f"{name}.jsonl", {name: 7, "sea": 5}) for name in "ab"}
+        common = ("--share-exact-cells", "--inference-batch-size=4")
+        site_a = (f"--data={shards['a']}", f"--eval-data={shards['b']}", *common)
+        flags = {
+            "server": federation.server_flags(*self._flags, listen=listen),
+            "a": federation.client_flags("a", *site_a, server=listen),
+            "b": federation.client_flags("b", f"--data={shards['b']}", *common, server=listen),
+        }
+        with ThreadPoolExecutor(len(flags)) as pool:
+            lives = [pool.submit(self._live, name, flags[name]) for name in flags]
+            for life in lives:
+                life.result()
+        report = json.loads((folder / "run" / "report.json").read_text())
+        for closed in report["closed_rounds"]:
+            del closed["seconds"]
+        adapters = [folder / "run" / "checkpoint", folder / "out" / "a", folder / "out" / "b"]
+        return Outcome(
+            adapters={(path / "adapter_model.safetensors").read_bytes() for path in adapters},
+            rounds=report["closed_rounds"],
+            evaluations=report["evaluations"],
+            reached={name: {path.name for path in (folder / "points" / name).iterdir()} for name in self._patterns},
+        )
+
+    def said(self, name: str, words: str) -> int:
+        """How often the processes `name` printed what matches."""
+        return sum(len(re.findall(words, daemon.text)) for daemon in self.lives[name])
+
+    def _live(self, name: str, flags: list[object]) -> None:
+        kind, program = ("server", "fedhds-server") if name == "server" else ("sites", "fedhds-client")
+        points = self._federation.folder / "points" / kind
+        prefix = (sys.executable, kill_points.__file__, str(points), self._patterns[kind])
+        while not self._ending.is_set():
+            daemon = self._federation.start(name, program, *flags, prefix=prefix)
+            self.lives[name].append(daemon)
+            status = daemon.wait(_LIFE_S)
+            if status == 0:
+                return
+            if status != -signal.SIGKILL:
+                self._ending.set()
+                self._federation.stop()
+                raise AssertionError(f"{name} ended with status {status}:\n{daemon.text}")
+
+
+def _quiet_port() -> int:
+    """A free port that the system gives to no outgoing connection.
+
+    Else a site that tries to reach a coordinator that is down might take the port, or find itself there.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(10_000, lowest)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Callable[[str], Outcome]:
+    """The outcome of a run in which nothing dies."""
+
+    @cache
+    def outcome(name: str) -> Outcome:
+        federation = Federation(tmp_path_factory.mktemp(f"undisturbed-{name}"), model)
+        try:
+            return Run(federation, name, patience=60).outcome()
+        finally:
+            federation.stop()
+
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("name", "points", "least"),
+    [("global", _COORDINATOR_POINTS, 25), ("aligned", _CHANGE, 10), ("random", _CHANGE, 10)],
+    ids=list(_RUNS),
+)
+def test_a_coordinator_that_is_killed_everywhere(
+    federation: Federation, undisturbed: Callable[[str], Outcome], name: str, points: str, least: int
+) -> None:
+    plain = undisturbed(name)
+    run = Run(federation, name, patience=20, server=points)
+    killed = run.outcome()
+    # A point kills when it is first reached, so all that an undisturbed run passes, new ones too, have killed.
+    assert killed.reached["server"] - _AFTERWARDS == plain.reached["server"] - _AFTERWARDS
+    assert len(run.lives["server"]) > least
+    assert killed == plain
+    assert len(killed.adapters) == 1
+    for site in "ab":
+        assert len(run.lives[site]) == 1
+        # What was trained was never lost: not the site's work, nor what the coordinator had accepted.
+        assert run.said(site, "round 1 trains on") == run.said(site, "round 2 trains on") == 1
+    assert not run.said("server", "failed|Traceback")
+
+
+def test_sites_that_are_killed_everywhere(federation: Federation, undisturbed: Callable[[str], Outcome]) -> None:
+    plain = undisturbed("global")
+    federation.tls = federation.folder / "certs"
+    init_authority(federation.tls)
+    issue(federation.tls, "coordinator", role=Role.COORDINATOR, hosts=("127.0.0.1",))
+    for site in "ab":
+        issue(federation.tls, site, role=Role.SITE)
+    # A killed site is back within the patience, also on a busy machine: a selection without it would be another.
+    run = Run(federation, "global", patience=100, sites=_SITE_POINTS)
+    killed = run.outcome()
+    assert killed.reached["sites"] == plain.reached["sites"]
+    assert len(run.lives["a"]) + len(run.lives["b"]) - 2 == len(killed.reached["sites"] - {_LAST_OF_SITE}) >= 15
+    assert killed == plain
+    assert len(killed.adapters) == 1
+    assert not run.said("server", "failed|is lost|Traceback")
