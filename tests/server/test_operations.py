@@ -374,7 +374,7 @@ async def test_a_poll_of_a_site_that_was_taken_over_does_not_keep_its_successor_
 ) -> None:
     host = await hosts(min_sites=2)
     first = await enrol(host, "a")
-    old = asyncio.ensure_future(poll(host, first, 0.5))
+    old = asyncio.ensure_future(poll(host, first, 3))
     await until(lambda: "a" in host.coordinator._waiting)
     second = await enrol(host, "a", previous_session=first)
     new = asyncio.ensure_future(poll(host, second, 20))
