@@ -227,12 +227,14 @@ def test_a_site_that_starts_again_takes_over_at_once_and_another_key_is_refused(
     assert thief.wait() == 1
     assert "another key" in thief.text
     assert first.process.poll() is None
-    successor = federation.client("b", f"--data={folder / 'b.jsonl'}", f"--state={folder / 'elsewhere'}")
+    with sabotaged(federation, WAITING.format(gate=str(folder / "gate"))):
+        successor = federation.client("b", f"--data={folder / 'b.jsonl'}", f"--state={folder / 'elsewhere'}")
+    # It has the open task at once; the one that hangs hears of it with its next sign of life, and stops.
+    successor.wait_for("round 1 trains on 8 of 8 rows")
     assert first.wait() == 1
     assert "taken over" in first.text
+    (folder / "gate").touch()
     all_end_well(server, [a, successor])
-    # It had the open task, and nobody waited for the one that hung.
-    assert "round 1 trains on 8 of 8 rows" in successor.text
     assert "is lost" not in server.text
     assert adapter_of(federation) == alone("--rounds=3")
 

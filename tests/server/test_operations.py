@@ -110,7 +110,7 @@ async def test_a_run_that_was_paused_is_paused_after_a_restart(hosts: Callable[.
     second = await hosts()
     assert (await poll(second, a)).wait.reason == "the run is paused: night"
     await resume(second)
-    assert (await poll(second, a)).task_id == "train/1/a"
+    assert (await task_of(second, a)).task_id == "train/1/a"
 
 
 async def test_a_deadline_closes_a_round_with_its_quorum_and_a_pause_holds_it_up(hosts: Callable[..., Any]) -> None:
@@ -190,6 +190,7 @@ async def test_stopping_gives_every_site_the_adapter_as_it_is(hosts: Callable[..
     for session in (a, b):
         request = pb.CompleteTaskRequest(session=session, task_id="done", delivered=pb.Delivered())
         assert (await host.federation.CompleteTask(request)).accepted
+        await host.federation.Leave(pb.LeaveRequest(session=session))
     await asyncio.wait_for(host.work, 10)
     assert (host.folder / "checkpoint" / "adapter_model.safetensors").exists()
     # The update of the round that was open is gone; the first and the last adapter stay.
@@ -257,7 +258,8 @@ async def test_the_last_site_that_works_is_evicted_and_the_round_closes_without_
     # Nobody waits for it to fetch the adapter.
     request = pb.CompleteTaskRequest(session=a, task_id="done", delivered=pb.Delivered())
     await host.federation.CompleteTask(request)
-    await asyncio.wait_for(host.work, 5)
+    await host.federation.Leave(pb.LeaveRequest(session=a))
+    await asyncio.wait_for(host.work, 10)
 
 
 @pytest.mark.parametrize("reason", ["", "  \n ", "x" * 501])
@@ -374,7 +376,7 @@ async def test_a_poll_of_a_site_that_was_taken_over_does_not_keep_its_successor_
 ) -> None:
     host = await hosts(min_sites=2)
     first = await enrol(host, "a")
-    old = asyncio.ensure_future(poll(host, first, 0.5))
+    old = asyncio.ensure_future(poll(host, first, 3))
     await until(lambda: "a" in host.coordinator._waiting)
     second = await enrol(host, "a", previous_session=first)
     new = asyncio.ensure_future(poll(host, second, 20))
