@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PROTO_BIN := .venv-proto/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test bench-selection lint format proto proto-check docs wheel clean
+.PHONY: help setup demo test bench-selection bench-transport lint format proto proto-check docs wheel clean
 
 help:  ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ bench-selection: $(STAMP)  ## measure what the strategies pick and what selectin
 	@test -n '$(DATA)' && test -n '$(MODEL)' \
 	  || { echo 'bench-selection needs DATA= (Dolly-15k: a file or its folder) and MODEL= (hub id or path)'; exit 2; }
 	$(BIN)/python -m benchmarks.selection --data '$(DATA)' --model '$(MODEL)'
+
+bench-transport: $(STAMP)  ## measure rounds, idle sites and their cost beside plain gRPC, on Linux
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.transport
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

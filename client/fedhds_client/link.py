@@ -8,10 +8,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import grpc
 
+from fedhds import chunks
 from fedhds.adapter import Artifact
 from fedhds.errors import ArtifactError, CoordinatorUnreachable, FedhdsError, NotLeading, StorageError
 from fedhds.security.credentials import TlsFiles, channel_credentials, diagnose_handshake
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
-CHUNK_SIZE = 1 << 20
+_SERVICE = pb.DESCRIPTOR.services_by_name["Federation"].full_name
 # First and longest pause between two tries; doubling from one to the other spreads a thousand sites that lost their
 # coordinator at the same instant over its first seconds back.
 _FIRST_PAUSE_S = 0.2
@@ -62,7 +63,7 @@ class CoordinatorLink:
         self._patience = patience
         self.bytes_sent = 0
         self._channels = [self._channel(target) for target in self._targets]
-        self._stubs: list[Any] = [rpc.FederationStub(channel) for channel in self._channels]
+        self._stubs = [_stub(channel) for channel in self._channels]
         self._current = 0
         self.federation: Any = _Federation(lambda: self._stubs[self._current])
 
@@ -89,16 +90,17 @@ class CoordinatorLink:
         """Sends a file; after a broken link it goes on where the coordinator says it stands."""
         sent = 0
 
-        async def parts(offset: int) -> AsyncIterator[pb.UploadRequest]:
+        async def parts(offset: int) -> AsyncIterator[bytes]:
             nonlocal sent
             header = pb.UploadHeader(session=session, artifact=artifact.to_proto(), offset=offset)
-            yield pb.UploadRequest(header=header)
+            yield pb.UploadRequest(header=header).SerializeToString()
             with path.open("rb") as file:
                 file.seek(offset)
-                while chunk := await asyncio.to_thread(file.read, CHUNK_SIZE):
-                    sent = max(sent, file.tell() - len(chunk))
+                while chunk := await asyncio.to_thread(file.read, chunks.CHUNK_SIZE):
+                    sent = max(sent, offset)
+                    offset += len(chunk)
                     self.bytes_sent += len(chunk)
-                    yield pb.UploadRequest(chunk=chunk)
+                    yield chunks.upload_message(chunk)
 
         async def attempt() -> None:
             request = pb.GetUploadRequest(session=session, artifact=artifact.to_proto())
@@ -118,10 +120,17 @@ class CoordinatorLink:
                 if offset > artifact.size:
                     file.truncate(0)
                     offset = 0
+                digest = await asyncio.to_thread(_digest_of, partial)
                 request = pb.DownloadRequest(session=session, artifact=artifact.to_proto(), offset=offset)
-                async for message in self.federation.Download(request):
-                    await asyncio.to_thread(file.write, message.chunk)
-            found = await asyncio.to_thread(Artifact.of_file, partial)
+                taking = asyncio.ensure_future(asyncio.sleep(0))
+                try:
+                    async for message in self.federation.Download(request):
+                        # One chunk is written and hashed while the next one arrives.
+                        await taking
+                        taking = asyncio.ensure_future(asyncio.to_thread(_take, file, digest, message.chunk))
+                finally:
+                    await taking
+                found = Artifact(digest.hexdigest(), file.tell())
             if found != artifact:
                 partial.unlink()
                 raise ArtifactError(f"the download of {artifact.digest[:12]} has another digest; it is fetched anew")
@@ -199,6 +208,16 @@ class CoordinatorLink:
         return "; ".join(f"{target}: {reason}" for target, reason in reasons.items())
 
 
+def _stub(channel: grpc.aio.Channel) -> Any:
+    stub: Any = rpc.FederationStub(channel)
+    # In place of the generated ones: chunks go past protobuf.
+    stub.Upload = channel.stream_unary(f"/{_SERVICE}/Upload", response_deserializer=pb.UploadResponse.FromString)
+    stub.Download = channel.unary_stream(
+        f"/{_SERVICE}/Download", pb.DownloadRequest.SerializeToString, chunks.read_download
+    )
+    return stub
+
+
 class _Federation:
     """The methods of whichever stub is current at the instant of the call."""
 
@@ -212,6 +231,16 @@ class _Federation:
 def _cut_short(failure: grpc.aio.AioRpcError) -> bool:
     """Whether grpcio could not send on as the call had ended: it then says this, now and then, for the status."""
     return failure.code() is grpc.StatusCode.INTERNAL and failure.details() == "Internal error from Core"
+
+
+def _digest_of(path: Path) -> hashlib._Hash:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256")
+
+
+def _take(file: BinaryIO, digest: hashlib._Hash, chunk: bytes) -> None:
+    file.write(chunk)
+    digest.update(chunk)
 
 
 def file_key(text: str) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 import os
 import reprlib
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
@@ -189,7 +189,7 @@ def _write_safetensors(
 
 
 class AdapterReader:
-    """A safetensors adapter on disk, memory-mapped; a context manager.
+    """A safetensors adapter on disk, read tensor by tensor; a context manager.
 
     Opening checks the header against `manifest`; `tensor` checks the values. Nothing else is trusted: the file
     may come from a faulty or hostile site. Raises AdapterError, naming the tensor at fault. With `differences` the file
@@ -197,14 +197,10 @@ class AdapterReader:
     """
 
     def __init__(self, path: Path, manifest: AdapterManifest, *, differences: bool = False) -> None:
-        self._file = path.open("rb")
+        # Read and not mapped: pages of a mapping count as the process's own, for every update of a round.
+        self._file = path.open("rb", buffering=0)
         try:
-            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError as error:
-            self._file.close()
-            raise AdapterError("the adapter file is empty") from error
-        try:
-            self._start, self._entries = _checked_header(self._map, manifest, differences)
+            self._start, self._entries = _checked_header(self._file, manifest, differences)
         except AdapterError:
             self.close()
             raise
@@ -218,7 +214,6 @@ class AdapterReader:
 
     def close(self) -> None:
         """Releases the file."""
-        self._map.close()
         self._file.close()
 
     def tensor(self, spec: TensorSpec) -> FloatArray:
@@ -230,28 +225,35 @@ class AdapterReader:
                 raise AdapterError(f"{spec.name} has scales that are not finite and above 0")
             with np.errstate(over="ignore"):
                 values = dequantised(values, scales, spec.rank_axis)
-        values = values.astype(np.float32, copy=not values.flags.owndata)
+        values = values.astype(np.float32, copy=False)
         if not np.isfinite(values).all():
             raise AdapterError(f"{spec.name} holds values that are not finite")
         return values
 
     def _stored(self, spec: TensorSpec) -> npt.NDArray[Any]:
-        stored, begin, end = self._entries[spec.name]
-        raw = self._map[self._start + begin : self._start + end]
-        return np.frombuffer(raw, dtype=_NUMPY_TYPES[stored]).reshape(spec.shape)
+        stored, begin, _ = self._entries[spec.name]
+        values = np.empty(spec.shape, _NUMPY_TYPES[stored])
+        unread, at = memoryview(values.view(np.uint8).reshape(-1).data), self._start + begin
+        # In parts: one call reads no more than 2 GiB.
+        while count := os.preadv(self._file.fileno(), [unread], at):
+            unread, at = unread[count:], at + count
+        if unread:
+            raise AdapterError(f"{spec.name} ends before its last byte: the file was cut after it was opened")
+        return values
 
 
 def _checked_header(
-    data: mmap.mmap, manifest: AdapterManifest, differences: bool
+    file: FileIO, manifest: AdapterManifest, differences: bool
 ) -> tuple[int, dict[str, tuple[str, int, int]]]:
     """Start of the tensor bytes, and per tensor its stored type and byte range after that start."""
-    if len(data) < 8:
+    size = os.fstat(file.fileno()).st_size
+    if size < 8:
         raise AdapterError("the adapter file is shorter than a safetensors header")
-    (length,) = struct.unpack("<Q", data[:8])
-    if length > min(_LARGEST_HEADER, len(data) - 8):
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > min(_LARGEST_HEADER, size - 8):
         raise AdapterError("the adapter file's header is longer than the file or than any adapter needs")
     try:
-        header = json.loads(data[8 : 8 + length])
+        header = json.loads(file.read(length))
     except (ValueError, RecursionError) as error:
         raise AdapterError("the adapter file's header is not JSON") from error
     if not isinstance(header, dict):
@@ -265,7 +267,7 @@ def _checked_header(
         odd = sorted(set(header) ^ set(expected))
         raise AdapterError(f"tensors differ from the run's manifest, {len(odd)} of them; the first is {odd[0][:200]!r}")
     entries: dict[str, tuple[str, int, int]] = {}
-    payload = len(data) - 8 - length
+    payload = size - 8 - length
     for name, (shape, types) in expected.items():
         entry = header[name]
         match entry:

@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from fedhds.adapter import Artifact
+from fedhds.chunks import CHUNK_SIZE
 from fedhds.errors import ArtifactError, DamagedArtifact, StorageError
 
 _ADVICE = {
@@ -51,6 +52,8 @@ class ArtifactStore:
         self._trusted: dict[str, tuple[tuple[int, int, int], float]] = {}
         # Two coordinators that share a folder must not write the same file.
         self._process = secrets.token_hex(4)
+        # Of uploads in progress, by digest: the hash of their first bytes, and how many those are.
+        self._hashed: dict[str, tuple[hashlib._Hash, int]] = {}
         with self._guarded():
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -95,14 +98,16 @@ class ArtifactStore:
             part = self._part(artifact)
             return min(part.stat().st_size, artifact.size) if part.is_file() else 0
 
-    def append(self, artifact: Artifact, offset: int, chunk: bytes) -> None:
-        """Writes `chunk` at `offset` of an upload; bytes that are held already may come again."""
+    def append(self, artifact: Artifact, offset: int, chunk: bytes | memoryview) -> None:
+        """Writes `chunk` at `offset` of an upload and hashes it; bytes that are held already may come again."""
         self._check(artifact)
         if offset + len(chunk) > artifact.size:
             raise ArtifactError(f"the upload is longer than the {artifact.size} bytes that were announced")
         with self._lock(artifact), self._guarded():
             if self._here(artifact):
                 return
+            # Gone while it is written, and for good where bytes are left out or come again: `finish` then reads them.
+            digest, hashed = self._hashed.pop(artifact.digest, (hashlib.sha256(), 0))
             descriptor = os.open(self._part(artifact), os.O_WRONLY | os.O_CREAT, 0o600)
             try:
                 held = os.fstat(descriptor).st_size
@@ -115,6 +120,11 @@ class ArtifactStore:
                     written += os.pwrite(descriptor, memoryview(chunk)[written:], offset + written)
             finally:
                 os.close(descriptor)
+            if not offset:
+                digest, hashed = hashlib.sha256(), 0
+            if hashed == offset:
+                digest.update(chunk)
+                self._hashed[artifact.digest] = digest, offset + written
 
     def finish(self, artifact: Artifact) -> None:
         """Checks an upload's size and digest and makes it durable; a wrong one is deleted."""
@@ -125,7 +135,9 @@ class ArtifactStore:
             part = self._part(artifact)
             if not part.is_file():
                 raise ArtifactError("nothing of this artifact has been uploaded")
-            found = Artifact.of_file(part)
+            digest, hashed = self._hashed.pop(artifact.digest, (None, 0))
+            size = part.stat().st_size
+            found = Artifact(digest.hexdigest(), size) if digest and hashed == size else Artifact.of_file(part)
             if found.size < artifact.size:
                 raise ArtifactError(f"the upload ended after {found.size} of {artifact.size} bytes; go on there")
             if found != artifact:
@@ -138,7 +150,7 @@ class ArtifactStore:
         with self._lock(artifact), self._guarded():
             self._place(path, artifact)
 
-    def open_chunks(self, artifact: Artifact, offset: int, chunk_size: int = 1 << 20) -> Iterator[bytes]:
+    def open_chunks(self, artifact: Artifact, offset: int, chunk_size: int = CHUNK_SIZE) -> Iterator[bytes]:
         """The bytes from `offset` on; raises DamagedArtifact, or ArtifactError for one that ends before `offset`."""
         if offset > artifact.size:
             raise ArtifactError(f"the download goes on at byte {offset} of {artifact.size}; fetch it anew")
@@ -166,6 +178,7 @@ class ArtifactStore:
         """Removes an artifact and what is held of its upload; nothing happens when there is neither."""
         with self._lock(artifact), self._guarded():
             self._trusted.pop(artifact.digest, None)
+            self._hashed.pop(artifact.digest, None)
             self.path(artifact).unlink(missing_ok=True)
             self._part(artifact).unlink(missing_ok=True)
 

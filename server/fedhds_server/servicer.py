@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 import grpc
 
+from fedhds import chunks
 from fedhds.adapter import AdapterManifest, Artifact, peft_config
 from fedhds.errors import (
     AdapterError,
@@ -70,6 +71,7 @@ _LARGEST_LOSS = 1e9
 _MOST_MEASURED = 10**15
 # The coordinator of the run while this process leads; raises NotLeading while it does not.
 Leading = Callable[[], Coordinator]
+_SERVICE = pb.DESCRIPTOR.services_by_name["Federation"].full_name
 
 
 class FederationServicer(rpc.FederationServicer):
@@ -85,6 +87,18 @@ class FederationServicer(rpc.FederationServicer):
     @property
     def _artifacts(self) -> ArtifactStore:
         return self._leading().artifacts
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds all methods to a server."""
+        streams = {
+            "Upload": grpc.stream_unary_rpc_method_handler(
+                self.Upload, chunks.read_upload, pb.UploadResponse.SerializeToString
+            ),
+            "Download": grpc.unary_stream_rpc_method_handler(self.Download, pb.DownloadRequest.FromString),
+        }
+        rpc.add_FederationServicer_to_server(self, server)
+        # In place of the generated ones.
+        server.add_registered_method_handlers(_SERVICE, streams)
 
     @answers
     async def Enroll(self, request: pb.EnrollRequest, context: grpc.aio.ServicerContext) -> pb.EnrollResponse:
@@ -248,18 +262,27 @@ class FederationServicer(rpc.FederationServicer):
 
     @answers
     async def Upload(
-        self, requests: AsyncIterator[pb.UploadRequest], context: grpc.aio.ServicerContext
+        self, requests: AsyncIterator[chunks.Chunk | pb.UploadRequest], context: grpc.aio.ServicerContext
     ) -> pb.UploadResponse:
         first = await anext(aiter(requests), pb.UploadRequest())
-        if first.WhichOneof("part") != "header":
+        if not isinstance(first, pb.UploadRequest) or not first.HasField("header"):
             raise ArtifactError("an upload starts with its header")
         site = await self._caller(first.header)
         artifact, offset = Artifact.from_proto(first.header.artifact), first.header.offset
-        async for message in requests:
-            await self._caller(first.header)
-            await asyncio.to_thread(self._artifacts.append, artifact, offset, message.chunk)
-            offset += len(message.chunk)
-            site.bytes_received += message.ByteSize()
+        writing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        writing.set_result(None)
+        try:
+            async for message in requests:
+                # Asked again: meanwhile another process of the site may have taken the session over.
+                await self._coordinator.site_of(first.header.session)
+                chunk = message.chunk
+                # One chunk is written and hashed while the next one arrives.
+                await writing
+                writing = asyncio.ensure_future(asyncio.to_thread(self._artifacts.append, artifact, offset, chunk))
+                offset += len(chunk)
+                site.bytes_received += len(chunk)
+        finally:
+            await writing
         finishing = asyncio.ensure_future(asyncio.to_thread(self._artifacts.finish, artifact))
         # An object store may take minutes for what a site has sent: that the site waits is no silence.
         while not (await asyncio.wait([finishing], timeout=self._coordinator.state.spec.patience / 3))[0]:
@@ -267,17 +290,21 @@ class FederationServicer(rpc.FederationServicer):
         await finishing
         return pb.UploadResponse()
 
-    async def Download(
-        self, request: pb.DownloadRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.DownloadResponse]:
+    async def Download(self, request: pb.DownloadRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
         try:
             await self._caller(request)
             artifact = Artifact.from_proto(request.artifact)
             if artifact not in self._coordinator.state.adapters.values():
                 raise ArtifactError("there is no such global adapter (any more); ask for the task again")
-            chunks = self._artifacts.open_chunks(artifact, request.offset)
-            while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
-                yield pb.DownloadResponse(chunk=chunk)
+            messages = map(chunks.download_message, self._artifacts.open_chunks(artifact, request.offset))
+            coming = asyncio.ensure_future(asyncio.to_thread(next, messages, None))
+            try:
+                while (message := await coming) is not None:
+                    # One chunk is read while the last one is sent.
+                    coming = asyncio.ensure_future(asyncio.to_thread(next, messages, None))
+                    yield message
+            finally:
+                coming.cancel()
         except FedhdsError as error:
             await abort(context, error)
 

@@ -15,8 +15,11 @@ from fedhds.status import abort
 # Reports and manifests are single messages; adapters are streamed and have no such wall.
 LARGEST_MESSAGE = 32 << 20
 # A site behind a NAT or a load balancer loses idle connections after about a minute; calls are long polls of up to
-# 30 s, so pings every 20 s are allowed without being taken for abuse.
+# 30 s, so pings every 20 s are allowed without being taken for abuse. What a site may send ahead is 1 MiB (10 MB/s at a
+# round trip of 100 ms): gRPC's own estimate grows with fast links, and made each uploading site cost 7 MB of memory.
 _OPTIONS = (
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1 << 20),
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", LARGEST_MESSAGE),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),

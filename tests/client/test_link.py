@@ -19,6 +19,7 @@ import pytest
 
 from fedhds import status
 from fedhds.adapter import Artifact
+from fedhds.chunks import CHUNK_SIZE
 from fedhds.errors import (
     ArtifactError,
     CoordinatorUnreachable,
@@ -35,8 +36,7 @@ from fedhds.security.credentials import server_credentials
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
 from fedhds.v1 import federation_pb2 as pb
-from fedhds.v1 import federation_pb2_grpc as rpc
-from fedhds_client.link import CHUNK_SIZE, CoordinatorLink, file_key
+from fedhds_client.link import CoordinatorLink, file_key
 from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.servicer import FederationServicer
 from tests.common.tls_servers import serving
@@ -97,7 +97,7 @@ class Store(ArtifactStore):
         self.uploads: list[int] = []
         self.downloads: list[int] = []
 
-    def append(self, artifact: Artifact, offset: int, chunk: bytes) -> None:
+    def append(self, artifact: Artifact, offset: int, chunk: bytes | memoryview) -> None:
         super().append(artifact, offset, chunk)
         self.uploads.append(offset)
         if self.on_chunk:
@@ -204,7 +204,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     made = World(tmp_path, Store(tmp_path / "artifacts"), adapters)
     coordinator = cast(Any, SimpleNamespace(site_of=site_of, next_task=next_task, state=state, artifacts=made.store))
     server = grpc.aio.server(interceptors=(made.faults,))
-    rpc.add_FederationServicer_to_server(FederationServicer(lambda: coordinator), server)
+    FederationServicer(lambda: coordinator).register(server)
     made.relay.server_port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     await made.relay.up()
@@ -395,7 +395,7 @@ async def _standby() -> AsyncIterator[tuple[str, list[str]]]:
         raise NotLeading("this one stands by")
 
     server = grpc.aio.server()
-    rpc.add_FederationServicer_to_server(FederationServicer(leading), server)
+    FederationServicer(leading).register(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield f"127.0.0.1:{port}", asked

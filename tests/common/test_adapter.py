@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -251,7 +252,7 @@ def test_every_truncated_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "empty"),
+        (b"", "shorter than a safetensors header"),
         (bytes(7), "shorter than a safetensors header"),
         (struct.pack("<Q", 3) + b"{}", "longer than the file"),
         (struct.pack("<Q", 1 << 63) + b"{}", "longer than the file"),
@@ -413,3 +414,11 @@ def test_the_peft_configuration_has_the_runs_values() -> None:
     assert config["revision"] is None
     pinned = spec.model_copy(update={"model_revision": "v1"})
     assert json.loads(peft_config(pinned, MANIFEST))["revision"] == "v1"
+
+
+def test_a_file_that_is_cut_after_it_was_opened_is_a_named_error(tmp_path: Path) -> None:
+    path = written(tmp_path / "adapter")
+    with AdapterReader(path, MANIFEST) as reader:
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(AdapterError, match=f"{MANIFEST.tensors[-1].name} ends before its last byte"):
+            reader.tensor(MANIFEST.tensors[-1])

@@ -136,6 +136,7 @@ def in_coordinator(points: Points) -> None:
 
 def in_site(points: Points) -> None:
     """Points of fedhds-client: enrolment, transfers, every kind of task, delivery."""
+    from fedhds import chunks
     from fedhds.privacy.ledger import Ledger
     from fedhds_client import daemon, delivery, link, release, workbench
     from fedhds_client.modeling import AdapterModel
@@ -190,7 +191,7 @@ def in_site(points: Points) -> None:
     daemon.Control.report = noted_report  # type: ignore[assignment, method-assign]
     link.CoordinatorLink.call = noted_call  # type: ignore[method-assign]
     link.CoordinatorLink.__init__ = noted_create  # type: ignore[method-assign]
-    link.CHUNK_SIZE = CHUNK_BYTES
+    chunks.CHUNK_SIZE = CHUNK_BYTES
     # For a coordinator that comes back within a second, dozens of times.
     link._LONGEST_PAUSE_S = 0.5
     for kind in ("select", "train", "evaluate"):

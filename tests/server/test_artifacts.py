@@ -273,6 +273,37 @@ def test_whatever_arrives_in_whatever_pieces_only_the_whole_counts(pieces: list[
         assert store.has(artifact) == (here == len(content))
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40), st.booleans()), max_size=12))
+def test_an_upload_counts_only_if_what_lies_on_disk_has_the_digest(pieces: list[tuple[int, int, bool]]) -> None:
+    """Also where bytes come again and differ: what was hashed when they came the first time is then worth nothing."""
+    content, written = CONTENT[:40], bytearray()
+    artifact = reference(content)
+    with TemporaryDirectory() as name:
+        store = ArtifactStore(Path(name), largest_upload=LARGEST)
+        # The last piece completes what the others left, so that all depends on the digest.
+        for begin, length, wrong in [*pieces, (40, 0, False)]:
+            begin = min(begin, len(written))
+            chunk = bytes(length and 40 - begin) if wrong else content[begin : begin + length] or content[begin:]
+            store.append(artifact, begin, chunk)
+            written[begin : begin + len(chunk)] = chunk
+        if bytes(written) == content:
+            store.finish(artifact)
+            assert held(store, artifact) == content
+        else:
+            with pytest.raises(ArtifactError, match="another digest"):
+                store.finish(artifact)
+            assert not store.has(artifact)
+
+
+def test_an_upload_of_which_this_process_saw_only_the_end_is_hashed_whole(folder: Path) -> None:
+    ArtifactStore(folder, largest_upload=LARGEST).append(ARTIFACT, 0, b"?" * 400)
+    again = ArtifactStore(folder, largest_upload=LARGEST)
+    again.append(ARTIFACT, 400, CONTENT[400:])
+    with pytest.raises(ArtifactError, match="another digest"):
+        again.finish(ARTIFACT)
+
+
 @pytest.mark.parametrize(
     "digest", ["../evil", "../" * 20 + "evil", "/tmp/" + "a" * 59, "a" * 61 + "/..", "." * 64, "..", "", "\0" * 64]
 )

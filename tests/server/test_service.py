@@ -69,7 +69,7 @@ async def start(folder: Path, **fields: object) -> Host:
         aggregator=AGGREGATORS["fedavg"],
     )
     server = new_server()
-    rpc.add_FederationServicer_to_server(FederationServicer(lambda: coordinator), server)
+    FederationServicer(lambda: coordinator).register(server)
     rpc.add_OperationsServicer_to_server(OperationsServicer(lambda: coordinator), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -1,0 +1,275 @@
+"""Processes of the transport benchmark: sites without a model on both systems, and the floor's server.
+
+The floor is what gRPC alone costs: the same bytes as client-streamed and server-streamed messages of 1 MiB without
+protobuf, kept in memory, averaged by numpy; no hashing, no TLS, no validation, nothing durable. Every process prints
+one JSON object per line for `benchmarks.transport`; times are CLOCK_MONOTONIC, which all processes of a host share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+
+from fedhds.adapter import AdapterManifest, Artifact, TensorSpec, write_adapter
+from fedhds.security.credentials import TlsFiles
+from fedhds.v1 import federation_pb2 as pb
+from fedhds_client import link as links
+from fedhds_client.link import CoordinatorLink
+
+TENSORS = 64
+FINGERPRINT = pb.ModelFingerprint(weights="w", config="c", tokenizer="t", template="p")
+_CHUNK = 1 << 20
+_COLUMNS = 4096
+_POLL_S = 20.0
+# Channels to one address share a connection unless told otherwise; sites of other hosts could not.
+OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
+_FLOOR_OPTIONS = (OWN_CONNECTION, ("grpc.max_receive_message_length", 4 << 20))
+_METHODS = ("/floor/Upload", "/floor/Download")
+
+
+def manifest_of(size: int) -> AdapterManifest:
+    """64 tensors that make `size` bytes of float32."""
+    rows = size // (4 * _COLUMNS * TENSORS)
+    names = sorted(f"layer.{n // 2}.lora_{'AB'[n % 2]}.weight" for n in range(TENSORS))
+    return AdapterManifest(tuple(TensorSpec(name, (rows, _COLUMNS)) for name in names), ("layer",))
+
+
+def say(**line: Any) -> None:
+    """One line for the benchmark."""
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+def prepared(folder: Path, site: str, size: int) -> list[tuple[Path, Artifact]]:
+    """Two updates of a site, which take turns, so that none is at the coordinator yet when it is sent again."""
+    return [
+        _written(folder / f"{site.replace('/', '-')}-{number}", size, np.random.default_rng([number, *site.encode()]))
+        for number in range(2)
+    ]
+
+
+def _written(path: Path, size: int, random: np.random.Generator) -> tuple[Path, Artifact]:
+    artifact = write_adapter(
+        path, manifest_of(size), lambda spec: random.standard_normal(spec.shape, dtype=np.float32), "float32"
+    )
+    return path, artifact
+
+
+async def enrolled(link: CoordinatorLink, site: str, manifest: AdapterManifest) -> str:
+    """The session of a site that brought ten rows."""
+    answer = await link.call(link.federation.Enroll, pb.EnrollRequest(site=site, protocol_versions=[1]))
+    attestation = pb.AttestRequest(
+        session=answer.session, fingerprint=FINGERPRINT, manifest=manifest.to_proto(), rows=10
+    )
+    await link.call(link.federation.Attest, attestation)
+    return str(answer.session)
+
+
+async def ours(target: str, sites: list[str], folder: Path, size: int, tls: TlsFiles | None) -> None:
+    """Sites that upload what they prepared, through the client's own link."""
+    updates = {site: prepared(folder, site, size) for site in sites}
+    # A patience as long as the daemon's: waiting is the benchmark's to bound.
+    made = [CoordinatorLink(target, tls, patience=60) for _ in sites]
+    await asyncio.gather(
+        *(_site(link, site, updates[site], folder, size) for link, site in zip(made, sites, strict=True))
+    )
+    await asyncio.gather(*(link.close() for link in made))
+
+
+async def _site(
+    link: CoordinatorLink, site: str, updates: list[tuple[Path, Artifact]], folder: Path, size: int
+) -> None:
+    session = await enrolled(link, site, manifest_of(size))
+    adapter = folder / f"{site.replace('/', '-')}-global"
+    while True:
+        request = pb.NextTaskRequest(session=session, wait_s=_POLL_S)
+        task = await link.call(link.federation.NextTask, request, wait_s=_POLL_S)
+        kind = task.WhichOneof("task")
+        if kind == "wait":
+            continue
+        await link.download(session, Artifact.from_proto(getattr(task, kind).adapter), adapter)
+        # A task of round n comes with the adapter of the round before.
+        say(site=site, round=task.round - (kind == "train"), at=time.monotonic())
+        result = pb.CompleteTaskRequest(session=session, task_id=task.task_id)
+        if kind == "done":
+            result.delivered.SetInParent()
+            await link.call(link.federation.CompleteTask, result)
+            return
+        path, artifact = updates[task.round % 2]
+        await link.upload(session, path, artifact)
+        result.train.CopyFrom(pb.TrainResult(update=artifact.to_proto(), samples=10, loss=1.0))
+        answer = await link.call(link.federation.CompleteTask, result)
+        if not answer.accepted:
+            raise SystemExit(f"{site}: {answer.reason}")
+
+
+class Floor:
+    """One round at a time: all updates, their mean, for all."""
+
+    def __init__(self, clients: int) -> None:
+        self._clients = clients
+        self._updates: list[bytes] = []
+        self._means: list[bytes] = []
+        self.changed = threading.Condition()
+
+    def take(self, update: bytes) -> None:
+        """The last update of a round makes its mean."""
+        with self.changed:
+            self._updates.append(update)
+            if len(self._updates) < self._clients:
+                return
+            total = np.zeros(len(update) // 4, np.float32)
+            for each in self._updates:
+                total += np.frombuffer(each, np.float32)
+            total /= self._clients
+            self._updates.clear()
+            self._means.append(total.tobytes())
+            # Whoever still reads the mean before has it in hand.
+            self._means[:-1] = [b""] * (len(self._means) - 1)
+            self.changed.notify_all()
+
+    def mean(self, number: int) -> bytes:
+        """The mean of round `number`, from 0; blocks until it is there."""
+        with self.changed:
+            self.changed.wait_for(lambda: len(self._means) > number)
+            return self._means[number]
+
+
+def chunks(data: bytes) -> Iterator[bytes]:
+    """Pieces of 1 MiB."""
+    view = memoryview(data)
+    return (bytes(view[at : at + _CHUNK]) for at in range(0, len(data), _CHUNK))
+
+
+def floor_server_sync(clients: int) -> None:
+    """The floor with a thread per call."""
+    floor = Floor(clients)
+
+    def upload(requests: Iterator[bytes], _: grpc.ServicerContext) -> bytes:
+        floor.take(b"".join(requests))
+        return b""
+
+    def download(request: bytes, _: grpc.ServicerContext) -> Iterator[bytes]:
+        return chunks(floor.mean(int(request)))
+
+    server = grpc.server(ThreadPoolExecutor(2 * clients), options=_FLOOR_OPTIONS)
+    server.add_generic_rpc_handlers((_handlers(upload, download),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    say(port=port)
+    server.wait_for_termination()
+
+
+async def floor_server_aio(clients: int) -> None:
+    """The floor on an event loop."""
+    floor = Floor(clients)
+    means = ThreadPoolExecutor(clients)
+
+    async def upload(requests: AsyncIterator[bytes], _: grpc.aio.ServicerContext) -> bytes:
+        update = b"".join([chunk async for chunk in requests])
+        await asyncio.to_thread(floor.take, update)
+        return b""
+
+    async def download(request: bytes, _: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        for chunk in chunks(await asyncio.get_running_loop().run_in_executor(means, floor.mean, int(request))):
+            yield chunk
+
+    server = grpc.aio.server(options=_FLOOR_OPTIONS)
+    server.add_generic_rpc_handlers((_handlers(upload, download),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    say(port=port)
+    await server.wait_for_termination()
+
+
+def _handlers(upload: Any, download: Any) -> Any:
+    methods = {
+        "Upload": grpc.stream_unary_rpc_method_handler(upload),
+        "Download": grpc.unary_stream_rpc_method_handler(download),
+    }
+    return grpc.method_handlers_generic_handler("floor", methods)
+
+
+def floor_sync(target: str, sites: list[str], size: int, rounds: int) -> None:
+    """Sites of the floor, a thread each."""
+
+    def site(name: str) -> None:
+        update = np.random.default_rng(len(name)).standard_normal(size // 4, dtype=np.float32).tobytes()
+        with grpc.insecure_channel(target, options=_FLOOR_OPTIONS) as channel:
+            upload, download = channel.stream_unary(_METHODS[0]), channel.unary_stream(_METHODS[1])
+            for number in range(rounds):
+                upload(chunks(update))
+                mean = b"".join(download(str(number).encode()))
+                say(site=name, round=number + 1, at=time.monotonic(), bytes=len(mean))
+
+    with ThreadPoolExecutor(len(sites)) as pool:
+        list(pool.map(site, sites))
+
+
+async def floor_aio(target: str, sites: list[str], size: int, rounds: int) -> None:
+    """Sites of the floor on an event loop."""
+
+    async def site(name: str) -> None:
+        update = np.random.default_rng(len(name)).standard_normal(size // 4, dtype=np.float32).tobytes()
+        async with grpc.aio.insecure_channel(target, options=_FLOOR_OPTIONS) as channel:
+            upload, download = channel.stream_unary(_METHODS[0]), channel.unary_stream(_METHODS[1])
+            for number in range(rounds):
+                await upload(iter(chunks(update)))
+                mean = b"".join([chunk async for chunk in download(str(number).encode())])
+                say(site=name, round=number + 1, at=time.monotonic(), bytes=len(mean))
+
+    await asyncio.gather(*map(site, sites))
+
+
+async def idle(target: str, sites: list[str], tls: TlsFiles | None, *, own_channels: bool) -> None:
+    """Sites that enrol and then wait for a task; says when each has one and ends when told so."""
+    shared = None if own_channels else CoordinatorLink(target, tls, patience=60)
+    made = [shared or CoordinatorLink(target, tls, patience=60) for _ in sites]
+
+    async def site(link: CoordinatorLink, name: str) -> None:
+        session = await enrolled(link, name, manifest_of(1 << 20))
+        say(site=name, enrolled=time.time())
+        while True:
+            request = pb.NextTaskRequest(session=session, wait_s=_POLL_S)
+            task = await link.call(link.federation.NextTask, request, wait_s=_POLL_S)
+            if task.WhichOneof("task") != "wait":
+                say(site=name, task=time.time())
+                return
+
+    await asyncio.gather(*(site(link, name) for link, name in zip(made, sites, strict=True)))
+    await asyncio.to_thread(sys.stdin.read)
+
+
+def main() -> None:
+    """One process; its arguments are a JSON object."""
+    role, given = sys.argv[1], json.loads(sys.argv[2])
+    # A test of the whole benchmark would meet the daemon's own connections otherwise: they are shared per process.
+    links._OPTIONS = (*links._OPTIONS, OWN_CONNECTION)  # type: ignore[assignment]
+    tls = TlsFiles(*map(Path, given["tls"])) if given.get("tls") else None
+    match role:
+        case "ours":
+            asyncio.run(ours(given["target"], given["sites"], Path(given["folder"]), given["size"], tls))
+        case "idle":
+            asyncio.run(idle(given["target"], given["sites"], tls, own_channels=given["own_channels"]))
+        case "floor-sync":
+            floor_sync(given["target"], given["sites"], given["size"], given["rounds"])
+        case "floor-aio":
+            asyncio.run(floor_aio(given["target"], given["sites"], given["size"], given["rounds"]))
+        case "floor-server-sync":
+            floor_server_sync(given["clients"])
+        case "floor-server-aio":
+            asyncio.run(floor_server_aio(given["clients"]))
+
+
+if __name__ == "__main__":
+    main()

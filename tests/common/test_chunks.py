@@ -1,0 +1,66 @@
+"""Chunk messages: what the generated classes would make and read, byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fedhds import chunks
+from fedhds.v1 import federation_pb2 as pb
+
+# Where the length takes a byte more.
+LENGTHS = (1, 127, 128, (1 << 14) - 1, 1 << 14, chunks.CHUNK_SIZE, 1 << 21)
+
+Read = Callable[[bytes], Any]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_message_is_what_protobuf_would_make(length: int) -> None:
+    chunk = bytes(range(256)) * (length // 256 + 1)
+    chunk = chunk[:length]
+    assert chunks.upload_message(chunk) == pb.UploadRequest(chunk=chunk).SerializeToString()
+    assert chunks.download_message(chunk) == pb.DownloadResponse(chunk=chunk).SerializeToString()
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_message_of_a_chunk_is_read_without_a_copy(length: int) -> None:
+    for made, read in (
+        (chunks.upload_message, chunks.read_upload),
+        (chunks.download_message, chunks.read_download),
+    ):
+        message = made(bytes(length))
+        found = read(message)
+        assert isinstance(found, chunks.Chunk)
+        assert found.chunk.obj is message
+        assert found.chunk == bytes(length)
+
+
+def test_a_header_is_read_by_protobuf() -> None:
+    request = pb.UploadRequest(header=pb.UploadHeader(session="s", offset=7))
+    assert chunks.read_upload(request.SerializeToString()) == request
+
+
+@given(st.binary(max_size=12))
+@example(b"\x12\x80\x00")
+@example(b"\x12\x01a\x12\x01b")
+@example(b"\x12\x02a")
+@example(b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01")
+def test_whatever_the_bytes_they_are_read_as_protobuf_does(message: bytes) -> None:
+    for read, reference in (
+        (chunks.read_upload, pb.UploadRequest.FromString),
+        (chunks.read_download, pb.DownloadResponse.FromString),
+    ):
+        assert outcome(read, message) == outcome(reference, message)
+
+
+def outcome(read: Read, message: bytes) -> bytes | None:
+    """The chunk that is read, or None for a message that is none."""
+    try:
+        return bytes(read(message).chunk)
+    except DecodeError:
+        return None
