@@ -109,7 +109,7 @@ async def storm(folder: Path, count: int) -> Line:
     state = RunState(run_id="r", spec=spec)
     names = [f"site-{number:06d}" for number in range(count + 1)]
     line: Line = {}
-    with closing(CountingStore(URL.create("sqlite", database=str(folder / "run.db"))) as store:
+    with closing(CountingStore(URL.create("sqlite", database=str(folder / "run.db")))) as store:
         store.save(state, [JournalEntry(0.0, "made")])
         coordinator = Coordinator(
             state,
