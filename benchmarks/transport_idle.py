@@ -28,7 +28,6 @@ from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.coordinator import Coordinator
 from fedhds_server.selection import STRATEGIES
 from fedhds_server.state import RunState, SiteAttested, SiteConnected, UpdateReceived
-from fedhds_server.store.base import JournalEntry
 from fedhds_server.store.sql import SqlStore
 
 Line = dict[str, Any]
@@ -110,7 +109,8 @@ async def storm(folder: Path, count: int) -> Line:
     names = [f"site-{number:06d}" for number in range(count + 1)]
     line: Line = {}
     with closing(CountingStore(URL.create("sqlite", database=str(folder / "run.db")))) as store:
-        store.save(state, [JournalEntry(0.0, "made")])
+        store.acquire("storm", "", 3600)
+        store.save(state)
         coordinator = Coordinator(
             state,
             store=store,
