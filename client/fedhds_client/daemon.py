@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fedhds import __version__
 from fedhds.errors import (
@@ -232,7 +232,9 @@ class SiteLoop:
 
     async def _result(self, task: pb.NextTaskResponse, kind: str) -> pb.CompleteTaskResponse:
         request = pb.CompleteTaskRequest(session=self._session, task_id=task.task_id)
-        adapter = await self._workbench.fetch(self._link, self._session, getattr(task, kind).adapter)
+        adapter = await self._transferring(
+            task.task_id, self._workbench.fetch(self._link, self._session, getattr(task, kind).adapter)
+        )
         run_id, site = self._run_id, self._site
         match kind:
             case "select":
@@ -248,7 +250,8 @@ class SiteLoop:
                     task.task_id, lambda control: self._workbench.train(site, run_id, task, adapter, control)
                 )
                 if trained:
-                    await self._link.upload(self._session, trained.path, trained.artifact)
+                    upload = self._link.upload(self._session, trained.path, trained.artifact)
+                    await self._transferring(task.task_id, upload)
                 request.train.CopyFrom(trained.result() if trained else pb.TrainResult())
             case "evaluate":
                 sums = await self._beating(
@@ -272,7 +275,8 @@ class SiteLoop:
     async def _finish(self, task: pb.NextTaskResponse) -> bool:
         done = task.done
         if done.HasField("adapter"):
-            adapter = await self._workbench.fetch(self._link, self._session, done.adapter)
+            fetched = self._workbench.fetch(self._link, self._session, done.adapter)
+            adapter = await self._transferring(task.task_id, fetched)
             await asyncio.to_thread(
                 write_adapter_folder, self._chosen.out, adapter, done.adapter_config, done.model_card
             )
@@ -294,16 +298,27 @@ class SiteLoop:
         control = self._control = Control()
         future = asyncio.get_running_loop().run_in_executor(self._worker, compute, control)
         try:
-            while True:
-                done, _ = await asyncio.wait([future], timeout=self._lease_s / 3)
-                if done:
-                    return future.result()
-                beat = pb.HeartbeatRequest(session=self._session, task_id=task_id, progress=control.progress)
-                answer = await self._link.call(self._link.federation.Heartbeat, beat)
-                if answer.withdrawn:
-                    control.cancel()
+            return await self._awaited(task_id, future, control)
         finally:
             self._control = None
             control.cancel()
             # Whoever waited may be gone: what the computation then says of its end is nobody's.
             future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+
+    async def _transferring(self, task_id: str, transfer: Coroutine[Any, Any, Result]) -> Result:
+        """Waits for a transfer and meanwhile gives signs of life: a slow link, or a turn to wait for, is no silence."""
+        future = asyncio.ensure_future(transfer)
+        try:
+            return await self._awaited(task_id, future, Control())
+        finally:
+            future.cancel()
+
+    async def _awaited(self, task_id: str, future: asyncio.Future[Result], control: Control) -> Result:
+        while True:
+            done, _ = await asyncio.wait([future], timeout=self._lease_s / 3)
+            if done:
+                return future.result()
+            beat = pb.HeartbeatRequest(session=self._session, task_id=task_id, progress=control.progress)
+            answer = await self._link.call(self._link.federation.Heartbeat, beat)
+            if answer.withdrawn:
+                control.cancel()

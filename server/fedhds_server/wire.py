@@ -14,6 +14,8 @@ from fedhds.status import abort
 
 # Reports and manifests are single messages; adapters are streamed and have no such wall.
 LARGEST_MESSAGE = 32 << 20
+# A host that vanished leaves its connection behind, which TCP alone gives up after hours.
+_IDLE_S, _PING_ANSWER_S = 30, 10
 # A site behind a NAT or a load balancer loses idle connections after about a minute; calls are long polls of up to
 # 30 s, so pings every 20 s are allowed without being taken for abuse. What a site may send ahead is 1 MiB (10 MB/s at a
 # round trip of 100 ms): gRPC's own estimate grows with fast links, and made each uploading site cost 7 MB of memory.
@@ -24,6 +26,8 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", LARGEST_MESSAGE),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 1000 * _IDLE_S),
+    ("grpc.keepalive_timeout_ms", 1000 * _PING_ANSWER_S),
 )
 
 
@@ -32,7 +36,7 @@ def new_server() -> grpc.aio.Server:
     return grpc.aio.server(options=_OPTIONS, interceptors=(_Decoding(),))
 
 
-class _Decoding(grpc.aio.ServerInterceptor):
+class _Decoding(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Decodes requests in the place of grpcio, which answers bytes that are no message with UNKNOWN and the library's
     exception, and a call that ends without any message never.
     """

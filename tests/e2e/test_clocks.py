@@ -1,0 +1,81 @@
+"""Wall clocks that jump by a day in mid-run: nothing that waits or counts as alive goes by them."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+
+from fedhds_server.store.sql import SqlStore
+from tests.e2e.federation import Daemon, Federation
+from tests.tiny import write_rows
+
+pytestmark = pytest.mark.e2e
+
+DAY_S = 86_400
+
+
+def library() -> Path:
+    """Debian's libfaketime, which fakes the wall clock of a process."""
+    found = next(iter(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None)
+    if found is None:
+        pytest.skip("libfaketime is not installed (Debian: libfaketime)")
+    return found
+
+
+class Clock:
+    """The wall clock of one process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.jump("+0")
+
+    def jump(self, offset: str) -> None:
+        """Sets how far it is from the true time, as faketime writes it."""
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(offset)
+        partial.replace(self._path)
+
+    def environment(self) -> dict[str, str]:
+        """What a process needs in order to go by it."""
+        return {
+            "LD_PRELOAD": str(library()),
+            "FAKETIME_TIMESTAMP_FILE": str(self._path),
+            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        }
+
+
+def final(federation: Federation, run: str, server: Daemon, sites: list[Daemon]) -> bytes:
+    assert [server.wait(), *(site.wait() for site in sites)] == [0, 0, 0], server.text + sites[0].text + sites[1].text
+    assert server.text.count("closed with 2 updates") == 3, server.text
+    assert "is lost" not in server.text
+    return (federation.folder / run / "checkpoint" / "adapter_model.safetensors").read_bytes()
+
+
+def test_clocks_that_jump_by_a_day_lose_nobody_and_nothing(federation: Federation) -> None:
+    shards = [write_rows(federation.folder / f"{name}.jsonl", {name: 8}) for name in "ab"]
+    flags = ("--rounds=3", "--strategy=full", "--min-sites=2", "--patience=20")
+    clocks = {name: Clock(federation.folder / f"{name}.clock") for name in ("server", "a")}
+    results = []
+    for run in ("steady", "jumping"):
+        jumps = run == "jumping"
+        federation.environment = clocks["server"].environment() if jumps else {}
+        server = federation.server(*flags, run=run)
+        sites = []
+        for name, path in zip("ab", shards, strict=True):
+            federation.environment = clocks["a"].environment() if jumps and name == "a" else {}
+            state = f"--state={federation.folder / run / name}"
+            sites.append(federation.client(name, f"--data={path}", state, server=federation.address(run)))
+        if jumps:
+            for number, coordinators, sites_own in ((1, "+1d", "-1d"), (2, "-1d", "+1d")):
+                server.wait_for(f"round {number} of 3 opens")
+                clocks["server"].jump(coordinators)
+                clocks["a"].jump(sites_own)
+        results.append(final(federation, run, server, sites))
+    assert results[0] == results[1]
+    with contextlib.closing(SqlStore.in_folder(federation.folder / "jumping")) as store:
+        times = [entry.at for entry in store.journal()]
+    # The clock did jump.
+    assert max(times) - min(times) > DAY_S
