@@ -151,15 +151,16 @@ def _artifacts(chosen: ServerSettings, folder: Path, state: RunState) -> Artifac
 
 
 def _opened(store: Store, chosen: ServerSettings) -> RunState:
-    """The run in the store, or a new one; raises SettingsError when the store's run is another,
-    StorageError when it has vanished from the store.
+    """The run in the store, or a new one.
+
+    Raises SettingsError when the store's run is another, StorageError when only the run's artifacts are there.
     """
     state = store.load()
     if state is None:
         if any((chosen.run_folder / "artifacts").glob("*")):
             raise StorageError(
-                f"{chosen.run_folder} holds a run's artifacts but the database holds no state of it; restore the database, "
-                "or choose another --run-folder for a new run"
+                f"{chosen.run_folder} holds a run's artifacts but the database has no state of it; restore the "
+                "database, or choose another --run-folder for a new run"
             )
         state = RunState(run_id=secrets.token_hex(8), spec=chosen.run_spec())
         store.save(state)

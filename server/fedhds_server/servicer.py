@@ -284,6 +284,8 @@ class FederationServicer(rpc.FederationServicer):
         finally:
             await writing
         finishing = asyncio.ensure_future(asyncio.to_thread(self._artifacts.finish, artifact))
+        # The link may break meanwhile: what then becomes of the upload is for nobody to hear.
+        finishing.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         # An object store may take minutes for what a site has sent: that the site waits is no silence.
         while not (await asyncio.wait([finishing], timeout=self._coordinator.state.spec.patience / 3))[0]:
             await self._coordinator.site_of(first.header.session)

@@ -60,7 +60,11 @@ def unchangeable(folder: Path) -> Callable[[], None]:
     """Lets nobody, not even root, make or remove a file in a folder; gives what ends that."""
     if shutil.which("chattr") is None or subprocess.run(["chattr", "+i", str(folder)], capture_output=True).returncode:
         pytest.skip("this file system or user makes no folder immutable")
-    return lambda: subprocess.run(["chattr", "-i", str(folder)], check=True).returncode and None
+
+    def restore() -> None:
+        subprocess.run(["chattr", "-i", str(folder)], check=True)
+
+    return restore
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -155,12 +155,14 @@ class SqlStore(Store):
                 yield connection
         except sa.exc.SQLAlchemyError as error:
             reason = " ".join(str(getattr(error, "orig", None) or error).split())
-            advice = (
-                "the server runs and lets this user read and write"
-                if self._shared
-                else "the disk is neither full nor read-only"
-            )
-            raise StorageError(f"cannot use the state database {self._place}: {reason}; check that {advice}") from error
+            if self._shared:
+                advice = "check that the server runs and lets this user read and write"
+            elif type(error) is sa.exc.DatabaseError:
+                # SQLite's for a file that is damaged, or none of its own.
+                advice = "restore a backup"
+            else:
+                advice = "check that the disk is neither full nor read-only and that no other program locks the file"
+            raise StorageError(f"cannot use the state database {self._place}: {reason}; {advice}") from error
 
 
 def _postgresql(text: str) -> sa.URL:
