@@ -385,6 +385,10 @@ class Coordinator:
                 await asyncio.to_thread(self._artifacts.delete, artifact)
             case WriteCheckpoint() if self.state.adapters:
                 await asyncio.to_thread(self._write_checkpoint)
+                if self.state.phase.over:
+                    # What a crash between a round's result and its deletions left behind, updates of single sites too.
+                    keep = {artifact.digest for artifact in self._named()}
+                    await asyncio.to_thread(self._artifacts.sweep, keep, over=True)
 
     def _named(self) -> set[Artifact]:
         return {*self.state.adapters.values(), *(update.artifact for update in self.state.updates.values())}

@@ -87,15 +87,15 @@ class RemoteArtifacts(ArtifactStore):
             self._files.rm_file(self._object(artifact))
         super().delete(artifact)
 
-    def sweep(self, keep: Collection[str]) -> None:
-        super().sweep(keep)
+    def sweep(self, keep: Collection[str], *, over: bool = False) -> None:
+        super().sweep(keep, over=over)
         with self._remote(), suppress(FileNotFoundError):
             for entry in self._files.ls(self._root, detail=True):
                 name = entry["name"].rpartition("/")[2]
                 if entry["type"] != "file" or name in keep:
                     continue
                 with suppress(FileNotFoundError):
-                    if self._files.modified(entry["name"]).timestamp() < time.time() - artifacts.YOUNG_S:
+                    if over or self._files.modified(entry["name"]).timestamp() < time.time() - artifacts.YOUNG_S:
                         self._files.rm_file(entry["name"])
 
     def _place(self, path: Path, artifact: Artifact) -> None:

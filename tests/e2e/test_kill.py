@@ -59,6 +59,8 @@ class Outcome:
     adapters: set[bytes]
     rounds: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    artifacts: set[str]
+    """What is left of adapters and updates at the coordinator."""
     reached: dict[str, set[str]] = field(compare=False)
 
 
@@ -99,6 +101,7 @@ class Run:
             adapters={(path / "adapter_model.safetensors").read_bytes() for path in adapters},
             rounds=report["closed_rounds"],
             evaluations=report["evaluations"],
+            artifacts={path.name for path in (folder / "run" / "artifacts").iterdir()},
             reached={name: {path.name for path in (folder / "points" / name).iterdir()} for name in self._patterns},
         )
 
