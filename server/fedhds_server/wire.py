@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -73,7 +74,11 @@ def _decoding(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
             await responses
             return
         async for response in responses:
-            await context.write(response)
+            try:
+                await context.write(response)
+            except grpc.aio.InternalError:
+                # The connection is gone: grpcio would log that as our exception, with a traceback.
+                raise asyncio.CancelledError from None
 
     async def unary(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> Any:
         method = handler.stream_unary or handler.unary_unary

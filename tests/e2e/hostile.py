@@ -23,11 +23,14 @@ _PATIENCE_S = 120.0
 def state_of(run: Path) -> RunState:
     """The state of a run as its coordinator saved it last, also while it runs."""
     store = SqlStore.in_folder(run)
+    deadline = time.monotonic() + _PATIENCE_S
     try:
-        state = store.load()
+        # A coordinator listens before it leads and writes its first state.
+        while (state := store.load()) is None:
+            assert time.monotonic() < deadline, "the run has no state"
+            time.sleep(0.02)
     finally:
         store.close()
-    assert state is not None
     return state
 
 

@@ -156,7 +156,9 @@ async def test_an_artifact_of_three_gib_goes_both_ways_in_bounded_memory(federat
     state = RunState(run_id="r", spec=spec, fingerprint=known, manifest=packed(manifest.to_proto()))
     state.adapters[0] = adapter
     store = SqlStore.in_folder(folder)
+    store.acquire("test", "", 60)
     store.save(state)
+    store.release()
     store.close()
     server = federation.server("--rounds=1")
     pattern = os.urandom(CHUNK)
