@@ -81,10 +81,15 @@ class Federation:
         self.daemons.append(daemon)
         return daemon
 
-    def server(self, *flags: object, run: str = "run", listen: str = "127.0.0.1:0") -> Daemon:
-        """Starts a coordinator and waits until it listens."""
+    def server(
+        self, *flags: object, run: str = "run", listen: str = "127.0.0.1:0", may_stand_by: bool = False
+    ) -> Daemon:
+        """Starts a coordinator and waits until it leads its run."""
         daemon = self.start("server", "fedhds-server", *self.server_flags(*flags, run=run, listen=listen))
         daemon.wait_for("listens on")
+        if not may_stand_by:
+            # "run ... begins", or "going on with run ...".
+            daemon.wait_for(" run ")
         return daemon
 
     def server_flags(self, *flags: object, run: str = "run", listen: str = "127.0.0.1:0") -> list[object]:

@@ -46,7 +46,9 @@ class Pair:
         folder.mkdir(exist_ok=True)
         if not (folder / "artifacts").exists():
             (folder / "artifacts").symlink_to(self.artifacts)
-        return self.federation.server("--rounds=6", "--strategy=full", "--min-sites=2", *flags, run=run)
+        return self.federation.server(
+            "--rounds=6", "--strategy=full", "--min-sites=2", *flags, run=run, may_stand_by=True
+        )
 
     def client(self, name: str) -> Daemon:
         path = write_rows(self.federation.folder / f"{name}.jsonl", {"sun": 10})
