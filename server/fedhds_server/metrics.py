@@ -89,7 +89,8 @@ def run_families(readiness: Readiness) -> list[Metric]:
 
 
 def _of_run(state: RunState, readiness: Readiness) -> Iterator[Metric]:
-    yield RUN.of({(state.run_id, str(state.spec.strategy), __version__): 1.0})
+    named: tuple[str, ...] = (state.run_id, state.spec.strategy, __version__)
+    yield RUN.of({named: 1.0})
     yield PHASE.of({phase.value: float(phase is state.phase) for phase in Phase})
     yield PAUSED.of(float(state.paused is not None))
     yield ROUND.of(state.round)
