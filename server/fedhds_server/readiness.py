@@ -71,7 +71,7 @@ class Readiness:
         try:
             while True:
                 self._look()
-                looking = asyncio.get_running_loop().run_in_executor(thread, self._found)
+                looking = asyncio.get_running_loop().run_in_executor(thread, self._found, *self._disk())
                 done, _ = await asyncio.wait([looking], timeout=_ANSWER_S)
                 if not done:
                     await self.term.found({"store": f"the store or the disk has not answered for {_ANSWER_S:g} s"})
@@ -93,18 +93,19 @@ class Readiness:
         elif self._short_since is None:
             self._short_since = time.monotonic()
 
-    def _found(self) -> Mapping[str, str]:
-        """What is wrong, by kind."""
+    def _disk(self) -> tuple[list[Path], int]:
+        """Folders that are written to, and the room that each is to have."""
+        artifacts = [self.term.coordinator.artifacts.folder] if self.term.coordinator else []
+        return [self.folder, *artifacts], disk_needed(self.state)
+
+    def _found(self, folders: list[Path], needed: int) -> Mapping[str, str]:
+        """What is wrong, by kind; in the thread, which does not touch the run's state."""
         found = {}
         try:
             if not self.store.up_to_date():
                 found["migrations"] = "the state database has other tables than this program's; start the new version"
         except StorageError as error:
             found["store"] = str(error)
-        folders = [self.folder]
-        if self.term.coordinator:
-            folders.append(self.term.coordinator.artifacts.folder)
-        needed = disk_needed(self.state)
         try:
             free = {folder: shutil.disk_usage(folder).free for folder in folders}
             self.disk_free = min(free.values())
