@@ -57,7 +57,7 @@ proto-check: proto  ## fail when the committed stubs are not what proto/ gives
 	@git diff --exit-code --stat -- common/fedhds/v1 && test -z "$$(git status --porcelain -- common/fedhds/v1)" \
 	  || { echo 'proto-check: common/fedhds/v1 is out of date; run `make proto` and commit'; exit 1; }
 
-docs: $(STAMP)  ## regenerate the configuration reference
+docs: $(STAMP)  ## regenerate the references of settings and metrics
 	$(BIN)/python docs/generate.py
 
 wheel: $(STAMP)  ## build the wheel into dist/

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,11 +21,13 @@ from fedhds.errors import (
     SessionLost,
     StorageError,
 )
+from fedhds.liveness import watch_loop
 from fedhds.runspec import RunSpec
 from fedhds.security.credentials import TlsFiles
 from fedhds.signals import on_signal
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_client.assistant import assist
+from fedhds_client.counted import TASK_FAILURES, TASK_SECONDS, Activity
 from fedhds_client.delivery import write_adapter_folder
 from fedhds_client.link import CoordinatorLink
 from fedhds_client.settings import ClientSettings
@@ -87,7 +89,8 @@ async def run_sites(chosen: ClientSettings) -> int:
 
         exit_status = on_signal(stop)
         try:
-            outcomes = await asyncio.gather(*tasks)
+            async with _watched(chosen.http, sites, loops, link):
+                outcomes = await asyncio.gather(*tasks)
         except asyncio.CancelledError:
             logger.info("stopped; start again to go on")
             return exit_status()
@@ -102,6 +105,26 @@ async def run_sites(chosen: ClientSettings) -> int:
             workbench.close()
             logger.info("sent %.2f MB", link.bytes_sent / 1e6)
         return 0 if all(outcomes) else 1
+
+
+@asynccontextmanager
+async def _watched(
+    address: str, sites: Sequence[Site], loops: Sequence[SiteLoop], link: CoordinatorLink
+) -> AsyncIterator[None]:
+    """Looks after the process, and tells of it at `address`, unless that is empty."""
+    watching = asyncio.create_task(watch_loop())
+    try:
+        async with AsyncExitStack() as stack:
+            if address:
+                from fedhds.web import served
+                from fedhds_client.metrics import SiteMetrics
+
+                metrics = SiteMetrics(sites, link, lambda: [(loop.activity, loop.progress) for loop in loops])
+                await stack.enter_async_context(served(address, metrics.families, metrics.problems))
+            yield
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
 
 
 class SiteLoop:
@@ -125,6 +148,12 @@ class SiteLoop:
         self._run_id = ""
         self._control: Control | None = None
         self._blocked_since = 0.0
+        self.activity = Activity.ENROLLING
+
+    @property
+    def progress(self) -> float:
+        """The share of the current computation that is done, 0 to 1."""
+        return self._control.progress if self._control else 0.0
 
     async def run(self) -> bool:
         """Whether the run ended as it should; raises FedhdsError when the site cannot go on."""
@@ -134,9 +163,12 @@ class SiteLoop:
             # The other sites of this process go on.
             logger.error("%s: %s", self._site.name, error)
             return False
+        finally:
+            self.activity = Activity.ENDED
 
     async def _live(self) -> bool:
         await self._enrol()
+        self.activity = Activity.WAITING
         reason = ""
         # A poll that is held longer than the lease would look like silence.
         wait_s = min(_POLL_S, self._lease_s / 3)
@@ -152,7 +184,10 @@ class SiteLoop:
                     return await self._finish(task)
                 case "select" | "train" | "evaluate" as kind:
                     reason = ""
-                    await self._work(task, kind)
+                    self.activity = Activity(kind)
+                    with TASK_SECONDS.labels(kind).time():
+                        await self._work(task, kind)
+                    self.activity = Activity.WAITING
                 case other:
                     raise FedhdsError(f"the coordinator gave a task that this version does not know ({other})")
 
@@ -214,17 +249,17 @@ class SiteLoop:
             self._blocked_since = self._blocked_since or now
             logger.error("%s: %s task of round %d: %s", self._site.name, kind, task.round, error)
             if now - self._blocked_since > self._chosen.patience:
-                await self._fail(task, type(error).__name__, str(error))
+                await self._fail(task, kind, error, str(error))
             else:
                 logger.info("%s: trying again in %.0f s", self._site.name, _STORAGE_RETRY_S)
                 await asyncio.sleep(min(_STORAGE_RETRY_S, self._lease_s / 3))
         except FedhdsError as error:
             logger.error("%s: %s task of round %d failed: %s", self._site.name, kind, task.round, error)
-            await self._fail(task, type(error).__name__, str(error))
+            await self._fail(task, kind, error, str(error))
         except Exception as error:
             # Whatever a library throws must not end the site, nor leave it: its text could hold data.
             logger.exception("%s: %s task of round %d failed", self._site.name, kind, task.round)
-            await self._fail(task, type(error).__name__, "the site's log has the details")
+            await self._fail(task, kind, error, "the site's log has the details")
         else:
             self._blocked_since = 0.0
             if not answer.accepted:
@@ -289,8 +324,10 @@ class SiteLoop:
         logger.log(level, "%s: the run %s: %s", self._site.name, verb, done.message)
         return not failed
 
-    async def _fail(self, task: pb.NextTaskResponse, kind: str, reason: str) -> None:
-        request = pb.FailTaskRequest(session=self._session, task_id=task.task_id, kind=kind, reason=reason)
+    async def _fail(self, task: pb.NextTaskResponse, kind: str, error: Exception, reason: str) -> None:
+        name = type(error).__name__
+        TASK_FAILURES.labels(kind, name).inc()
+        request = pb.FailTaskRequest(session=self._session, task_id=task.task_id, kind=name, reason=reason)
         await self._link.call(self._link.federation.FailTask, request)
 
     async def _beating(self, task_id: str, compute: Callable[[Control], Result]) -> Result:

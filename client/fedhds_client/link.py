@@ -51,6 +51,8 @@ _ANSWER_S = 60.0
 class CoordinatorLink:
     """The way to the coordinator, shared by all sites of a process; counts the payload bytes it sends.
 
+    `unanswered_since` is the monotonic time of the first failure since the last answer, None while there is none.
+
     `server` is a HOST:PORT, or several divided by commas, of which one leads and the others stand by: a call that one
     does not answer goes to the next at once. Every call is repeated while no coordinator can be reached, until
     `patience` seconds have passed without any answer; then CoordinatorUnreachable. Domain errors of the coordinator
@@ -62,6 +64,7 @@ class CoordinatorLink:
         self._tls = tls
         self._patience = patience
         self.bytes_sent = 0
+        self.unanswered_since: float | None = None
         self._channels = [self._channel(target) for target in self._targets]
         self._stubs = [_stub(channel) for channel in self._channels]
         self._current = 0
@@ -166,8 +169,10 @@ class CoordinatorLink:
                     raise FedhdsError(
                         f"the coordinator at {target} answered {failure.code().name}: {failure.details()}"
                     ) from None
+                self.unanswered_since = self.unanswered_since or time.monotonic()
                 failures[target] = error or failure.details() or failure.code().name
             else:
+                self.unanswered_since = None
                 if told:
                     logger.info("the coordinator answers again%s", f", at {target}" if len(self._targets) > 1 else "")
                 return answer

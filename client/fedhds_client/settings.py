@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fedhds.settings import addresses
+from fedhds.settings import addresses, check_http
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -105,6 +105,17 @@ class ClientSettings(BaseModel):
         json_schema_extra={"group": "Policy"},
     )
     log_level: LogLevel = Field("INFO", description="Least level to log.", json_schema_extra={"group": "Policy"})
+    http: str = Field(
+        "",
+        description="Serve /metrics, /healthz and /readyz over HTTP at this HOST:PORT; port 0 takes a free one.",
+        json_schema_extra={"group": "Metrics"},
+    )
+    http_open: bool = Field(
+        False,
+        description="Let --http listen beyond loopback: it has neither TLS nor passwords, and whoever reaches the port "
+        "can read it.",
+        json_schema_extra={"group": "Metrics"},
+    )
 
     @model_validator(mode="after")
     def _usable(self) -> Self:
@@ -114,6 +125,7 @@ class ClientSettings(BaseModel):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise ValueError(f"data: two shards are called {twice}; sites are named after them, rename one")
+        check_http(self.http, self.http_open)
         for address in addresses(self.server):
             host, _, port = address.rpartition(":")
             if not host or not re.fullmatch("[0-9]+", port) or not 0 < int(port) <= 65535:

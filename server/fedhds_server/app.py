@@ -12,7 +12,7 @@ import os
 import resource
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc
@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from fedhds import __version__
 from fedhds.errors import NotLeading, SettingsError, StorageError
+from fedhds.liveness import watch_loop
 from fedhds.security.credentials import TlsFiles, server_credentials
 from fedhds.signals import on_signal
 from fedhds.v1 import federation_pb2_grpc as rpc
@@ -28,6 +29,7 @@ from fedhds_server.aggregation import AGGREGATORS
 from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.coordinator import Coordinator
 from fedhds_server.leadership import Leadership
+from fedhds_server.readiness import Readiness
 from fedhds_server.remote_artifacts import open_artifacts
 from fedhds_server.selection import STRATEGIES
 from fedhds_server.servicer import FederationServicer, OperationsServicer
@@ -77,10 +79,11 @@ async def serve(chosen: ServerSettings) -> int:
         logger.info(
             "fedhds-server %s listens on %s:%d (%s)", __version__, host, port, "mutual TLS" if tls else "no TLS"
         )
-        work = asyncio.create_task(_lead(chosen, folder, store, leadership, term))
-        exit_status = on_signal(work.cancel)
         try:
-            coordinator = await work
+            async with _watched(chosen.http, Readiness(store, folder, term)):
+                work = asyncio.create_task(_lead(chosen, folder, store, leadership, term))
+                exit_status = on_signal(work.cancel)
+                coordinator = await work
         except asyncio.CancelledError:
             logger.info("stopped; start again on %s to go on", chosen.run_folder)
             return exit_status()
@@ -91,6 +94,25 @@ async def serve(chosen: ServerSettings) -> int:
             (folder / "address").unlink(missing_ok=True)
         logger.info("checkpoint: %s", coordinator.checkpoint)
         return 1 if coordinator.state.phase is Phase.FAILED else 0
+
+
+@contextlib.asynccontextmanager
+async def _watched(address: str, readiness: Readiness) -> AsyncIterator[None]:
+    """Looks after the process, and tells of it at `address` (empty: to gRPC's health service alone)."""
+    watching = [asyncio.create_task(body) for body in (readiness.watch(), watch_loop())]
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            if address:
+                from fedhds.web import served
+                from fedhds_server.metrics import run_families
+
+                term = readiness.term
+                await stack.enter_async_context(served(address, lambda: run_families(readiness), lambda: term.problems))
+            yield
+    finally:
+        for task in watching:
+            task.cancel()
+        await asyncio.gather(*watching, return_exceptions=True)
 
 
 async def _lead(chosen: ServerSettings, folder: Path, store: Store, leadership: Leadership, term: Term) -> Coordinator:

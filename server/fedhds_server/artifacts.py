@@ -57,6 +57,11 @@ class ArtifactStore:
         with self._guarded():
             folder.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def folder(self) -> Path:
+        """The local folder; it holds uploads in progress also where complete artifacts lie elsewhere."""
+        return self._folder
+
     def path(self, artifact: Artifact) -> Path:
         """Where this machine's copy of the complete artifact lies or will lie."""
         return self._folder / artifact.digest

@@ -24,6 +24,7 @@ from fedhds_server.aggregation.weights import bounded_shares
 from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.checkpoint import write_checkpoint
 from fedhds_server.collection import Collection
+from fedhds_server.counted import FOLD_SECONDS, SELECTION_SECONDS
 from fedhds_server.enrolment import session_digest
 from fedhds_server.report import run_card, run_status
 from fedhds_server.rounds import RunMachine
@@ -424,6 +425,7 @@ class Coordinator:
                 damaged[site] = str(error)
         return damaged
 
+    @FOLD_SECONDS.time()
     def _fold(self) -> Artifact:
         state = self.state
         current = self._artifacts.verified(state.adapters[max(state.adapters)])
@@ -482,6 +484,7 @@ class Coordinator:
         partial.replace(self._folder / "report.json")
 
 
+@SELECTION_SECONDS.time()
 def decide(state: RunState, strategy: InterClientSelection, instruction: Select) -> Selection | pb.Centres:
     """What the strategy makes of the reports that the state holds."""
     rows = {site: state.sites[site].rows for site in instruction.sites}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedhds import __version__
@@ -15,13 +15,15 @@ from fedhds_server.store.base import JournalEntry
 
 def mean_evaluations(state: RunState) -> dict[int, tuple[int, float, float]]:
     """Per round: rows, mean loss per response token in nats, mean Rouge-L F1, over all evaluators' sums."""
-    means = {}
-    for number, sums in sorted(state.evaluations.items()):
-        parts: list[Evaluation] = list(sums.values())
-        rows, tokens = sum(part.rows for part in parts), sum(part.tokens for part in parts)
-        loss, rouge = sum(part.loss_sum for part in parts), sum(part.rouge_l_sum for part in parts)
-        means[number] = (rows, loss / max(tokens, 1), rouge / max(rows, 1))
-    return means
+    return {number: mean_of(sums) for number, sums in sorted(state.evaluations.items())}
+
+
+def mean_of(sums: Mapping[str, Evaluation]) -> tuple[int, float, float]:
+    """Rows, mean loss per response token in nats, mean Rouge-L F1 of one evaluation, over its evaluators."""
+    parts = list(sums.values())
+    rows, tokens = sum(part.rows for part in parts), sum(part.tokens for part in parts)
+    loss, rouge = sum(part.loss_sum for part in parts), sum(part.rouge_l_sum for part in parts)
+    return rows, loss / max(tokens, 1), rouge / max(rows, 1)
 
 
 def run_status(

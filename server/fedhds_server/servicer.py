@@ -27,16 +27,17 @@ from fedhds.errors import (
     TaskError,
 )
 from fedhds.security.identity import Role, identity_of
+from fedhds.settings import is_loopback
 from fedhds.status import abort, answers
 from fedhds.v1 import federation_pb2 as pb
 from fedhds.v1 import federation_pb2_grpc as rpc
 from fedhds_server.aggregation.base import validate_update
 from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.coordinator import Coordinator
+from fedhds_server.counted import DOWNLOADED_BYTES, REJECTED, count_failure
 from fedhds_server.enrolment import admit, check_attestation, drawn_session, negotiate, session_digest
 from fedhds_server.report import run_card, run_status
 from fedhds_server.selection import cells
-from fedhds_server.settings import is_loopback
 from fedhds_server.state import (
     Evaluation,
     EvaluationReceived,
@@ -201,6 +202,7 @@ class FederationServicer(rpc.FederationServicer):
         state = self._coordinator.state
         rows = state.sites[task.site].rows
         if fault := cells.check(report, state.spec, centres=state.centres_now, rows=rows):
+            REJECTED.labels("cells").inc()
             reason = f"the report is rejected: {fault}"
             await self._coordinator.post(ResultRejected(time.time(), task.id, reason))
             return pb.CompleteTaskResponse(reason=reason)
@@ -220,12 +222,13 @@ class FederationServicer(rpc.FederationServicer):
             logger.error("%s", error)
             await self._discard(artifact)
             raise ArtifactError("the update was damaged where it was kept; upload it again") from error
-        reason = ""
+        reason = kind = ""
         if not abs(result.loss) <= _LARGEST_LOSS:
-            reason = f"the training loss is {result.loss:g}, which no model gives"
+            kind, reason = "loss", f"the training loss is {result.loss:g}, which no model gives"
         state = self._coordinator.state
         most = state.most_samples(task.site)
         if not 0 < result.samples <= most:
+            kind = "samples"
             reason = f"the update claims {result.samples} samples, the site was to train on {most} rows at most"
         current = await asyncio.to_thread(self._artifacts.verified, state.adapters[max(state.adapters)])
         try:
@@ -237,8 +240,9 @@ class FederationServicer(rpc.FederationServicer):
                 largest_norm=state.spec.max_update_norm,
             )
         except AdapterError as error:
-            reason = f"the update is rejected: {error}"
+            kind, reason = "adapter", f"the update is rejected: {error}"
         if reason:
+            REJECTED.labels(kind).inc()
             await self._coordinator.post(ResultRejected(time.time(), task.id, reason))
             await self._discard(artifact)
             return pb.CompleteTaskResponse(reason=reason)
@@ -250,6 +254,7 @@ class FederationServicer(rpc.FederationServicer):
         site = await self._caller(request)
         task = self._open_task(site, request.task_id)
         if task:
+            count_failure(task.kind, request.kind)
             reason = _printable(f"{request.kind}: {request.reason}"[:500])
             await self._coordinator.post(TaskFailed(time.time(), task.id, reason))
         return pb.FailTaskResponse()
@@ -305,6 +310,7 @@ class FederationServicer(rpc.FederationServicer):
                     # One chunk is read while the last one is sent.
                     coming = asyncio.ensure_future(asyncio.to_thread(next, messages, None))
                     yield message
+                    DOWNLOADED_BYTES.inc(len(message))
             finally:
                 coming.cancel()
         except FedhdsError as error:

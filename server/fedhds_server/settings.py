@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from pathlib import Path
 from typing import Literal, Self
@@ -11,18 +10,9 @@ from pydantic import Field, SecretStr, model_validator
 
 from fedhds.lloyd import all_passes
 from fedhds.runspec import RunSpec
+from fedhds.settings import check_http, is_loopback
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
-
-
-def is_loopback(host: str) -> bool:
-    """Whether connections to `host` stay on this machine; a name other than localhost counts as outside."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 class ServerSettings(RunSpec):
@@ -80,6 +70,17 @@ class ServerSettings(RunSpec):
         description="Listen beyond loopback without TLS: anybody who reaches the port can join.",
         json_schema_extra={"group": "Server"},
     )
+    http: str = Field(
+        "",
+        description="Serve /metrics, /healthz and /readyz over HTTP at this HOST:PORT; port 0 takes a free one.",
+        json_schema_extra={"group": "Server"},
+    )
+    http_open: bool = Field(
+        False,
+        description="Let --http listen beyond loopback: it has neither TLS nor passwords, and whoever reaches the port "
+        "can read it.",
+        json_schema_extra={"group": "Server"},
+    )
     log_level: LogLevel = Field("INFO", description="Least level to log.", json_schema_extra={"group": "Server"})
 
     @model_validator(mode="after")
@@ -92,6 +93,7 @@ class ServerSettings(RunSpec):
                 f"listen: {host} is reachable from other machines and there is no TLS; give --tls-ca, --tls-cert and "
                 "--tls-key (see fedhds certs), or say --insecure"
             )
+        check_http(self.http, self.http_open)
         if self.epsilon is not None and self.noise_multiplier:
             raise ValueError("epsilon: it sets the noise itself; drop --noise-multiplier")
         if self.epsilon is not None and not self.clip_norm:

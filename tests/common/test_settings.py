@@ -15,7 +15,7 @@ from fedhds.errors import SettingsError
 from fedhds.runspec import RunSpec, Strategy, budget_rows
 from fedhds.v1 import runspec_pb2
 from fedhds_client.settings import ClientSettings
-from fedhds_server.settings import ServerSettings, is_loopback
+from fedhds_server.settings import ServerSettings
 
 BASE = ["--model", "m", "--rounds", "3"]
 
@@ -164,5 +164,5 @@ def test_only_full_and_the_papers_own_rule_have_no_budget() -> None:
 
 
 def test_loopback() -> None:
-    assert all(is_loopback(host) for host in ("localhost", "127.0.0.1", "127.9.9.9", "[::1]"))
-    assert not any(is_loopback(host) for host in ("0.0.0.0", "[::]", "10.0.0.1", "host"))
+    assert all(settings.is_loopback(host) for host in ("localhost", "127.0.0.1", "127.9.9.9", "[::1]"))
+    assert not any(settings.is_loopback(host) for host in ("0.0.0.0", "[::]", "10.0.0.1", "host"))

@@ -6,7 +6,11 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 BIN = Path(sys.executable).parent
 PATIENCE_S = 120.0
@@ -60,6 +64,19 @@ class Daemon:
         """Ends it at once, as a power cut would."""
         self.process.kill()
         self.process.wait()
+
+
+@contextmanager
+def file_system(federation: Federation, mib: int) -> Iterator[Path]:
+    """The folder `small` as a file system of its own; what runs on it is ended before it goes."""
+    folder = federation.folder / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a file system")
+    yield folder
+    federation.stop()
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 class Federation:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.federation import BIN, Federation
+from tests.e2e.federation import BIN, Federation, file_system
 from tests.tiny import make_model, write_rows
 
 pytestmark = pytest.mark.e2e
@@ -211,14 +211,8 @@ def test_a_run_folder_that_cannot_be_written_is_said(federation: Federation) -> 
 @pytest.fixture
 def mount(federation: Federation) -> Iterator[Path]:
     """A file system of 4 MiB, which a test can fill up; what runs on it is ended before it goes."""
-    folder = federation.folder / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("this user may not mount a file system")
-    yield folder
-    federation.stop()
-    subprocess.run(["umount", str(folder)], check=True)
+    with file_system(federation, 4) as folder:
+        yield folder
 
 
 def test_a_full_disk_stops_nothing_that_was_accepted(federation: Federation, mount: Path) -> None:

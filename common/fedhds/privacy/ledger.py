@@ -68,6 +68,15 @@ class Ledger:
         """All releases, oldest first."""
         return self._read()[0]
 
+    def size(self) -> int:
+        """Bytes in the file; another number as soon as there is another entry."""
+        try:
+            return self._path.stat().st_size
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise StorageError(f"cannot read the ledger {self._path}: {error.strerror}; {_ADVICE}") from error
+
     def release(self, run_id: str, task_id: str) -> bytes | None:
         """The bytes that were released for this task; None when there was no release for it."""
         entry = self._find(run_id, task_id)

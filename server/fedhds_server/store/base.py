@@ -43,6 +43,10 @@ class Store(ABC):
         """All entries, oldest first."""
 
     @abstractmethod
+    def up_to_date(self) -> bool:
+        """Whether the medium has this program's schema now; MUST ask it, and raise StorageError when it is away."""
+
+    @abstractmethod
     def acquire(self, holder: str, address: str, lease_s: float) -> bool:
         """Takes the lease, unless it is another holder's and has not run out; whether it is taken.
 

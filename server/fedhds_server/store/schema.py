@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -42,6 +43,16 @@ LEASE = sa.Table(
 _MIGRATIONS = Path(__file__).with_name("migrations")
 # Of the stores that were made before there were migrations.
 _UNMARKED = "0001"
+
+
+def is_current(connection: sa.Connection) -> bool:
+    """Whether the database has this program's tables: neither an older backup's nor those of a newer program."""
+    return MigrationContext.configure(connection).get_current_revision() == _head()
+
+
+@functools.cache
+def _head() -> str | None:
+    return ScriptDirectory(str(_MIGRATIONS)).get_current_head()
 
 
 def upgrade(connection: sa.Connection) -> None:

@@ -11,9 +11,10 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 
 from fedhds.errors import NotLeading, SettingsError, StorageError
+from fedhds_server.counted import SAVE_FAILURES, SAVE_SECONDS
 from fedhds_server.state import RunState
 from fedhds_server.store.base import JournalEntry, Store
-from fedhds_server.store.schema import JOURNAL, LEASE, RUN, upgrade
+from fedhds_server.store.schema import JOURNAL, LEASE, RUN, is_current, upgrade
 
 # Of the state's JSON; goes up when an older program could not read what a newer one writes.
 _FORMAT = 1
@@ -84,6 +85,8 @@ class SqlStore(Store):
                 f"the run's state cannot be read: {error.errors()[0]['msg']}; restore a backup"
             ) from error
 
+    @SAVE_FAILURES.count_exceptions(StorageError)
+    @SAVE_SECONDS.time()
     def save(self, state: RunState, entries: Sequence[JournalEntry] = ()) -> None:
         values = {"id": 1, "format": _FORMAT, "state": state.model_dump_json()}
         with self._transaction() as connection:
@@ -103,6 +106,10 @@ class SqlStore(Store):
         with self._transaction() as connection:
             rows = connection.execute(sa.select(JOURNAL).order_by(JOURNAL.c.sequence))
             return [JournalEntry(row.at, row.message, row.trouble) for row in rows]
+
+    def up_to_date(self) -> bool:
+        with self._transaction() as connection:
+            return is_current(connection)
 
     def acquire(self, holder: str, address: str, lease_s: float) -> bool:
         free = sa.or_(LEASE.c.holder == holder, LEASE.c.expires_at <= self._clock)
