@@ -29,10 +29,11 @@ from fedhds_server.aggregation import AGGREGATORS
 from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.coordinator import Coordinator
 from fedhds_server.leadership import Leadership
+from fedhds_server.operations import OperationsServicer
 from fedhds_server.readiness import Readiness
 from fedhds_server.remote_artifacts import open_artifacts
 from fedhds_server.selection import STRATEGIES
-from fedhds_server.servicer import FederationServicer, OperationsServicer
+from fedhds_server.servicer import FederationServicer
 from fedhds_server.settings import ServerSettings
 from fedhds_server.state import Phase, RunState
 from fedhds_server.store.base import Store

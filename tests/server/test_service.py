@@ -22,8 +22,9 @@ from fedhds.v1 import federation_pb2_grpc as rpc
 from fedhds_server.aggregation import AGGREGATORS
 from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.coordinator import Coordinator
+from fedhds_server.operations import OperationsServicer
 from fedhds_server.selection import STRATEGIES
-from fedhds_server.servicer import FederationServicer, OperationsServicer
+from fedhds_server.servicer import FederationServicer
 from fedhds_server.state import Phase, RunState
 from fedhds_server.store.sql import SqlStore
 from fedhds_server.wire import new_server

@@ -1,0 +1,116 @@
+"""The RPC methods that people call: look at the run, and change it with a reason."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from urllib.parse import unquote
+
+import grpc
+
+from fedhds.errors import NotPermitted, RunOver, SettingsError, TaskError
+from fedhds.security.identity import Role, identity_of
+from fedhds.settings import is_loopback
+from fedhds.status import answers
+from fedhds.v1 import federation_pb2 as pb
+from fedhds.v1 import federation_pb2_grpc as rpc
+from fedhds_server.coordinator import Coordinator
+from fedhds_server.report import run_status
+from fedhds_server.state import RunPaused, RunResumed, RunState, RunStopped, SiteEvicted
+
+_LONGEST_REASON = 500
+
+
+class OperationsServicer(rpc.OperationsServicer):
+    """What operators call."""
+
+    def __init__(self, leading: Callable[[], Coordinator]) -> None:
+        self._leading = leading
+
+    @property
+    def _coordinator(self) -> Coordinator:
+        return self._leading()
+
+    @answers
+    async def GetStatus(self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext) -> pb.GetStatusResponse:
+        self._coordinator.watched()
+        return run_status(
+            self._coordinator.state,
+            self._coordinator.checkpoint,
+            [line for line in self._coordinator.journal if line[0] > request.journal_after],
+        )
+
+    @answers
+    async def Pause(self, request: pb.PauseRequest, context: grpc.aio.ServicerContext) -> pb.PauseResponse:
+        who = _operator(context)
+
+        def decide(state: RunState) -> RunPaused:
+            _not_over(state)
+            return RunPaused(_reasoned(request.reason, who))
+
+        await self._coordinator.post(decide)
+        return pb.PauseResponse()
+
+    @answers
+    async def Resume(self, request: pb.ResumeRequest, context: grpc.aio.ServicerContext) -> pb.ResumeResponse:
+        who = _operator(context)
+
+        def decide(state: RunState) -> RunResumed:
+            _not_over(state)
+            reason = _reasoned(request.reason, who) if request.reason else f"resumed by {who}" * bool(who)
+            return RunResumed(reason)
+
+        await self._coordinator.post(decide)
+        return pb.ResumeResponse()
+
+    @answers
+    async def Stop(self, request: pb.StopRequest, context: grpc.aio.ServicerContext) -> pb.StopResponse:
+        who = _operator(context)
+
+        def decide(state: RunState) -> RunStopped:
+            _not_over(state)
+            return RunStopped(time.time(), _reasoned(request.reason, who))
+
+        await self._coordinator.post(decide)
+        return pb.StopResponse()
+
+    @answers
+    async def Evict(self, request: pb.EvictRequest, context: grpc.aio.ServicerContext) -> pb.EvictResponse:
+        who = _operator(context)
+
+        def decide(state: RunState) -> SiteEvicted:
+            if request.site not in state.sites:
+                raise TaskError(f"no site {request.site[:128]!r} has ever enrolled; see fedhds status for the names")
+            _not_over(state)
+            return SiteEvicted(time.time(), request.site, _reasoned(request.reason, who))
+
+        await self._coordinator.post(decide)
+        return pb.EvictResponse()
+
+
+def _operator(context: grpc.aio.ServicerContext) -> str:
+    """Who calls, if that is somebody who may change the run; raises NotPermitted."""
+    peer = identity_of(context.auth_context())
+    if peer is not None:
+        if peer.role is not Role.OPERATOR:
+            raise NotPermitted(
+                f"the certificate of {peer.name!r} is a {peer.role.value}'s; have one issued with --role operator"
+            )
+        return peer.name
+    # gRPC names the peer "ipv4:127.0.0.1:4711" or "ipv6:%5B::1%5D:4711".
+    host = unquote(context.peer()).partition(":")[2].rpartition(":")[0]
+    if not is_loopback(host):
+        raise NotPermitted("without TLS a run is changed from the coordinator's own host only; call from there")
+    return ""
+
+
+def _reasoned(reason: str, who: str) -> str:
+    text = " ".join(reason.split())
+    if not text or len(text) > _LONGEST_REASON:
+        raise SettingsError("--reason", f"give 1 to {_LONGEST_REASON} characters; they are kept in the journal")
+    return f"{text} ({who})" if who else text
+
+
+def _not_over(state: RunState) -> None:
+    if state.phase.over:
+        raise RunOver(f"the run is over: {state.message}")
