@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ def main() -> None:
         line |= {"cpu_s": round(time.process_time() - started, 2)}
         line |= {"seconds": round(line["features_s"] + line["fusion_s"] + line["clustering_s"], 2)}
         line |= {"loaded_mb": before, "peak_mb": _memory("VmHWM")}
+        line |= arithmetic(base, map(encode, range(len(chosen))), line["features_s"])
     if variant == "ours":
         line |= cost_of_global(values)
     print(json.dumps(line))
@@ -118,6 +119,26 @@ def plain(base: Any, encode: Callable[[int], list[int]], count: int) -> tuple[Li
             centroids.append(np.average(points[members], axis=0, weights=model.probabilities_[members]))
             nearest.append(members[np.linalg.norm(points[members] - centroids[-1], axis=1).argmin()])
     return line | {"clusters": len(centroids)}, values
+
+
+def arithmetic(base: Any, rows: Iterable[list[int]], seconds: float) -> Line:
+    """Floating-point operations per second of the body's matrix products, and what these threads reach at most.
+
+    Neither attention nor the LM head is counted, so that both variants are held against the same work.
+    """
+    import torch
+
+    weights = sum(
+        weight.numel() for name, weight in base.model.named_parameters() if weight.ndim == 2 and "embed" not in name
+    )
+    operations = 2 * weights * sum(map(len, rows))
+    left = torch.rand(2048, 2048)
+    rates = []
+    for _ in range(20):
+        started = time.monotonic()
+        left @ left
+        rates.append(2 * 2048**3 / (time.monotonic() - started))
+    return {"gflops": round(operations / seconds / 1e9, 1), "peak_gflops": round(max(rates) / 1e9, 1)}
 
 
 def cost_of_global(values: np.ndarray) -> Line:
