@@ -190,16 +190,17 @@ class ArtifactStore:
     def sweep(self, keep: Collection[str], *, over: bool = False) -> None:
         """Removes complete artifacts whose digests are not in `keep`, and scratch files, that are older than an hour.
 
-        Parts of uploads stay: their senders may go on. When the run is `over` nobody does, and nothing is spared but
-        what `keep_update` made. To be called by the coordinator that leads, with the state that it leads from: to
-        another, newer artifacts of the run are unknown.
+        Parts of uploads stay: their senders may go on. When the run is `over`, complete artifacts go whatever their
+        age, and parts that are older than an hour. What `keep_update` made stays. To be called by the coordinator that
+        leads, with the state that it leads from: to another, newer artifacts of the run are unknown.
         """
         with self._guarded():
             for path in self._folder.iterdir():
-                if path.name in keep or path.is_dir() or (path.suffix == ".part" and not over):
+                part = path.suffix == ".part"
+                if path.name in keep or path.is_dir() or (part and not over):
                     continue
                 with suppress(FileNotFoundError):
-                    if over or path.stat().st_mtime < time.time() - YOUNG_S:
+                    if (over and not part) or path.stat().st_mtime < time.time() - YOUNG_S:
                         path.unlink()
 
     def _lock(self, artifact: Artifact) -> threading.Lock:
