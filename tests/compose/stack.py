@@ -95,7 +95,7 @@ class Stack:
 
     def copy(self, service: str, path: str, to: Path) -> Path:
         """Copies a folder out of a service's container, running or not."""
-        self.docker("cp", f"{self.container(service)}:{path}", str(to))
+        self.docker("cp", "-L", f"{self.container(service)}:{path}", str(to))
         return to
 
     def _logs(self) -> str:
