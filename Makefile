@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 PROTO_BIN := .venv-proto/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test bench-selection bench-transport lint format proto proto-check docs wheel clean
+.PHONY: help setup demo test e2e-compose bench-selection bench-transport lint format proto proto-check docs wheel \
+  wheelhouse images clean
 
 help:  ## print this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # pip must not let a newer torch in: an unpinned one brings gigabytes of CUDA packages.
 $(STAMP): pyproject.toml constraints.txt
@@ -25,6 +26,9 @@ demo: $(STAMP)  ## run a whole federation on this machine (MODEL=, STRATEGY=, RO
 # One thread each: the tests run in as many processes as there are cores, and so do those that they start.
 test: $(STAMP)  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+e2e-compose: $(STAMP) images  ## test deploy/compose with real containers (a quarter of an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m compose tests/compose
 
 bench-selection: $(STAMP)  ## measure what the strategies pick and what selecting costs (DATA=, MODEL=)
 	@test -n '$(DATA)' && test -n '$(MODEL)' \
@@ -62,6 +66,17 @@ docs: $(STAMP)  ## regenerate the references of settings and metrics
 
 wheel: $(STAMP)  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist
+
+# What images are built from without internet; the image builds fedhds itself, with hatchling.
+wheelhouse: $(STAMP)  ## collect wheels for images into deploy/wheelhouse (TORCH=cpu, cu128, ...)
+	$(BIN)/pip wheel --wheel-dir deploy/wheelhouse -c constraints.txt \
+	  --extra-index-url https://download.pytorch.org/whl/$(or $(TORCH),cpu) '.[server,client,postgres,s3]' hatchling
+	rm deploy/wheelhouse/fedhds-*.whl
+
+images:  ## build the images fedhds-server and fedhds-client (TORCH=, EXTRAS=, PIP_NO_INDEX=1)
+	DOCKER_BUILDKIT=1 docker build -f deploy/Dockerfile --target server -t fedhds-server $(IMAGE_ARGS) .
+	DOCKER_BUILDKIT=1 docker build -f deploy/Dockerfile --target client -t fedhds-client $(IMAGE_ARGS) .
+IMAGE_ARGS = $(foreach name,TORCH EXTRAS PIP_NO_INDEX,$(if $($(name)),--build-arg $(name)=$($(name))))
 
 clean:  ## remove environments, caches and demo runs
 	rm -rf $(VENV) .venv-proto build dist demo/output .mypy_cache .pytest_cache .ruff_cache

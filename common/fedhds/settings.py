@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import re
+import signal
 import sys
 import types
 import typing
@@ -230,10 +231,13 @@ def _metavar(name: str, field: FieldInfo) -> str:
 def run_main(program: str, body: typing.Callable[[], int]) -> typing.NoReturn:
     """Runs a daemon's main function: domain errors become one line and an exit status, never a traceback.
 
-    2: a mistake in what was asked for; 1: any other domain error; 130: ended by Ctrl-C before the daemon ran.
+    2: a mistake in what was asked for; 1: any other domain error; 130, 143: ended by
+    Ctrl-C or SIGTERM before the daemon ran.
     """
     from fedhds.errors import FedhdsError, UsageError
 
+    # Until the daemon handles it; the first process of a container would not hear it otherwise.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         status = body()
     except UsageError as error:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first sets an event for a clean stop, the second kills."""
+"""Ctrl-C and SIGTERM: the first asks for a clean stop, the second kills."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def on_signal(stop: Callable[[], object]) -> Callable[[], int]:
             # The default action, so that the exit status tells the truth; nothing durable is in memory only.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-            return
+            # The first process of a container is spared by signals that it does not handle.
+            os._exit(128 + number)
         received.append(number)
         logger.info("stopping; once more kills")
         stop()

@@ -19,6 +19,8 @@ from fedhds.security import pki
 from fedhds.security.identity import Role
 from fedhds.security.pki import expiry, init_authority, issue
 
+_CLIENT = [ExtendedKeyUsageOID.CLIENT_AUTH]
+
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Path:
@@ -45,6 +47,7 @@ def test_authority_and_leaves_pass_the_strict_verifier(authority: Path) -> None:
         ("coordinator", Role.COORDINATOR, "sslserver"),
         ("hospital-a", Role.SITE, "sslclient"),
         ("ops", Role.OPERATOR, "sslclient"),
+        ("asked-by-itself", Role.COORDINATOR, "sslclient"),
     ]:
         files = issue(authority, name, role=role)
         command = [openssl, "verify", "-x509_strict", "-check_ss_sig", "-purpose", purpose, "-CAfile"]
@@ -53,22 +56,22 @@ def test_authority_and_leaves_pass_the_strict_verifier(authority: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("role", "purpose", "urn"),
+    ("role", "purposes", "urn"),
     [
-        (Role.SITE, ExtendedKeyUsageOID.CLIENT_AUTH, "urn:fedhds:site:a.b_c-1"),
-        (Role.OPERATOR, ExtendedKeyUsageOID.CLIENT_AUTH, "urn:fedhds:operator:a.b_c-1"),
-        (Role.COORDINATOR, ExtendedKeyUsageOID.SERVER_AUTH, "urn:fedhds:coordinator:a.b_c-1"),
+        (Role.SITE, _CLIENT, "urn:fedhds:site:a.b_c-1"),
+        (Role.OPERATOR, _CLIENT, "urn:fedhds:operator:a.b_c-1"),
+        (Role.COORDINATOR, [ExtendedKeyUsageOID.SERVER_AUTH, *_CLIENT], "urn:fedhds:coordinator:a.b_c-1"),
     ],
 )
 def test_a_leaf_states_name_role_and_purpose(
-    authority: Path, role: Role, purpose: x509.ObjectIdentifier, urn: str
+    authority: Path, role: Role, purposes: list[x509.ObjectIdentifier], urn: str
 ) -> None:
     certificate = issue(authority, "a.b_c-1", role=role).cert
     assert certificate.name == "a.b_c-1.crt"
     assert _names(certificate).get_values_for_type(x509.UniformResourceIdentifier) == [urn]
     assert _load(certificate).subject.rfc4514_string() == "CN=a.b_c-1"
-    purposes = _load(certificate).extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    assert list(purposes) == [purpose]
+    stated = _load(certificate).extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert list(stated) == purposes
 
 
 def test_a_leaf_cannot_sign_and_the_authority_signs_only_leaves(authority: Path) -> None:

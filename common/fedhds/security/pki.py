@@ -31,10 +31,11 @@ _BACKDATE = timedelta(hours=1)
 _LONGEST_DAYS = 36_500
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOST = re.compile(rf"(?:\*\.)?{_LABEL}(?:\.{_LABEL})*")
-_PURPOSE = {
-    Role.SITE: ExtendedKeyUsageOID.CLIENT_AUTH,
-    Role.OPERATOR: ExtendedKeyUsageOID.CLIENT_AUTH,
-    Role.COORDINATOR: ExtendedKeyUsageOID.SERVER_AUTH,
+# A coordinator also asks itself for its health; its role lets it do nothing else with another's.
+_PURPOSES = {
+    Role.SITE: (ExtendedKeyUsageOID.CLIENT_AUTH,),
+    Role.OPERATOR: (ExtendedKeyUsageOID.CLIENT_AUTH,),
+    Role.COORDINATOR: (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH),
 }
 
 
@@ -133,6 +134,11 @@ def expiry(certificate_path: Path) -> datetime:
     return _load_certificate(certificate_path).not_valid_after_utc
 
 
+def hosts_of(certificate_path: Path) -> list[str]:
+    """The host names and IP addresses that a coordinator's certificate is for. Raises UsageError if it cannot be read."""
+    return [str(known.value) for known in _hosts(_load_certificate(certificate_path))]
+
+
 def _sign_leaf(
     authority: x509.Certificate,
     authority_key: ec.EllipticCurvePrivateKey,
@@ -148,7 +154,7 @@ def _sign_leaf(
     builder = _builder(subject, authority.subject, public_key, starts, ends)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     builder = builder.add_extension(_key_usage(signs_certificates=False), critical=True)
-    builder = builder.add_extension(x509.ExtendedKeyUsage([_PURPOSE[role]]), critical=False)
+    builder = builder.add_extension(x509.ExtendedKeyUsage(_PURPOSES[role]), critical=False)
     authority_id = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     builder = builder.add_extension(
         x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(authority_id), critical=False
@@ -233,6 +239,10 @@ def _renewed_hosts(
             f"{certificate_path} is for the {identity.role} {identity.name}: "
             "renewing keeps name and role; issue another name instead"
         )
+    return _hosts(certificate)
+
+
+def _hosts(certificate: x509.Certificate) -> list[x509.GeneralName]:
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return [known for known in names if isinstance(known, x509.DNSName | x509.IPAddress)]
 
