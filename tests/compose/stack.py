@@ -39,6 +39,8 @@ class Stack:
     def __init__(self, command: list[str], project: str, environment: dict[str, str]) -> None:
         self._compose = [*command, "-p", project, "-f", str(COMPOSE)]
         self._environment = {**os.environ, "PUBLISH": "127.0.0.1:0", **environment}
+        self._project = project
+        self.model = Path(environment["MODELS"]) / Path(environment["MODEL"]).name
 
     def compose(self, *arguments: str, check: bool = True) -> str:
         """What `docker compose` prints."""
@@ -60,7 +62,7 @@ class Stack:
         """The id of a service's container, running or not."""
         # Compose v2 lists only running ones without --all, which 1.29 does not know.
         label = f"label=com.docker.compose.service={service}"
-        project = f"label=com.docker.compose.project={self._compose[self._compose.index('-p') + 1]}"
+        project = f"label=com.docker.compose.project={self._project}"
         (found,) = self.docker("ps", "-aq", "--filter", project, "--filter", label).split()
         return found
 

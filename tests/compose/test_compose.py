@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +19,7 @@ pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
 
 # Of the compose file.
 GRACE_S = 30.0
+PATIENCE_S = 5
 
 Start = Callable[..., AbstractContextManager[Stack]]
 
@@ -49,7 +51,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     return started
 
 
-def check_the_end(stack: Stack, model: Path, to: Path) -> None:
+def check_the_end(stack: Stack, to: Path) -> None:
     """The run is complete, everybody ended well, and all have one adapter, which PEFT loads."""
     for service in ("coordinator", "evaluator", *SITES):
         assert stack.wait_for_exit(service) == 0, stack.log(service)
@@ -63,7 +65,7 @@ def check_the_end(stack: Stack, model: Path, to: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), folders[-1])
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stack.model), folders[-1])
     learned = [value for name, value in loaded.named_parameters() if "lora_B" in name]
     assert learned
     assert all(bool(value.abs().sum()) for value in learned)
@@ -76,11 +78,20 @@ def test_a_run_ends_and_nobody_is_root_or_can_write_to_its_image(start: Start, t
             assert described["Config"]["User"] == "10001:10001"
             assert described["HostConfig"]["ReadonlyRootfs"]
         assert stack.state("coordinator")["State"]["Health"]["Status"] == "healthy"
-        check_the_end(stack, Path(stack._environment["MODELS"]) / "tiny", tmp_path)
+        check_the_end(stack, tmp_path)
         # What each party holds of the authority's making: its own key and no other.
         for party in ("coordinator", "evaluator", *SITES):
             held = stack.copy(party, "/etc/fedhds/tls", tmp_path / f"tls-{party}")
             assert sorted(path.name for path in held.iterdir()) == sorted(["ca.crt", f"{party}.crt", f"{party}.key"])
+
+
+def test_the_coordinators_image_is_small_and_has_no_torch(start: Start) -> None:
+    size = subprocess.run(["docker", "image", "inspect", "fedhds-server", "-f", "{{.Size}}"], capture_output=True)
+    assert int(size.stdout) < 600e6
+    imported = subprocess.run(
+        ["docker", "run", "--rm", "--entrypoint", "python", "fedhds-server", "-c", "import torch"], capture_output=True
+    )
+    assert b"No module named 'torch'" in imported.stderr
 
 
 def killed(stack: Stack, service: str) -> None:
@@ -118,9 +129,6 @@ def restarted(stack: Stack, service: str) -> None:
     stack.docker("start", stack.container(service))
 
 
-PATIENCE_S = 5
-
-
 @pytest.mark.parametrize("service", ["coordinator", "site-2"])
 def test_a_run_ends_whatever_becomes_of_a_container(start: Start, tmp_path: Path, service: str) -> None:
     with start(ROUNDS="60", STRATEGY="full", PATIENCE=str(PATIENCE_S)) as stack:
@@ -128,7 +136,7 @@ def test_a_run_ends_whatever_becomes_of_a_container(start: Start, tmp_path: Path
             stack.wait_for_round(stack.rounds() + 2)
             assert "the run is complete" not in stack.log("coordinator"), f"too early for {happens.__name__}"
             happens(stack, service)
-        check_the_end(stack, Path(stack._environment["MODELS"]) / "tiny", tmp_path)
+        check_the_end(stack, tmp_path)
         log = stack.log("coordinator")
         # Every round closed once: what was done before a disturbance was not done again after it.
         assert [f"round {number} closed" in log for number in range(1, 61)] == [True] * 60

@@ -26,13 +26,12 @@ FOREIGN = re.compile("AWS_[A-Z_]+|OMP_NUM_THREADS")
 
 Manifest = dict[str, Any]
 
-# The GPU component renders nothing by itself: it is put on a site here.
-GPU = """
-apiVersion: kustomize.config.k8s.io/v1beta1
-kind: Kustomization
-resources: [../site]
-components: [../gpu]
-"""
+# Components render nothing by themselves: they are put on something here.
+COMPOSED = {
+    "gpu-site": (["../site"], ["../gpu"]),
+    "standby-with-metrics": (["../standby"], ["../metrics"]),
+    "example-with-metrics": (["../example"], ["../metrics"]),
+}
 
 
 @cache
@@ -52,17 +51,25 @@ def rendered(name: str, folder: Path = FOLDER) -> list[Manifest]:
 
 
 @pytest.fixture(scope="session")
-def with_gpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """deploy/kubernetes with an overlay for every component."""
     folder = tmp_path_factory.mktemp("kubernetes")
     shutil.copytree(FOLDER, folder, dirs_exist_ok=True)
-    (folder / "gpu-site").mkdir()
-    (folder / "gpu-site" / "kustomization.yaml").write_text(GPU)
+    for name, (resources, components) in COMPOSED.items():
+        (folder / name).mkdir()
+        content = {
+            "apiVersion": "kustomize.config.k8s.io/v1beta1",
+            "kind": "Kustomization",
+            "resources": resources,
+            "components": components,
+        }
+        (folder / name / "kustomization.yaml").write_text(yaml.safe_dump(content))
     return folder
 
 
-@pytest.fixture(params=["coordinator", "site", "gpu-site", "standby", "example"])
-def manifests(request: pytest.FixtureRequest, with_gpu: Path) -> list[Manifest]:
-    return rendered(request.param, with_gpu)
+@pytest.fixture(params=["coordinator", "site", "standby", "example", *COMPOSED])
+def manifests(request: pytest.FixtureRequest, folder: Path) -> list[Manifest]:
+    return rendered(request.param, folder)
 
 
 def named(manifests: list[Manifest], kind: str) -> dict[str, Manifest]:
@@ -207,6 +214,25 @@ def test_a_coordinator_is_probed_by_a_command_that_exists(manifests: list[Manife
             assert words[:2] == ["fedhds", "health"]
             command.make_parser(typer.Context(command)).parse_args(words[2:])
         assert "--live" in container["livenessProbe"]["exec"]["command"]
+
+
+@pytest.mark.parametrize("name", [name for name in COMPOSED if name.endswith("metrics")])
+def test_metrics_are_for_the_monitoring_namespace_alone(folder: Path, name: str) -> None:
+    manifests = rendered(name, folder)
+    for _, pod in workloads(manifests):
+        (container,) = pod["spec"]["containers"]
+        (address,) = (item["value"] for item in container["env"] if item["name"] == "FEDHDS_HTTP")
+        (port,) = (port["containerPort"] for port in container["ports"] if port["name"] == "http")
+        assert address == f"0.0.0.0:{port}"
+    rules = [
+        rule
+        for policy in named(manifests, "NetworkPolicy").values()
+        for rule in policy["spec"]["ingress"]
+        if {"protocol": "TCP", "port": "http"} in rule["ports"]
+    ]
+    assert len(rules) == len(list(workloads(manifests)))
+    only = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    assert all(rule["from"] == [only] and len(rule["ports"]) == 1 for rule in rules)
 
 
 def test_a_standby_is_one_of_two_and_a_drain_takes_one_at_a_time() -> None:

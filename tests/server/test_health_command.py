@@ -66,7 +66,7 @@ async def test_a_leader_is_ready_and_a_standby_only_lives(tmp_path: Path, tls: b
         standing = await asked(port, files=files)
         assert (standing.exit_code, standing.output) == (1, "NOT_SERVING\n")
         assert (await asked(port, "--live", files=files)).exit_code == 0
-        async with term.of(cast(Coordinator, None)):
+        async with term.of(cast(Coordinator, object())):
             leading = await asked(port, files=files)
             assert (leading.exit_code, leading.output) == (0, "SERVING\n")
 

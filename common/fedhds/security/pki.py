@@ -135,7 +135,7 @@ def expiry(certificate_path: Path) -> datetime:
 
 
 def hosts_of(certificate_path: Path) -> list[str]:
-    """The host names and IP addresses that a coordinator's certificate is for. Raises UsageError if it cannot be read."""
+    """The host names and IP addresses that a coordinator's certificate is for; raises UsageError."""
     return [str(known.value) for known in _hosts(_load_certificate(certificate_path))]
 
 
