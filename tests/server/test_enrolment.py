@@ -66,8 +66,10 @@ def test_with_tls_the_certificate_gives_the_name() -> None:
     for name in ("b", "ab", "a-1"):
         with pytest.raises(EnrolmentRefused, match="does not give the name"):
             admit(new, name, SITE_A, "")
-    with pytest.raises(EnrolmentRefused, match="--role site"):
-        admit(new, "o", PeerIdentity("o", Role.OPERATOR, "k"), "")
+    # TLS lets both in: an operator to steer the run, a coordinator to ask itself for its health.
+    for role in (Role.OPERATOR, Role.COORDINATOR):
+        with pytest.raises(EnrolmentRefused, match="--role site"):
+            admit(new, "o", PeerIdentity("o", role, "k"), "")
 
 
 @pytest.mark.parametrize("name", ["", "x" * 129, "a\nb"])
