@@ -389,14 +389,14 @@ def _plot(groups: dict[tuple[str, str, str], dict[int, Line]], plot: Path) -> No
     for column, choice in enumerate(choices):
         for row, measure in enumerate(MEASURES[:2]):
             axis = axes[row][column]
-            for strategy in (*STRATEGIES, CEILING):
+            for number, strategy in enumerate((*STRATEGIES, CEILING)):
                 mine = choice if (strategy not in ("random", CEILING)) else ""
                 budgets = sorted({key[0] for key in groups if key[1:] == (mine, strategy)}, key=_share)
                 if not budgets:
                     continue
                 runs = [[line[measure] for line in groups[budget, mine, strategy].values()] for budget in budgets]
                 means, shares = [np.mean(values) for values in runs], [_share(budget) for budget in budgets]
-                (drawn,) = axis.plot(shares, means, marker="o", markersize=3, label=strategy)
+                (drawn,) = axis.plot(shares, means, marker="o", markersize=3, label=strategy, color=f"C{number}")
                 lowest, highest = list(map(min, runs)), list(map(max, runs))
                 axis.fill_between(shares, lowest, highest, alpha=0.15, color=drawn.get_color())
             axis.set_xscale("log")
