@@ -168,7 +168,8 @@ def test_a_coordinator_that_is_killed_everywhere(
     run = Run(federation, name, patience=20, server=points)
     killed = run.outcome()
     # A point kills when it is first reached, so all that an undisturbed run passes, new ones too, have killed.
-    assert killed.reached["server"] - _AFTERWARDS == plain.reached["server"] - _AFTERWARDS
+    # A killed run may pass more: what was uploaded again after its answer was lost is deleted as late.
+    assert killed.reached["server"] >= plain.reached["server"] - _AFTERWARDS
     assert len(run.lives["server"]) > least
     assert killed == plain
     assert len(killed.adapters) == 1
