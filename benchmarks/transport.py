@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -32,8 +33,11 @@ Line = dict[str, Any]
 MEMORY = Path("/dev/shm")
 CASES = {"8x20": (8, 20), "32x20": (32, 20), "8x100": (8, 100)}
 FLOORS = ("floor-sync", "floor-aio")
+# The floor with TLS, hashes and durable files.
+DUTIES = "duties-sync"
 # Ours as it is, then without one thing each: the run folder in memory, or no TLS.
 OURS = {"fedhds": (True, True), "not durable": (False, True), "no TLS": (True, False)}
+VARIANTS = [*FLOORS, DUTIES, *OURS]
 _PROCESSES = 4
 _CERTIFICATES = ("coordinator", *(f"load-{number}" for number in range(_PROCESSES)))
 
@@ -48,7 +52,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the plot lies beside")
     parser.add_argument("--folder", type=Path, default=Path("build"), help="on the disk that makes uploads durable")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--variants", nargs="+", choices=[*FLOORS, *OURS], default=[*FLOORS, *OURS])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--rounds", type=int, default=5, help="measured per start of a server, after one to warm up")
     parser.add_argument("--repeats", type=int, default=3, help="starts of every server")
     parser.add_argument("--sites", nargs="+", type=int, default=[1, 10, 100, 1000], help="idle sites")
@@ -107,6 +111,14 @@ def rounds(variant: str, clients: int, size: int, chosen: argparse.Namespace, ce
                 sites = [shared | {"target": target, "sites": group} for group in groups]
                 with loads(variant, sites) as (lines, _):
                     return _watched(server, lines, names, size, last)
+        if variant == DUTIES:
+            files = {"tls": tls_files(certificates, 0)}
+            with (
+                tempfile.TemporaryDirectory(dir=chosen.folder) as run,
+                floor_server(variant, clients, certificates, Path(run)) as (server, target),
+                loads(variant, [shared | files | {"target": target, "sites": group} for group in groups]) as (lines, _),
+            ):
+                return _watched(server, lines, names, size, last)
         durable, tls = OURS[variant]
         with tempfile.TemporaryDirectory(dir=chosen.folder if durable else MEMORY) as run:
             flags = ["--rounds", last, "--min-sites", clients, "--evaluate-every", 0]
@@ -162,9 +174,14 @@ def coordinator(run: Path, certificates: Path | None, *flags: object) -> Iterato
 
 
 @contextmanager
-def floor_server(variant: str, clients: int) -> Iterator[tuple[int, str]]:
+def floor_server(
+    variant: str, clients: int, certificates: Path | None = None, folder: Path | None = None
+) -> Iterator[tuple[int, str]]:
     """The floor's server: its process id and address; ended with the context."""
-    with loads(variant.replace("floor", "floor-server"), [{"clients": clients}]) as (lines, (process,)):
+    given: Line = {"clients": clients, "folder": str(folder)}
+    if certificates:
+        given["tls"] = [str(certificates / name) for name in ("ca.crt", "coordinator.crt", "coordinator.key")]
+    with loads(variant.replace("-", "-server-"), [given]) as (lines, (process,)):
         yield process.pid, f"127.0.0.1:{next(lines)['port']}"
 
 
@@ -216,15 +233,17 @@ def show(lines: list[Line], plot: Path) -> None:
     cases = [case for case in CASES if any((case, floor) in latest for floor in FLOORS)]
     if not cases:
         return
-    print("\n| sites x MiB | variant | s per round | over floor | CPU s per round | peak MB | wire over payload |")
-    print("| --- | --- | --: | --: | --: | --: | --: |")
+    print("\n| sites x MiB | variant | s per round | over floor | over duties | CPU s per round | peak MB | wire |")
+    print("| --- | --- | --: | --: | --: | --: | --: | --: |")
     for case in cases:
         floor = min(latest[case, floor]["seconds"] for floor in FLOORS if (case, floor) in latest)
-        for variant in (*FLOORS, *OURS):
+        duties = latest.get((case, DUTIES), {}).get("seconds", math.nan)
+        for variant in VARIANTS:
             if line := latest.get((case, variant)):
                 spread = f"{line['seconds']:.3f} ({line['fastest_s']:.3f}-{line['slowest_s']:.3f})"
+                ratios = f"{line['seconds'] / floor:.2f} | {line['seconds'] / duties:.2f}"
                 rest = f"{line['cpu_s']:.2f} | {line['peak_mb']:.0f} | {line['wire']:.4f}"
-                print(f"| {case} | {variant} | {spread} | {line['seconds'] / floor:.2f} | {rest} |")
+                print(f"| {case} | {variant} | {spread} | {ratios} | {rest} |")
     for variant in OURS:
         few, many = latest.get(("8x20", variant)), latest.get(("32x20", variant))
         if few and many:
@@ -238,14 +257,13 @@ def _plot(latest: dict[tuple[str, str], Line], cases: list[str], plot: Path) -> 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    variants = (*FLOORS, *OURS)
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4))
     titles = {"seconds": "seconds per round", "cpu_s": "server: CPU seconds per round", "peak_mb": "server: peak MB"}
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        for number, variant in enumerate(variants):
+        for number, variant in enumerate(VARIANTS):
             heights = [latest.get((case, variant), {}).get(name, 0.0) for case in cases]
-            places = [at + (number - 2) * 0.16 for at in range(len(cases))]
-            axis.bar(places, heights, 0.16, label=variant)
+            places = [at + (number - 2.5) * 0.14 for at in range(len(cases))]
+            axis.bar(places, heights, 0.14, label=variant)
         axis.set_title(title)
         axis.set_xticks(range(len(cases)), [f"{case} MiB" for case in cases])
         axis.grid(alpha=0.3, axis="y")

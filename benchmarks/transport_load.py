@@ -1,18 +1,22 @@
 """Processes of the transport benchmark: sites without a model on both systems, and the floor's server.
 
 The floor is what gRPC alone costs: the same bytes as client-streamed and server-streamed messages of 1 MiB without
-protobuf, kept in memory, averaged by numpy; no hashing, no TLS, no validation, nothing durable. Every process prints
-one JSON object per line for `benchmarks.transport`; times are CLOCK_MONOTONIC, which all processes of a host share.
+protobuf, kept in memory, averaged by numpy; no hashing, no TLS, no validation, nothing durable. With duties the same
+floor does what no transport of adapters may leave out: TLS, a SHA-256 at either end, and files, durable ones at the
+server. Every process prints one JSON object per line for `benchmarks.transport`; times are CLOCK_MONOTONIC, which all
+processes of a host share.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,7 @@ import grpc
 import numpy as np
 
 from fedhds.adapter import AdapterManifest, Artifact, TensorSpec, write_adapter
-from fedhds.security.credentials import TlsFiles
+from fedhds.security.credentials import TlsFiles, channel_credentials, server_credentials
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_client import link as links
 from fedhds_client.link import CoordinatorLink
@@ -34,6 +38,7 @@ _POLL_S = 20.0
 # Channels to one address share a connection unless told otherwise; sites of other hosts could not.
 OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
 _FLOOR_OPTIONS = (OWN_CONNECTION, ("grpc.max_receive_message_length", 4 << 20))
+_HERE = "127.0.0.1:0"
 _METHODS = ("/floor/Upload", "/floor/Download")
 
 
@@ -151,12 +156,27 @@ def chunks(data: bytes) -> Iterator[bytes]:
     return (bytes(view[at : at + _CHUNK]) for at in range(0, len(data), _CHUNK))
 
 
-def floor_server_sync(clients: int) -> None:
-    """The floor with a thread per call."""
+def received(pieces: Iterable[bytes], path: Path | None) -> bytes:
+    """The bytes of a transfer; with a path they are hashed and written as well, as they come."""
+    if path is None:
+        return b"".join(pieces)
+    came, digest = [], hashlib.sha256()
+    with path.open("wb") as file:
+        for piece in pieces:
+            digest.update(piece)
+            file.write(piece)
+            came.append(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return b"".join(came)
+
+
+def floor_server_sync(clients: int, folder: Path | None, tls: TlsFiles | None) -> None:
+    """The floor with a thread per call; with a folder, one that has duties."""
     floor = Floor(clients)
 
     def upload(requests: Iterator[bytes], _: grpc.ServicerContext) -> bytes:
-        floor.take(b"".join(requests))
+        floor.take(received(requests, folder and folder / f"{threading.get_ident()}"))
         return b""
 
     def download(request: bytes, _: grpc.ServicerContext) -> Iterator[bytes]:
@@ -164,7 +184,8 @@ def floor_server_sync(clients: int) -> None:
 
     server = grpc.server(ThreadPoolExecutor(2 * clients), options=_FLOOR_OPTIONS)
     server.add_generic_rpc_handlers((_handlers(upload, download),))
-    port = server.add_insecure_port("127.0.0.1:0")
+    credentials = server_credentials(tls) if tls else None
+    port = server.add_secure_port(_HERE, credentials) if credentials else server.add_insecure_port(_HERE)
     server.start()
     say(port=port)
     server.wait_for_termination()
@@ -186,7 +207,7 @@ async def floor_server_aio(clients: int) -> None:
 
     server = grpc.aio.server(options=_FLOOR_OPTIONS)
     server.add_generic_rpc_handlers((_handlers(upload, download),))
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(_HERE)
     await server.start()
     say(port=port)
     await server.wait_for_termination()
@@ -200,16 +221,20 @@ def _handlers(upload: Any, download: Any) -> Any:
     return grpc.method_handlers_generic_handler("floor", methods)
 
 
-def floor_sync(target: str, sites: list[str], size: int, rounds: int) -> None:
-    """Sites of the floor, a thread each."""
+def floor_sync(
+    target: str, sites: list[str], folder: Path | None, size: int, rounds: int, tls: TlsFiles | None
+) -> None:
+    """Sites of the floor, a thread each; with a folder, of one that has duties."""
 
     def site(name: str) -> None:
         update = np.random.default_rng(len(name)).standard_normal(size // 4, dtype=np.float32).tobytes()
-        with grpc.insecure_channel(target, options=_FLOOR_OPTIONS) as channel:
+        path = folder and folder / name.replace("/", "-")
+        secure = grpc.secure_channel(target, channel_credentials(tls), _FLOOR_OPTIONS) if tls else None
+        with secure or grpc.insecure_channel(target, options=_FLOOR_OPTIONS) as channel:
             upload, download = channel.stream_unary(_METHODS[0]), channel.unary_stream(_METHODS[1])
             for number in range(rounds):
                 upload(chunks(update))
-                mean = b"".join(download(str(number).encode()))
+                mean = received(download(str(number).encode()), path)
                 say(site=name, round=number + 1, at=time.monotonic(), bytes=len(mean))
 
     with ThreadPoolExecutor(len(sites)) as pool:
@@ -262,11 +287,16 @@ def main() -> None:
         case "idle":
             asyncio.run(idle(given["target"], given["sites"], tls, own_channels=given["own_channels"]))
         case "floor-sync":
-            floor_sync(given["target"], given["sites"], given["size"], given["rounds"])
+            floor_sync(given["target"], given["sites"], None, given["size"], given["rounds"], None)
+        case "duties-sync":
+            folder = Path(given["folder"])
+            floor_sync(given["target"], given["sites"], folder, given["size"], given["rounds"], tls)
         case "floor-aio":
             asyncio.run(floor_aio(given["target"], given["sites"], given["size"], given["rounds"]))
         case "floor-server-sync":
-            floor_server_sync(given["clients"])
+            floor_server_sync(given["clients"], None, None)
+        case "duties-server-sync":
+            floor_server_sync(given["clients"], Path(given["folder"]), tls)
         case "floor-server-aio":
             asyncio.run(floor_server_aio(given["clients"]))
 

@@ -18,6 +18,7 @@ from fedhds.errors import ArtifactError, CoordinatorUnreachable, FedhdsError, No
 from fedhds.security.credentials import TlsFiles, channel_credentials, diagnose_handshake
 from fedhds.settings import addresses
 from fedhds.status import error_of
+from fedhds.transfer import Beside
 from fedhds.v1 import federation_pb2 as pb
 from fedhds.v1 import federation_pb2_grpc as rpc
 
@@ -44,6 +45,8 @@ _OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
 )
+# Of coordinators that do not say how large chunks are to be.
+_UNTOLD_CHUNK_SIZE = 1 << 19
 # A call that is not a long poll is answered in milliseconds; beyond this the link is dead whatever TCP believes.
 _ANSWER_S = 60.0
 
@@ -93,13 +96,17 @@ class CoordinatorLink:
         """Sends a file; after a broken link it goes on where the coordinator says it stands."""
         sent = 0
 
-        async def parts(offset: int) -> AsyncIterator[bytes]:
+        async def parts(offset: int, chunk_size: int) -> AsyncIterator[bytes]:
             nonlocal sent
             header = pb.UploadHeader(session=session, artifact=artifact.to_proto(), offset=offset)
             yield pb.UploadRequest(header=header).SerializeToString()
             with path.open("rb") as file:
                 file.seek(offset)
-                while chunk := await asyncio.to_thread(file.read, chunks.CHUNK_SIZE):
+                reading = Beside()
+                await reading.start(file.read, chunk_size)
+                while chunk := await reading.ended():
+                    # One chunk is read while the last one is sent.
+                    await reading.start(file.read, chunk_size)
                     sent = max(sent, offset)
                     offset += len(chunk)
                     self.bytes_sent += len(chunk)
@@ -109,7 +116,7 @@ class CoordinatorLink:
             request = pb.GetUploadRequest(session=session, artifact=artifact.to_proto())
             held = await self.federation.GetUpload(request, timeout=_ANSWER_S)
             # Also when all bytes are there: the link may have broken before they were checked and made durable.
-            await self.federation.Upload(parts(held.offset))
+            await self.federation.Upload(parts(held.offset, held.chunk_size or _UNTOLD_CHUNK_SIZE))
 
         await self._transferred(attempt, lambda: sent)
 
@@ -125,14 +132,13 @@ class CoordinatorLink:
                     offset = 0
                 digest = await asyncio.to_thread(_digest_of, partial)
                 request = pb.DownloadRequest(session=session, artifact=artifact.to_proto(), offset=offset)
-                taking = asyncio.ensure_future(asyncio.sleep(0))
+                taking = Beside()
                 try:
                     async for message in self.federation.Download(request):
                         # One chunk is written and hashed while the next one arrives.
-                        await taking
-                        taking = asyncio.ensure_future(asyncio.to_thread(_take, file, digest, message.chunk))
+                        await taking.start(_take, file, digest, message.chunk)
                 finally:
-                    await taking
+                    await taking.ended()
                 found = Artifact(digest.hexdigest(), file.tell())
             if found != artifact:
                 partial.unlink()

@@ -11,11 +11,19 @@ from dataclasses import dataclass
 
 from fedhds.v1 import federation_pb2 as pb
 
-# Bytes. A site that transfers costs the coordinator several chunks of memory; below this, calls cost more than bytes.
-CHUNK_SIZE = 1 << 19
+# Bytes. Every call has its cost, so that a chunk is large where few sites transfer; where many do, it is small, as each
+# of them costs the coordinator a few chunks of memory.
+LARGEST_CHUNK, SMALLEST_CHUNK = 1 << 20, 1 << 16
+_ROOM = 16 << 20
 _LENGTH_DELIMITED = 2
 _UPLOAD_TAG = pb.UploadRequest.CHUNK_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
 _DOWNLOAD_TAG = pb.DownloadResponse.CHUNK_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
+
+
+def chunk_size(transfers: int) -> int:
+    """Bytes of a chunk while so many sites transfer: a power of two, smaller the more they are."""
+    share = _ROOM // max(transfers, 1)
+    return min(max(1 << share.bit_length() >> 1, SMALLEST_CHUNK), LARGEST_CHUNK)
 
 
 @dataclass(frozen=True, slots=True)

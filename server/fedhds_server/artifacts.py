@@ -14,7 +14,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 from fedhds.adapter import Artifact
-from fedhds.chunks import CHUNK_SIZE
 from fedhds.errors import ArtifactError, DamagedArtifact, StorageError
 
 _ADVICE = {
@@ -155,7 +154,7 @@ class ArtifactStore:
         with self._lock(artifact), self._guarded():
             self._place(path, artifact)
 
-    def open_chunks(self, artifact: Artifact, offset: int, chunk_size: int = CHUNK_SIZE) -> Iterator[bytes]:
+    def open_chunks(self, artifact: Artifact, offset: int, chunk_size: int) -> Iterator[bytes]:
         """The bytes from `offset` on; raises DamagedArtifact, or ArtifactError for one that ends before `offset`."""
         if offset > artifact.size:
             raise ArtifactError(f"the download goes on at byte {offset} of {artifact.size}; fetch it anew")

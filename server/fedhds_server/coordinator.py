@@ -230,13 +230,14 @@ class Coordinator:
             for decide, future in batch:
                 try:
                     event = decide(self.state)
-                    instructions += self._machine.handle(event) if event else []
+                    instructions += self._machine.apply(event) if event else []
                 except FedhdsError as error:
                     _fail(future, error)
                 else:
                     applied.append(future)
                     if isinstance(event, SiteConnected):
                         self._heard[event.site] = time.monotonic()
+            instructions += self._machine.advance()
             try:
                 await self._commit(instructions, applied)
             finally:

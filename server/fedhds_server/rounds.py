@@ -69,6 +69,8 @@ class RunMachine:
     def __init__(self, state: RunState, *, needs_reports: bool) -> None:
         self.state = state
         self._needs_reports = needs_reports
+        # When something came in from which more may follow.
+        self._moved_at: float | None = None
 
     @property
     def spec(self) -> RunSpec:
@@ -104,7 +106,11 @@ class RunMachine:
         return []
 
     def handle(self, event: Event) -> list[Instruction]:
-        """Applies one event."""
+        """Applies one event and moves on."""
+        return [*self.apply(event), *self.advance()]
+
+    def apply(self, event: Event) -> list[Instruction]:
+        """Applies one event; `advance` is to follow, after this one or the last of several that came together."""
         match event:
             case SiteConnected():
                 return self._connected(event)
@@ -118,7 +124,8 @@ class RunMachine:
                 return self._evicted(event)
             case AdapterDrawn():
                 self.state.adapters[0] = event.adapter
-                return self._start_if_ready(event.at)
+                self._moved_at = event.at
+                return []
             case ReportReceived():
                 return self._reported(event)
             case PassOpened():
@@ -181,7 +188,8 @@ class RunMachine:
             state.manifest = packed(event.manifest.to_proto())
             instructions.append(DrawAdapter())
         self._add_evaluations()
-        return [*instructions, *self._start_if_ready(event.at), *self._advance(event.at), Wake()]
+        self._moved_at = event.at
+        return [*instructions, Wake()]
 
     def _gone(self, event: SiteSilent | SiteLeft) -> list[Instruction]:
         site = self.state.sites[event.site]
@@ -196,7 +204,8 @@ class RunMachine:
         because = f": {event.reason}" if isinstance(event, SiteLeft) and event.reason else ""
         message = f"site {event.site} {'is lost (no sign of life)' if silent else 'left'}{because}"
         over = self.state.phase.over
-        return [Record(message, trouble=not over), *self._start_if_ready(event.at), *self._advance(event.at), Wake()]
+        self._moved_at = event.at
+        return [Record(message, trouble=not over), Wake()]
 
     def _heard(self, event: SiteHeard) -> list[Instruction]:
         site = self.state.sites[event.site]
@@ -204,7 +213,8 @@ class RunMachine:
             return []
         site.state = SiteState.ENROLLED if site.rows or site.evaluates else SiteState.CONNECTING
         self._add_evaluations()
-        return [Record(f"site {event.site} is back"), *self._start_if_ready(event.at), *self._advance(event.at), Wake()]
+        self._moved_at = event.at
+        return [Record(f"site {event.site} is back"), Wake()]
 
     def _evicted(self, event: SiteEvicted) -> list[Instruction]:
         site = self.state.sites[event.site]
@@ -215,7 +225,8 @@ class RunMachine:
             if dropped := self.state.updates.get(event.site):
                 instructions.append(Discard(dropped.artifact))
             self._exclude(event.site)
-        return [*instructions, *self._start_if_ready(event.at), *self._advance(event.at), Wake()]
+        self._moved_at = event.at
+        return [*instructions, Wake()]
 
     def _exclude(self, site: str) -> None:
         """Takes a site and what it delivered out of what is being collected."""
@@ -336,7 +347,8 @@ class RunMachine:
             report = without_sums(report)
         self.state.reports[task.site] = packed(report)
         self.state.report_tasks[task.site] = task.id
-        return self._advance(event.at)
+        self._moved_at = event.at
+        return []
 
     def _pass_opened(self, event: PassOpened) -> list[Instruction]:
         """Asks the sites that answered the last pass; who dropped out stays out of this selection."""
@@ -413,7 +425,8 @@ class RunMachine:
             return []
         del state.tasks[task.id]
         state.updates[task.site] = Update(artifact=event.artifact, samples=event.samples, loss=event.loss)
-        return self._advance(event.at)
+        self._moved_at = event.at
+        return []
 
     def _dropped(self, event: UpdateDamaged) -> list[Instruction]:
         if self.state.phase is not Phase.AGGREGATING or not self.state.updates.pop(event.site, None):
@@ -429,7 +442,8 @@ class RunMachine:
         if task.kind is not TaskKind.EVALUATE:
             self.state.failed.append(task.site)
         note = Record(f"site {task.site} failed its {task.kind} task: {event.reason}", trouble=True)
-        return [note, *self._advance(event.at)]
+        self._moved_at = event.at
+        return [note]
 
     def _rejected(self, event: ResultRejected) -> list[Instruction]:
         task = self.state.tasks.get(event.task_id)
@@ -443,7 +457,8 @@ class RunMachine:
         del self.state.tasks[task.id]
         self._exclude(site.name)
         text = f"site {site.name} is quarantined after {site.rejections} rejected results ({event.reason})"
-        return [Record(text, trouble=True), *self._advance(event.at)]
+        self._moved_at = event.at
+        return [Record(text, trouble=True)]
 
     def _nothing_to_give(self, event: NothingToGive) -> list[Instruction]:
         task = self.state.tasks.pop(event.task_id, None)
@@ -451,7 +466,8 @@ class RunMachine:
             return []
         self.state.empty.append(task.site)
         note = Record(f"site {task.site} has nothing to train on in round {task.round}: its picks name no row")
-        return [note, *self._advance(event.at)]
+        self._moved_at = event.at
+        return [note]
 
     def _close(self, at: float) -> list[Instruction]:
         state = self.state
@@ -521,9 +537,15 @@ class RunMachine:
             f"{'before the first round' if task.round == 0 else f'after round {task.round}'}, {task.site} measures "
             f"loss {loss:.4f} and Rouge-L {event.evaluation.rouge_l_sum / rows:.4f} on {event.evaluation.rows} rows"
         )
-        return [note, *self._advance(event.at)]
+        self._moved_at = event.at
+        return [note]
 
     # What follows from what has come in.
+
+    def advance(self) -> list[Instruction]:
+        """What follows from the events that were applied; costs as much as one look at all sites."""
+        at, self._moved_at = self._moved_at, None
+        return [] if at is None else [*self._start_if_ready(at), *self._advance(at)]
 
     def _advance(self, at: float) -> list[Instruction]:
         """Moves on when the open phase has collected enough."""
@@ -580,7 +602,8 @@ class RunMachine:
             return []
         state.deadline_reached = True
         note = Record(f"the deadline of {self.spec.deadline:g} s is reached; {state.message}", trouble=True)
-        return [note, *self._advance(event.at)]
+        self._moved_at = event.at
+        return [note]
 
     def _retried(self, event: RetryDue) -> list[Instruction]:
         state = self.state

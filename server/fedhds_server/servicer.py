@@ -24,6 +24,7 @@ from fedhds.errors import (
 )
 from fedhds.security.identity import identity_of
 from fedhds.status import abort, answers
+from fedhds.transfer import Beside
 from fedhds.v1 import federation_pb2 as pb
 from fedhds.v1 import federation_pb2_grpc as rpc
 from fedhds_server.aggregation.base import validate_update
@@ -253,7 +254,8 @@ class FederationServicer(rpc.FederationServicer):
     async def GetUpload(self, request: pb.GetUploadRequest, context: grpc.aio.ServicerContext) -> pb.GetUploadResponse:
         await self._caller(request)
         artifact = Artifact.from_proto(request.artifact)
-        return pb.GetUploadResponse(offset=await asyncio.to_thread(self._artifacts.received, artifact))
+        offset = await asyncio.to_thread(self._artifacts.received, artifact)
+        return pb.GetUploadResponse(offset=offset, chunk_size=self._chunk_size)
 
     @answers
     async def Upload(
@@ -264,20 +266,18 @@ class FederationServicer(rpc.FederationServicer):
             raise ArtifactError("an upload starts with its header")
         site = await self._caller(first.header)
         artifact, offset = Artifact.from_proto(first.header.artifact), first.header.offset
-        writing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        writing.set_result(None)
+        writing = Beside()
         try:
             async for message in requests:
                 # Asked again: meanwhile another process of the site may have taken the session over.
                 await self._coordinator.site_of(first.header.session)
                 chunk = message.chunk
                 # One chunk is written and hashed while the next one arrives.
-                await writing
-                writing = asyncio.ensure_future(asyncio.to_thread(self._artifacts.append, artifact, offset, chunk))
+                await writing.start(self._artifacts.append, artifact, offset, chunk)
                 offset += len(chunk)
                 site.bytes_received += len(chunk)
         finally:
-            await writing
+            await writing.ended()
         finishing = asyncio.ensure_future(asyncio.to_thread(self._artifacts.finish, artifact))
         # The link may break meanwhile: what then becomes of the upload is for nobody to hear.
         finishing.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
@@ -293,16 +293,15 @@ class FederationServicer(rpc.FederationServicer):
             artifact = Artifact.from_proto(request.artifact)
             if artifact not in self._coordinator.state.adapters.values():
                 raise ArtifactError("there is no such global adapter (any more); ask for the task again")
-            messages = map(chunks.download_message, self._artifacts.open_chunks(artifact, request.offset))
-            coming = asyncio.ensure_future(asyncio.to_thread(next, messages, None))
-            try:
-                while (message := await coming) is not None:
-                    # One chunk is read while the last one is sent.
-                    coming = asyncio.ensure_future(asyncio.to_thread(next, messages, None))
-                    yield message
-                    DOWNLOADED_BYTES.inc(len(message))
-            finally:
-                coming.cancel()
+            pieces = self._artifacts.open_chunks(artifact, request.offset, self._chunk_size)
+            messages = map(chunks.download_message, pieces)
+            reading = Beside()
+            await reading.start(next, messages, None)
+            while (message := await reading.ended()) is not None:
+                # One chunk is read while the last one is sent.
+                await reading.start(next, messages, None)
+                yield message
+                DOWNLOADED_BYTES.inc(len(message))
         except FedhdsError as error:
             await abort(context, error)
 
@@ -311,6 +310,12 @@ class FederationServicer(rpc.FederationServicer):
         site = await self._caller(request)
         await self._coordinator.post(SiteLeft(time.time(), site.name))
         return pb.LeaveResponse()
+
+    @property
+    def _chunk_size(self) -> int:
+        """Sites that have a task transfer at about the same time; when the run is over, all of them do."""
+        state = self._coordinator.state
+        return chunks.chunk_size(len(state.sites if state.phase.over else state.tasks))
 
     async def _caller(self, request: Any) -> Site:
         site = await self._coordinator.site_of(request.session)

@@ -17,9 +17,8 @@ import grpc
 import numpy as np
 import pytest
 
-from fedhds import status
+from fedhds import chunks, status
 from fedhds.adapter import Artifact
-from fedhds.chunks import CHUNK_SIZE
 from fedhds.errors import (
     ArtifactError,
     CoordinatorUnreachable,
@@ -41,6 +40,7 @@ from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.servicer import FederationServicer
 from tests.common.tls_servers import serving
 
+CHUNK_SIZE = chunks.LARGEST_CHUNK
 SESSION = "session"
 BEAT = pb.HeartbeatRequest(session=SESSION, task_id="train/1/ward")
 
@@ -103,7 +103,7 @@ class Store(ArtifactStore):
         if self.on_chunk:
             self.on_chunk()
 
-    def open_chunks(self, artifact: Artifact, offset: int, chunk_size: int = CHUNK_SIZE) -> Iterator[bytes]:
+    def open_chunks(self, artifact: Artifact, offset: int, chunk_size: int) -> Iterator[bytes]:
         self.downloads.append(offset)
         for chunk in super().open_chunks(artifact, offset, chunk_size):
             yield chunk
@@ -139,6 +139,7 @@ class World:
     folder: Path
     store: Store
     adapters: dict[int, Artifact]
+    tasks: dict[str, Any]
     relay: Relay = field(default_factory=Relay)
     faults: Faults = field(default_factory=Faults)
     links: list[CoordinatorLink] = field(default_factory=list)
@@ -182,6 +183,7 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     adapters: dict[int, Artifact] = {}
+    tasks: dict[str, Any] = {}
 
     async def site_of(session: str) -> Any:
         if session != SESSION:
@@ -194,14 +196,14 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     phase = SimpleNamespace(over=False)
     state = SimpleNamespace(
         adapters=adapters,
-        tasks={},
+        tasks=tasks,
         phase=phase,
         round=3,
         message="wait",
         paused=None,
         spec=SimpleNamespace(patience=60.0),
     )
-    made = World(tmp_path, Store(tmp_path / "artifacts"), adapters)
+    made = World(tmp_path, Store(tmp_path / "artifacts"), adapters, tasks)
     coordinator = cast(Any, SimpleNamespace(site_of=site_of, next_task=next_task, state=state, artifacts=made.store))
     server = grpc.aio.server(interceptors=(made.faults,))
     FederationServicer(lambda: coordinator).register(server)
@@ -482,6 +484,24 @@ async def test_an_upload_goes_on_where_the_link_broke(world: World) -> None:
     assert world.store.uploads == [number * CHUNK_SIZE for number in range(6)]
     assert world.faults.calls.count("Upload") == 2
     assert size <= link.bytes_sent < 2 * size
+
+
+async def test_chunks_are_smaller_while_many_sites_transfer(world: World) -> None:
+    world.tasks |= {f"train/3/{number}": None for number in range(64)}
+    link, path = world.link(), world.folder / "update"
+    artifact = _file(path, CHUNK_SIZE)
+    await link.upload(SESSION, path, artifact)
+    assert world.store.uploads == [number * CHUNK_SIZE // 4 for number in range(4)]
+
+
+async def test_a_coordinator_that_does_not_say_how_large_chunks_are_to_be_gets_them_of_512_kib(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "chunk_size", lambda _: 0)
+    path = world.folder / "update"
+    artifact = _file(path, 3 << 18)
+    await world.link().upload(SESSION, path, artifact)
+    assert world.store.uploads == [0, 1 << 19]
 
 
 async def test_an_upload_of_a_restarted_site_goes_on_too(world: World) -> None:

@@ -14,7 +14,7 @@ from fedhds import chunks
 from fedhds.v1 import federation_pb2 as pb
 
 # Where the length takes a byte more.
-LENGTHS = (1, 127, 128, (1 << 14) - 1, 1 << 14, chunks.CHUNK_SIZE, 1 << 21)
+LENGTHS = (1, 127, 128, (1 << 14) - 1, 1 << 14, chunks.LARGEST_CHUNK, 1 << 21)
 
 Read = Callable[[bytes], Any]
 
@@ -64,3 +64,12 @@ def outcome(read: Read, message: bytes) -> bytes | None:
         return bytes(read(message).chunk)
     except DecodeError:
         return None
+
+
+@given(st.integers(0, 10**6))
+def test_chunks_of_all_sites_together_have_bounded_room(transfers: int) -> None:
+    size = chunks.chunk_size(transfers)
+    assert chunks.SMALLEST_CHUNK <= size <= chunks.LARGEST_CHUNK
+    assert size.bit_count() == 1
+    assert size * transfers <= 16 << 20 or size == chunks.SMALLEST_CHUNK
+    assert size >= chunks.chunk_size(transfers + 1)

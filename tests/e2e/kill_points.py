@@ -71,7 +71,7 @@ def in_coordinator(points: Points) -> None:
     """Points of fedhds-server: every event and every change of phase around its commit, files, folds, answers."""
     import sqlalchemy as sa
 
-    from fedhds import adapter
+    from fedhds import adapter, chunks
     from fedhds_server import checkpoint, coordinator
     from fedhds_server.aggregation.fedavg import FedAvg
     from fedhds_server.artifacts import ArtifactStore
@@ -80,17 +80,20 @@ def in_coordinator(points: Points) -> None:
     from fedhds_server.store.sql import SqlStore
 
     handled: list[str] = []
-    handle, save, open_chunks = RunMachine.handle, SqlStore.save, ArtifactStore.open_chunks
+    save, open_chunks = SqlStore.save, ArtifactStore.open_chunks
 
-    def noted_handle(machine: RunMachine, event: Any) -> Any:
-        before = machine.state.phase
-        instructions = handle(machine, event)
-        handled.append(type(event).__name__)
-        if machine.state.phase is not before:
-            handled.append(f"{before}-{machine.state.phase}")
-        if handled[-1] == "FinalDelivered" and all(site.delivered for site in machine.state.sites.values()):
-            handled.append("last FinalDelivered")
-        return instructions
+    def noting(method: Any) -> Any:
+        def noted(machine: RunMachine, *events: Any) -> Any:
+            before = machine.state.phase
+            instructions = method(machine, *events)
+            handled.extend(type(event).__name__ for event in events)
+            if machine.state.phase is not before:
+                handled.append(f"{before}-{machine.state.phase}")
+            if handled[-1:] == ["FinalDelivered"] and all(site.delivered for site in machine.state.sites.values()):
+                handled.append("last FinalDelivered")
+            return instructions
+
+        return noted
 
     def noted_save(*args: Any) -> None:
         save(*args)
@@ -100,8 +103,8 @@ def in_coordinator(points: Points) -> None:
     def on_commit(_: object) -> None:
         points.reached(*(f"{name} uncommitted" for name in handled))
 
-    def chunks(store: ArtifactStore, artifact: Any, offset: int) -> Any:
-        for number, chunk in enumerate(open_chunks(store, artifact, offset, CHUNK_BYTES)):
+    def pieces(store: ArtifactStore, artifact: Any, offset: int, chunk_size: int) -> Any:
+        for number, chunk in enumerate(open_chunks(store, artifact, offset, chunk_size)):
             if number == 2:
                 points.reached("download underway")
             yield chunk
@@ -116,10 +119,12 @@ def in_coordinator(points: Points) -> None:
 
         setattr(FederationServicer, method, wrapped)
 
-    RunMachine.handle = noted_handle  # type: ignore[assignment, method-assign]
+    RunMachine.apply = noting(RunMachine.apply)  # type: ignore[method-assign]
+    RunMachine.advance = noting(RunMachine.advance)  # type: ignore[method-assign]
+    chunks.chunk_size = lambda transfers: CHUNK_BYTES
     SqlStore.save = noted_save  # type: ignore[assignment, method-assign]
     sa.event.listen(sa.engine.Engine, "commit", on_commit)
-    ArtifactStore.open_chunks = chunks  # type: ignore[assignment, method-assign]
+    ArtifactStore.open_chunks = pieces  # type: ignore[assignment, method-assign]
     for operation in ("append", "finish", "adopt", "delete", "sweep"):
         points.after(ArtifactStore, operation)
     for method in ("Enroll", "Attest", "NextTask", "CompleteTask", "GetUpload"):
@@ -136,7 +141,6 @@ def in_coordinator(points: Points) -> None:
 
 def in_site(points: Points) -> None:
     """Points of fedhds-client: enrolment, transfers, every kind of task, delivery."""
-    from fedhds import chunks
     from fedhds.privacy.ledger import Ledger
     from fedhds_client import daemon, delivery, link, release, workbench
     from fedhds_client.modeling import AdapterModel
@@ -191,7 +195,6 @@ def in_site(points: Points) -> None:
     daemon.Control.report = noted_report  # type: ignore[assignment, method-assign]
     link.CoordinatorLink.call = noted_call  # type: ignore[method-assign]
     link.CoordinatorLink.__init__ = noted_create  # type: ignore[method-assign]
-    chunks.CHUNK_SIZE = CHUNK_BYTES
     # For a coordinator that comes back within a second, dozens of times.
     link._LONGEST_PAUSE_S = 0.5
     for kind in ("select", "train", "evaluate"):

@@ -1146,18 +1146,24 @@ class GetUploadResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     OFFSET_FIELD_NUMBER: _builtins.int
+    CHUNK_SIZE_FIELD_NUMBER: _builtins.int
     offset: _builtins.int
     """Next byte to send; equal to the artifact's size when no byte is missing. Only an answer of Upload says that the
     artifact counts, so that a site ends with Upload also then, if only with its header.
+    """
+    chunk_size: _builtins.int
+    """Bytes that each chunk is to have; smaller while many sites transfer, so that the coordinator's memory has a bound.
+    0: the coordinator does not say, as before 0.2; 512 KiB then.
     """
     def __init__(
         self,
         *,
         offset: _builtins.int = ...,
+        chunk_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_size", b"chunk_size", "offset", b"offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
