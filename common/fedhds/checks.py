@@ -241,11 +241,8 @@ def _spoken(check: str, answer: pb.GetStatusResponse, serving: bool, took: float
         )
     if not serving:
         return Finding(check, State.WARNING, "leads, but is not ready; its log and /readyz say why")
-    return Finding(
-        check,
-        State.OK,
-        f"leads run {answer.run_id} with fedhds {answer.fedhds_version or 'of before'}, answers in {1000 * took:.0f} ms",
-    )
+    version = answer.fedhds_version or "of an older version"
+    return Finding(check, State.OK, f"leads run {answer.run_id}, fedhds {version}, and answers in {1000 * took:.0f} ms")
 
 
 def _skew(ahead_s: float, error_s: float) -> Finding:
