@@ -34,9 +34,11 @@ class Shown:
         if not console:
             yield _lines(description)
             return
+        from rich.markup import escape
+
         # One display for all: two that move the cursor would write over each other.
         bars = self._bars = self._bars or _started(console)
-        bar = bars.add_task(description, total=1.0)
+        bar = bars.add_task(escape(description), total=1.0)
         try:
             yield functools.partial(_moved, bars, bar)
         finally:

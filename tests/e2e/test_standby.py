@@ -14,6 +14,7 @@ import psycopg
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from fedhds.checks import State, coordinator
 from fedhds.errors import NotLeading
 from fedhds.status import error_of
 from fedhds.v1 import federation_pb2 as pb
@@ -129,6 +130,8 @@ def test_a_standby_is_not_ready_and_takes_over_at_once_from_a_leader_that_is_sto
             rpc.FederationStub(channel).Enroll(pb.EnrollRequest(site="a", protocol_versions=[1]), timeout=10)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         assert isinstance(error_of(refused.value), NotLeading)
+    (seen,) = coordinator(federation.address("two"), None)
+    assert (seen.state, seen.message) == (State.OK, "is reached and stands by while another coordinator leads")
     status = [str(BIN / "fedhds"), "status", "--json", "--server"]
     both = f"{federation.address('two')},{federation.address('one')}"
     asked = subprocess.run([*status, both], capture_output=True, text=True, check=True)
