@@ -11,7 +11,7 @@ FedhdsError                         FH01
 ├── NotPermitted                    FH23  the caller may not change the run
 ├── SessionLost                     FH24  the session is unknown, superseded or expired; enrol again
 ├── RequestError                    FH30  a request that is no message of the protocol, or says what no run can mean
-├── TaskError                       FH31  a request about a task that is not this site's, or no longer wanted
+├── TaskError                       FH31  a task that cannot be done here, is not this site's or no longer wanted
 ├── RunOver                         FH32  the run has ended and cannot be changed
 ├── PrivacyError                    FH33  a release that the site's own privacy policy forbids
 ├── ArtifactError                   FH40  bytes that are not what their digest, size or manifest says
@@ -129,7 +129,7 @@ class SessionLost(FedhdsError):
 
 
 class TaskError(FedhdsError):
-    """A request names a task that does not exist, is another site's or is no longer wanted."""
+    """A task cannot be done at this site, does not exist, is another site's or is no longer wanted."""
 
     code = "FH31"
 

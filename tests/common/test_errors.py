@@ -13,7 +13,8 @@ from fedhds import errors
 from fedhds.errors import UNEXPECTED, FedhdsError, code_of
 from fedhds.status import answers, error_of
 
-PAGE = (Path(__file__).parents[2] / "docs" / "errors.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "errors.md").read_text(encoding="utf-8")
 CLASSES = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, FedhdsError)]
 # What a coordinator raises in a call: no RPC can meet the others.
 LOCAL = {errors.FedhdsError, errors.CoordinatorUnreachable}
@@ -44,6 +45,13 @@ def test_every_section_says_what_it_means_why_and_what_to_do() -> None:
     for section in PAGE.split("\n## ")[1:]:
         said = re.findall(r"^\*\*(.+?)\*\* \S.{20}", section, flags=re.MULTILINE)
         assert said == ["What it means.", "Likely causes.", "What to do."], section
+
+
+def test_links_of_the_page_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)#]+)", PAGE)
+    assert targets
+    for target in targets:
+        assert (DOCS / target).exists(), target
 
 
 async def test_an_error_that_crosses_the_wire_keeps_class_and_code() -> None:
