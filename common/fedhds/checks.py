@@ -123,8 +123,7 @@ def gpu() -> Finding:
         try:
             free, whole = torch.cuda.mem_get_info(number)
             # A build without this GPU's architecture finds the GPU, and fails when it is to compute.
-            ones = torch.ones(64, 64, device=f"cuda:{number}", dtype=torch.bfloat16)
-            torch.cuda.synchronize(ones.matmul(ones).device)
+            torch.ones(64, 64).to(f"cuda:{number}").square().sum().item()
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             return Finding("gpu", State.FAILED, f"{name} cannot compute ({reason}); install torch for it, or free it")

@@ -210,6 +210,36 @@ def test_a_driver_that_torch_makes_nothing_of_is_a_warning(tmp_path: Path, monke
     assert "driver 550.54.15" in finding.message
 
 
+@pytest.mark.parametrize("computes", [True, False])
+def test_a_gpu_is_named_with_its_memory_once_it_has_computed(monkeypatch: pytest.MonkeyPatch, computes: bool) -> None:
+    """As torch tells of GPUs, on a machine without one; only the sum is done, on the CPU."""
+    import torch
+
+    def to(tensor: torch.Tensor, device: str) -> torch.Tensor:
+        assert device == "cuda:0"
+        if not computes:
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nSearch for ...")
+        return tensor
+
+    told = {
+        "is_available": True,
+        "device_count": 1,
+        "get_device_name": "NVIDIA H100 80GB HBM3",
+        "mem_get_info": (70 << 30, 80 << 30),
+        "is_bf16_supported": True,
+    }
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    finding = checks.gpu()
+    if computes:
+        assert finding.state is State.OK
+        assert finding.message.startswith("NVIDIA H100 80GB HBM3, 70.0 of 80.0 GiB free, bf16 (torch ")
+    else:
+        assert finding.state is State.FAILED
+        assert "no kernel image is available for execution on the device)" in finding.message
+
+
 class Coordinator(rpc.OperationsServicer):
     """A coordinator of some version, as far as the doctor asks it."""
 
