@@ -94,7 +94,7 @@ def versions() -> Iterator[Finding]:
 def gpu() -> Finding:
     """What `fedhds-client --device auto` would compute on."""
     if importlib.util.find_spec("torch") is None:
-        return Finding("gpu", State.SKIPPED, "torch is not installed here; a coordinator needs neither")
+        return Finding("gpu", State.SKIPPED, "torch is not installed here; a coordinator needs neither it nor a GPU")
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -162,6 +162,7 @@ def disk(folder: Path) -> Finding:
 def certificates(ca: Path | None, cert: Path | None, key: Path | None) -> tuple[Finding, TlsFiles | None]:
     """The TLS files, and what is wrong with them; files that cannot serve are None."""
     from fedhds.security.credentials import TlsFiles, own_identity
+    from fedhds.security.pki import hosts_of
 
     try:
         files = TlsFiles.from_settings(ca, cert, key)
@@ -175,16 +176,19 @@ def certificates(ca: Path | None, cert: Path | None, key: Path | None) -> tuple[
         (files.cert, min(_ends(files.cert)), "have it issued anew with `fedhds certs issue ... --renew`"),
         (files.ca, max(_ends(files.ca)), "make a new authority and issue every certificate anew"),
     )
-    for path, end, remedy in ends:
-        if end - datetime.now(UTC) < _EXPIRES_SOON:
-            problem = f"{path} expires on {end:%Y-%m-%d %H:%M} UTC; {remedy} before"
-            return Finding("certificates", State.WARNING, problem), files
+    problems = [
+        f"{path} expires on {end:%Y-%m-%d %H:%M} UTC, {remedy} before"
+        for path, end, remedy in ends
+        if end - datetime.now(UTC) < _EXPIRES_SOON
+    ]
     # The group may read it: Kubernetes gives a pod its secrets so.
     if files.key.stat().st_mode & 0o027:
-        problem = f"{files.key} is open to other users of this machine; chmod 600 {files.key}"
-        return Finding("certificates", State.WARNING, problem), files
+        problems.append(f"{files.key} is open to other users of this machine, chmod 600 {files.key}")
+    if problems:
+        return Finding("certificates", State.WARNING, "; ".join(problems)), files
     said = f"{files.cert} is of the {identity.role} {identity.name}, valid until {ends[0][1]:%Y-%m-%d}"
-    return Finding("certificates", State.OK, said), files
+    hosts = ", ".join(hosts_of(files.cert))
+    return Finding("certificates", State.OK, said + f", for the hosts {hosts}" * bool(hosts)), files
 
 
 def _ends(path: Path) -> list[datetime]:

@@ -52,6 +52,11 @@ def test_certificates_that_are_well_say_whose_they_are(site: TlsFiles) -> None:
     assert "is of the site hospital-a, valid until 20" in finding.message
 
 
+def test_a_coordinators_certificate_says_for_which_hosts_it_is(folder: Path) -> None:
+    files = issue(folder, "coordinator", role=Role.COORDINATOR, hosts=["fed.example.org", "10.0.0.7"])
+    assert judged(files).message.endswith(", for the hosts fed.example.org, 10.0.0.7")
+
+
 def test_no_certificates_are_nothing_to_check() -> None:
     finding, files = checks.certificates(None, None, None)
     assert (finding.state, files) == (State.SKIPPED, None)
@@ -93,6 +98,9 @@ def test_certificates_that_will_not_serve_for_long_or_are_open_to_others_are_a_w
     site.key.chmod(0o644)
     finding = judged(site)
     assert (finding.state, f"chmod 600 {site.key}" in finding.message) == (State.WARNING, True)
+    late = issue_dated(monkeypatch, folder, "later", Role.SITE, -1, 20)
+    late.key.chmod(0o644)
+    assert re.search("later.crt expires on .*; .*chmod 600", judged(late).message)
     site.key.chmod(0o440)
     assert judged(site).state is State.OK
 
@@ -194,7 +202,9 @@ def test_a_coordinators_host_has_no_torch_and_needs_none(monkeypatch: pytest.Mon
     found = versions()
     assert [found[check].state for check in ("fedhds-server", "fedhds-client")] == [State.OK, State.SKIPPED]
     assert "pip install 'fedhds[client]'" in found["fedhds-client"].message
-    assert checks.gpu() == Finding("gpu", State.SKIPPED, "torch is not installed here; a coordinator needs neither")
+    assert checks.gpu() == Finding(
+        "gpu", State.SKIPPED, "torch is not installed here; a coordinator needs neither it nor a GPU"
+    )
 
 
 def test_a_driver_that_torch_makes_nothing_of_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
