@@ -164,7 +164,7 @@ def test_a_leader_that_stood_still_cannot_write_and_stands_by(pair: Pair) -> Non
     print(f"taken over after {taken_s:.1f} s")
     assert taken_s < LEASE_S + SLACK_S
     first.process.send_signal(signal.SIGCONT)
-    first.wait_for("standing by\n")
+    first.wait_for("standing by [FH53]\n")
     assert "this coordinator does not lead the run (any more)" in first.text
     assert second.wait() == 0, second.text
     # It takes over the run that is over, for sites that might still come, and ends with it.
@@ -172,7 +172,7 @@ def test_a_leader_that_stood_still_cannot_write_and_stands_by(pair: Pair) -> Non
     assert [site.wait() for site in sites] == [0, 0], "\n".join(site.text for site in sites)
     # What it did between waking up and noticing has left no trace.
     assert closed(pair.journal()) == ROUNDS
-    after = first.text[len(seen) :].partition("standing by\n")[0]
+    after = first.text[len(seen) :].partition("standing by [FH53]\n")[0]
     assert not re.search(r"round \d+ (closed|of)", after), after
 
 
