@@ -28,7 +28,7 @@ def _run() -> int:
         arguments=sys.argv[1:],
         environment=os.environ,
     )
-    configure_logging(chosen.log_level)
+    configure_logging(chosen.log_level, chosen.log_format)
     # gRPC's own log repeats every broken connection at error level; what matters is logged by the daemons.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # No telemetry: a site talks to the coordinator and, for a hub model, to the hub.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
-from fedhds import __version__
+from fedhds import PROTOCOL_VERSIONS, __version__
 from fedhds.errors import (
     ArtifactError,
     CoordinatorUnreachable,
@@ -25,11 +27,13 @@ from fedhds.liveness import watch_loop
 from fedhds.runspec import RunSpec
 from fedhds.security.credentials import TlsFiles
 from fedhds.signals import on_signal
+from fedhds.telemetry import about
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_client.assistant import assist
 from fedhds_client.counted import TASK_FAILURES, TASK_SECONDS, Activity
 from fedhds_client.delivery import write_adapter_folder
 from fedhds_client.link import CoordinatorLink
+from fedhds_client.progress import Shown
 from fedhds_client.settings import ClientSettings
 from fedhds_client.site import Site, open_sites
 from fedhds_client.team import Team
@@ -40,7 +44,6 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-PROTOCOL_VERSIONS = (1,)
 _POLL_S = 25.0
 # A process that ends tells the coordinator, but does not wait for one that is gone.
 _FAREWELL_S = 2.0
@@ -53,11 +56,13 @@ class Control:
     """What the event loop and a computation in the worker thread tell each other."""
 
     progress: float = 0.0
+    show: Callable[[float], None] = lambda share: None
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
     def report(self, share: float) -> None:
         """Notes the share that is done, 0 to 1."""
         self.progress = share
+        self.show(share)
 
     def cancel(self) -> None:
         """Asks the computation to stop at its next step."""
@@ -80,7 +85,8 @@ async def run_sites(chosen: ClientSettings) -> int:
         # One thread: all sites share one model, and their computations take turns.
         worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         workbench = Workbench(chosen, sites, team)
-        loops = [SiteLoop(site, link, workbench, worker, chosen) for site in sites]
+        shown = Shown()
+        loops = [SiteLoop(site, link, workbench, worker, chosen, shown) for site in sites]
         tasks = [asyncio.create_task(loop.run()) for loop in loops]
 
         def stop() -> None:
@@ -137,15 +143,18 @@ class SiteLoop:
         workbench: Workbench,
         worker: ThreadPoolExecutor,
         chosen: ClientSettings,
+        shown: Shown,
     ) -> None:
         self._site = site
         self._link = link
         self._workbench = workbench
         self._worker = worker
         self._chosen = chosen
+        self._shown = shown
         self._session = ""
         self._lease_s = 60.0
         self._run_id = ""
+        self._round = 0
         self._control: Control | None = None
         self._blocked_since = 0.0
         self.activity = Activity.ENROLLING
@@ -157,6 +166,7 @@ class SiteLoop:
 
     async def run(self) -> bool:
         """Whether the run ended as it should; raises FedhdsError when the site cannot go on."""
+        about(lambda: {"run": self._run_id, "site": self._site.name, "round": self._round})
         try:
             return await self._live()
         except Evicted as error:
@@ -184,7 +194,7 @@ class SiteLoop:
                     return await self._finish(task)
                 case "select" | "train" | "evaluate" as kind:
                     reason = ""
-                    self.activity = Activity(kind)
+                    self.activity, self._round = Activity(kind), task.round
                     with TASK_SECONDS.labels(kind).time():
                         await self._work(task, kind)
                     self.activity = Activity.WAITING
@@ -226,7 +236,7 @@ class SiteLoop:
             spec.rounds,
             spec.strategy,
         )
-        fingerprint, manifest = await self._beating("", lambda _: self._workbench.prepare(spec))
+        fingerprint, manifest = await self._computed("", lambda _: self._workbench.prepare(spec))
         attestation = pb.AttestRequest(
             session=self._session,
             fingerprint=fingerprint,
@@ -267,14 +277,12 @@ class SiteLoop:
 
     async def _result(self, task: pb.NextTaskResponse, kind: str) -> pb.CompleteTaskResponse:
         request = pb.CompleteTaskRequest(session=self._session, task_id=task.task_id)
-        adapter = await self._transferring(
-            task.task_id, self._workbench.fetch(self._link, self._session, getattr(task, kind).adapter)
-        )
         run_id, site = self._run_id, self._site
+        adapter = await self._fetched(task, getattr(task, kind).adapter)
         match kind:
             case "select":
                 report = await self._beating(
-                    task.task_id, lambda control: self._workbench.select(site, run_id, task, adapter, control)
+                    task, "selecting", lambda control: self._workbench.select(site, run_id, task, adapter, control)
                 )
                 if isinstance(report, pb.CellReport):
                     request.cells.CopyFrom(report)
@@ -282,15 +290,16 @@ class SiteLoop:
                     request.clusters.CopyFrom(report)
             case "train":
                 trained = await self._beating(
-                    task.task_id, lambda control: self._workbench.train(site, run_id, task, adapter, control)
+                    task, "training", lambda control: self._workbench.train(site, run_id, task, adapter, control)
                 )
                 if trained:
-                    upload = self._link.upload(self._session, trained.path, trained.artifact)
-                    await self._transferring(task.task_id, upload)
+                    with self._work_shown(task, "sending the update") as show:
+                        upload = self._link.upload(self._session, trained.path, trained.artifact, show)
+                        await self._transferring(task.task_id, upload)
                 request.train.CopyFrom(trained.result() if trained else pb.TrainResult())
             case "evaluate":
                 sums = await self._beating(
-                    task.task_id, lambda control: self._workbench.evaluate(site, task.round, adapter, control)
+                    task, "evaluating", lambda control: self._workbench.evaluate(site, task.round, adapter, control)
                 )
                 request.evaluation.CopyFrom(sums)
         answer: pb.CompleteTaskResponse
@@ -310,8 +319,7 @@ class SiteLoop:
     async def _finish(self, task: pb.NextTaskResponse) -> bool:
         done = task.done
         if done.HasField("adapter"):
-            fetched = self._workbench.fetch(self._link, self._session, done.adapter)
-            adapter = await self._transferring(task.task_id, fetched)
+            adapter = await self._fetched(task, done.adapter)
             await asyncio.to_thread(
                 write_adapter_folder, self._chosen.out, adapter, done.adapter_config, done.model_card
             )
@@ -330,10 +338,25 @@ class SiteLoop:
         request = pb.FailTaskRequest(session=self._session, task_id=task.task_id, kind=name, reason=reason)
         await self._link.call(self._link.federation.FailTask, request)
 
-    async def _beating(self, task_id: str, compute: Callable[[Control], Result]) -> Result:
+    def _work_shown(self, task: pb.NextTaskResponse, doing: str) -> AbstractContextManager[Callable[[float], None]]:
+        return self._shown.work(f"{self._site.name}: {doing}" + f", round {task.round}" * bool(task.round))
+
+    async def _fetched(self, task: pb.NextTaskResponse, reference: pb.ArtifactRef) -> Path:
+        with self._work_shown(task, "fetching the adapter") as show:
+            fetched = self._workbench.fetch(self._link, self._session, reference, show)
+            return await self._transferring(task.task_id, fetched)
+
+    async def _beating(self, task: pb.NextTaskResponse, doing: str, compute: Callable[[Control], Result]) -> Result:
+        with self._work_shown(task, doing) as show:
+            return await self._computed(task.task_id, compute, show)
+
+    async def _computed(
+        self, task_id: str, compute: Callable[[Control], Result], show: Callable[[float], None] = lambda share: None
+    ) -> Result:
         """Computes in the worker thread and meanwhile gives signs of life."""
-        control = self._control = Control()
-        future = asyncio.get_running_loop().run_in_executor(self._worker, compute, control)
+        control = self._control = Control(show=show)
+        known = contextvars.copy_context()
+        future = asyncio.get_running_loop().run_in_executor(self._worker, known.run, compute, control)
         try:
             return await self._awaited(task_id, future, control)
         finally:

@@ -92,8 +92,13 @@ class CoordinatorLink:
 
         return await self._repeated(attempt, held_s=wait_s)
 
-    async def upload(self, session: str, path: Path, artifact: Artifact) -> None:
-        """Sends a file; after a broken link it goes on where the coordinator says it stands."""
+    async def upload(
+        self, session: str, path: Path, artifact: Artifact, progress: Callable[[float], None] = lambda share: None
+    ) -> None:
+        """Sends a file; after a broken link it goes on where the coordinator says it stands.
+
+        `progress` hears the share that is sent.
+        """
         sent = 0
 
         async def parts(offset: int, chunk_size: int) -> AsyncIterator[bytes]:
@@ -111,6 +116,7 @@ class CoordinatorLink:
                     offset += len(chunk)
                     self.bytes_sent += len(chunk)
                     yield chunks.upload_message(chunk)
+                    progress(offset / artifact.size)
 
         async def attempt() -> None:
             request = pb.GetUploadRequest(session=session, artifact=artifact.to_proto())
@@ -120,8 +126,13 @@ class CoordinatorLink:
 
         await self._transferred(attempt, lambda: sent)
 
-    async def download(self, session: str, artifact: Artifact, path: Path) -> None:
-        """Fetches an artifact to `path`, resuming a partial file beside it; the bytes are those of its digest."""
+    async def download(
+        self, session: str, artifact: Artifact, path: Path, progress: Callable[[float], None] = lambda share: None
+    ) -> None:
+        """Fetches an artifact to `path`, resuming a partial file beside it; the bytes are those of its digest.
+
+        `progress` hears the share that has come.
+        """
         partial = path.with_name(path.name + ".partial")
 
         async def attempt() -> None:
@@ -137,6 +148,8 @@ class CoordinatorLink:
                     async for message in self.federation.Download(request):
                         # One chunk is written and hashed while the next one arrives.
                         await taking.start(_take, file, digest, message.chunk)
+                        offset += len(message.chunk)
+                        progress(offset / max(artifact.size, 1))
                 finally:
                     await taking.ended()
                 found = Artifact(digest.hexdigest(), file.tell())
@@ -202,7 +215,13 @@ class CoordinatorLink:
                 continue
             if not told:
                 reason = await self._explained(failures)
-                logger.warning("cannot reach %s: %s; trying again for %.0f s", places, reason, remaining)
+                logger.warning(
+                    "cannot reach %s: %s; trying again for %.0f s",
+                    places,
+                    reason,
+                    remaining,
+                    extra={"code": CoordinatorUnreachable.code},
+                )
                 told = True
             await asyncio.sleep(min(pause, max(remaining, 0.05)))
             pause = min(pause * 2, _LONGEST_PAUSE_S)

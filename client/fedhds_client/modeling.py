@@ -252,6 +252,10 @@ def _quieten() -> None:
     talkers: tuple[Any, Any] = transformers.utils.logging, huggingface_hub.utils.logging
     for talker in talkers:
         talker.set_verbosity_error()
+        # Errors go where all else is logged, in its form; each has a handler of its own that writes to stderr.
+        library = logging.getLogger(talker.__name__.partition(".")[0])
+        library.handlers.clear()
+        library.propagate = True
     talkers[0].disable_progress_bar()
     disable_progress_bars()
     # A hub model without safetensors would make transformers ask the hub for a conversion, in a thread.

@@ -10,8 +10,8 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedhds.settings import addresses, check_http
+from fedhds.telemetry import LogFormat, LogLevel
 
-LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -105,6 +105,11 @@ class ClientSettings(BaseModel):
         json_schema_extra={"group": "Policy"},
     )
     log_level: LogLevel = Field("INFO", description="Least level to log.", json_schema_extra={"group": "Policy"})
+    log_format: LogFormat = Field(
+        "plain",
+        description="Lines for people, on a terminal with colours and progress bars, or JSON objects for machines.",
+        json_schema_extra={"group": "Policy"},
+    )
     http: str = Field(
         "",
         description="Serve /metrics, /healthz and /readyz over HTTP at this HOST:PORT; port 0 takes a free one.",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,6 @@ from fedhds.errors import TaskError
 from fedhds_client.feature_cache import cached_features
 from fedhds_client.features import Features, extract_features
 from fedhds_client.modeling import AdapterModel, fingerprint, load_base_model
-from fedhds_client.progress import shown
 from fedhds_client.prompts import Prompter
 from fedhds_client.shard import Shard
 from fedhds_client.space import FeatureSpace
@@ -75,19 +73,16 @@ class ShardFeatures:
 
         def extract(rows: Sequence[int]) -> Features:
             logger.info("%s: taking the features of %d rows", site.name, len(rows))
-            with ExitStack() as stack:
-                show = stack.enter_context(shown(f"{site.name}: features"))
 
-                def progress(share: float) -> None:
-                    control.report(share)
-                    show(share)
-                    # A team goes on to its end: the others would not hear of it.
-                    if control.cancelled() and self._team.size == 1:
-                        raise Cancelled("the extraction of features was stopped")
+            def progress(share: float) -> None:
+                control.report(share)
+                # A team goes on to its end: the others would not hear of it.
+                if control.cancelled() and self._team.size == 1:
+                    raise Cancelled("the extraction of features was stopped")
 
-                order = Extract(number, tuple(rows), b"" if self._own else adapter.read_bytes())
-                self._team.order(order)
-                found = self._team.gathered(self.part(shard, rows, adapter, progress))
+            order = Extract(number, tuple(rows), b"" if self._own else adapter.read_bytes())
+            self._team.order(order)
+            found = self._team.gathered(self.part(shard, rows, adapter, progress))
             assert found is not None, "the leader gets the whole"
             return found
 

@@ -19,7 +19,7 @@ from fedhds_client.team import Prepare, Stop, Team
 from fedhds_client.update import Trained, keep_update
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -84,7 +84,9 @@ class Workbench:
         self._team.order(Stop())
         self._team.dissolved()
 
-    async def fetch(self, link: CoordinatorLink, session: str, reference: pb.ArtifactRef) -> Path:
+    async def fetch(
+        self, link: CoordinatorLink, session: str, reference: pb.ArtifactRef, progress: Callable[[float], None]
+    ) -> Path:
         """The global adapter on this machine's disk; earlier ones make room for it."""
         artifact = Artifact.from_proto(reference)
         path = self._adapters / artifact.digest
@@ -92,7 +94,7 @@ class Workbench:
             if not path.exists():
                 try:
                     self._adapters.mkdir(parents=True, exist_ok=True)
-                    await link.download(session, artifact, path)
+                    await link.download(session, artifact, path, progress)
                 except OSError as error:
                     raise StorageError(f"cannot keep the adapter in {self._adapters}: {error.strerror}") from error
         return path

@@ -19,7 +19,8 @@ import typer
 from typer.core import TyperGroup
 
 from fedhds import __version__
-from fedhds.errors import FedhdsError, UsageError
+from fedhds.doctor_command import doctor
+from fedhds.errors import FedhdsError, UsageError, coded
 from fedhds.security.identity import Role
 from fedhds.status_command import status
 from fedhds.steering_commands import evict, pause, resume, stop
@@ -68,7 +69,7 @@ def main() -> NoReturn:
     try:
         app(prog_name="fedhds")
     except FedhdsError as error:
-        typer.echo(f"fedhds: {' '.join(str(error).splitlines())}", err=True)
+        typer.echo(f"fedhds: {coded(error)}", err=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     sys.exit(0)
 
@@ -151,6 +152,7 @@ def certs_issue(
 
 # All commands of this package, in the order in which help shows them.
 app.add_typer(certs, name="certs")
+app.command("doctor")(doctor)
 app.command("status")(status)
 for command in (pause, resume, stop, evict):
     app.command(command.__name__)(command)

@@ -1,42 +1,54 @@
 """The exceptions of fedhds: everything that is raised on purpose, so that callers can tell it from a bug.
 
-FedhdsError
-├── UsageError              a person's mistake, known before any work: a flag, a file, a folder
-│   ├── SettingsError       a flag, an environment variable or a line of the YAML file
-│   ├── DataError           a row or a file of instruction data
-│   └── ModelError          a base model or tokenizer that cannot be used
-├── ArtifactError           bytes that are not what their digest, size or manifest says
-│   └── AdapterError        adapter tensors that do not fit the manifest or are not finite
-├── RequestError            a request that is no message of the protocol, or says what no run can mean
-├── EnrolmentRefused        the coordinator will not take this site (wrong base model, version, policy)
-│   ├── NameInUse           another live process, or another key, holds the site's name
-│   └── Evicted             an operator excluded this site from the run
-├── NotPermitted            the caller may not change the run
-├── RunOver                 the run has ended and cannot be changed
-├── SessionLost             the session is unknown, superseded or expired; enrol again
-├── TaskError               a request about a task that is not this site's, or no longer wanted
-├── PrivacyError            a release that the site's own privacy policy forbids
-├── NotLeading              another coordinator leads the run
-├── CoordinatorUnreachable  no answer from the coordinator for longer than the patience
-└── StorageError            the run folder, the state database or the artifact store cannot be read or written
-    └── DamagedArtifact     an artifact that was acknowledged is gone, or holds other bytes now
+FedhdsError                         FH01
+├── UsageError                      FH10  a person's mistake, known before any work: a flag, a file, a folder
+│   ├── SettingsError               FH11  a flag, an environment variable or a line of the YAML file
+│   ├── DataError                   FH12  a row or a file of instruction data
+│   └── ModelError                  FH13  a base model or tokenizer that cannot be used
+├── EnrolmentRefused                FH20  the coordinator will not take this site (wrong base model, version, policy)
+│   ├── NameInUse                   FH21  another live process, or another key, holds the site's name
+│   └── Evicted                     FH22  an operator excluded this site from the run
+├── NotPermitted                    FH23  the caller may not change the run
+├── SessionLost                     FH24  the session is unknown, superseded or expired; enrol again
+├── RequestError                    FH30  a request that is no message of the protocol, or says what no run can mean
+├── TaskError                       FH31  a task that cannot be done here, is not this site's or no longer wanted
+├── RunOver                         FH32  the run has ended and cannot be changed
+├── PrivacyError                    FH33  a release that the site's own privacy policy forbids
+├── ArtifactError                   FH40  bytes that are not what their digest, size or manifest says
+│   └── AdapterError                FH41  adapter tensors that do not fit the manifest or are not finite
+├── StorageError                    FH50  the run folder, the state database or the artifact store cannot be used
+│   └── DamagedArtifact             FH51  an artifact that was acknowledged is gone, or holds other bytes now
+├── CoordinatorUnreachable          FH52  no answer from the coordinator for longer than the patience
+└── NotLeading                      FH53  another coordinator leads the run
+
+Codes stand behind messages, in logs and in docs/errors.md, and are for good: one that is given up is not given anew.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
+
+UNEXPECTED = "FH90"
+"""What stands in the place of a code for everything that is not raised on purpose: a defect, or a library's error."""
 
 
 class FedhdsError(Exception):
     """Base of all errors raised on purpose. `str(error)` is one message for a person, with what to do."""
 
+    code: ClassVar[str] = "FH01"
+
 
 class UsageError(FedhdsError):
     """A mistake in what a person asked for; the daemons print it and exit with status 2."""
 
+    code = "FH10"
+
 
 class SettingsError(UsageError):
     """A setting is missing, malformed or contradicts another; `setting` names the flag."""
+
+    code = "FH11"
 
     def __init__(self, setting: str, message: str) -> None:
         super().__init__(f"{setting}: {message}")
@@ -45,6 +57,8 @@ class SettingsError(UsageError):
 
 class DataError(UsageError):
     """A file or row of instruction data cannot be used; `line` counts from 1 (None: the file as a whole)."""
+
+    code = "FH12"
 
     def __init__(self, path: Path | str, reason: str, line: int | None = None) -> None:
         where = f"{path}" if line is None else f"{path}, line {line}"
@@ -57,62 +71,104 @@ class DataError(UsageError):
 class ModelError(UsageError):
     """A base model or its tokenizer cannot be found, loaded or used."""
 
+    code = "FH13"
+
 
 class ArtifactError(FedhdsError):
     """Bytes do not match the digest, size or manifest that came with them."""
+
+    code = "FH40"
 
 
 class AdapterError(ArtifactError):
     """Adapter tensors do not fit the run's manifest, or hold values that are not finite."""
 
+    code = "FH41"
+
 
 class RequestError(FedhdsError):
     """A request is no message of the protocol, or says what no run can mean."""
+
+    code = "FH30"
 
 
 class EnrolmentRefused(FedhdsError):
     """The coordinator refuses this site for good: another base model, protocol version, name or certificate."""
 
+    code = "FH20"
+
 
 class NameInUse(EnrolmentRefused):
     """The site's name is held by another live process (without TLS) or by another key (with TLS)."""
+
+    code = "FH21"
 
 
 class Evicted(EnrolmentRefused):
     """An operator excluded this site from the run."""
 
+    code = "FH22"
+
 
 class NotPermitted(FedhdsError):
     """The caller may not change the run."""
+
+    code = "FH23"
 
 
 class RunOver(FedhdsError):
     """The run has ended and cannot be changed."""
 
+    code = "FH32"
+
 
 class SessionLost(FedhdsError):
     """The session is unknown, expired or was taken over by another process of the same site."""
 
+    code = "FH24"
+
 
 class TaskError(FedhdsError):
-    """A request names a task that does not exist, is another site's or is no longer wanted."""
+    """A task cannot be done at this site, does not exist, is another site's or is no longer wanted."""
+
+    code = "FH31"
 
 
 class PrivacyError(FedhdsError):
     """A task asks for a release that the site's own privacy policy forbids."""
 
+    code = "FH33"
+
 
 class NotLeading(FedhdsError):
     """This coordinator does not lead the run (any more): it answers no calls about it and cannot save its state."""
+
+    code = "FH53"
 
 
 class CoordinatorUnreachable(FedhdsError):
     """No answer from the coordinator for longer than the patience."""
 
+    code = "FH52"
+
 
 class StorageError(FedhdsError):
     """The run folder, the state database or the artifact store cannot be read or written."""
 
+    code = "FH50"
+
 
 class DamagedArtifact(StorageError):
     """An artifact that was complete is gone, or its bytes are no longer those of its digest."""
+
+    code = "FH51"
+
+
+def code_of(error: BaseException) -> str:
+    """The code of an error's class."""
+    return error.code if isinstance(error, FedhdsError) else UNEXPECTED
+
+
+def coded(error: FedhdsError) -> str:
+    """An error as one line for a person, its code behind it."""
+    return f"{' '.join(str(error).splitlines())} [{error.code}]"

@@ -15,14 +15,14 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from fedhds import __version__
-from fedhds.errors import SettingsError
+from fedhds.errors import FedhdsError, SettingsError, UsageError
 
 Model = TypeVar("Model", bound=BaseModel)
 ENVIRONMENT_PREFIX = "FEDHDS_"
@@ -116,7 +116,7 @@ def reference(model: type[BaseModel]) -> str:
 
 def _parser(model: type[BaseModel], program: str, description: str) -> argparse.ArgumentParser:
     # allow_abbrev off: an abbreviation that is unique today breaks the script of tomorrow.
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=program,
         description=description,
         allow_abbrev=False,
@@ -143,6 +143,12 @@ def _parser(model: type[BaseModel], program: str, description: str) -> argparse.
             options["metavar"] = _metavar(name, field)
         sections[group].add_argument(flag(name), **options)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """As argparse says it, with the code of such errors."""
+        super().error(f"{message} [{SettingsError.code}]")
 
 
 def _read_file(path: Path, model: type[BaseModel]) -> dict[str, Any]:
@@ -228,25 +234,22 @@ def _metavar(name: str, field: FieldInfo) -> str:
     return {int: "N", float: "X"}.get(inner, name.rsplit("_", 1)[-1].upper())
 
 
-def run_main(program: str, body: typing.Callable[[], int]) -> typing.NoReturn:
+def run_main(program: str, body: typing.Callable[[], int]) -> NoReturn:
     """Runs a daemon's main function: domain errors become one line and an exit status, never a traceback.
 
     2: a mistake in what was asked for; 1: any other domain error; 130, 143: ended by
     Ctrl-C or SIGTERM before the daemon ran.
     """
-    from fedhds.errors import FedhdsError, UsageError
+    from fedhds.telemetry import last_words
 
     # Until the daemon handles it; the first process of a container would not hear it otherwise.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         status = body()
-    except UsageError as error:
-        sys.stderr.write(f"{program}: {error}\n")
-        status = 2
     except FedhdsError as error:
-        sys.stderr.write(f"{program}: {error}\n")
-        status = 1
+        last_words(program, error)
+        status = 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        sys.stderr.write(f"{program}: interrupted\n")
+        last_words(program, "interrupted")
         status = 130
     sys.exit(status)

@@ -12,8 +12,8 @@ from fedhds import errors
 
 logger = logging.getLogger(__name__)
 
-# Most specific first: the first match decides. `reason` travels in the trailing metadata, so that the other side
-# raises the same class; the status code is what proxies and foreign clients see.
+# Most specific first: the first match decides. The class's own name travels in the trailing metadata, so that the other
+# side raises the same class, with the same code; the status code is what proxies and foreign clients see.
 _TABLE: tuple[tuple[type[errors.FedhdsError], grpc.StatusCode], ...] = (
     (errors.NameInUse, grpc.StatusCode.ALREADY_EXISTS),
     (errors.Evicted, grpc.StatusCode.PERMISSION_DENIED),
@@ -30,7 +30,9 @@ _TABLE: tuple[tuple[type[errors.FedhdsError], grpc.StatusCode], ...] = (
     (errors.NotLeading, grpc.StatusCode.UNAVAILABLE),
 )
 _REASON = "fedhds-error"
-_CLASSES = {kind.__name__: kind for kind, _ in _TABLE}
+_CLASSES = {
+    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.FedhdsError)
+}
 
 
 def error_of(call: grpc.RpcError) -> errors.FedhdsError | None:
@@ -53,7 +55,7 @@ async def abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
             if isinstance(error, errors.StorageError):
                 # The caller tries again; whoever can mend the disk reads this side's log.
                 logger.error("%s", error)
-            await context.abort(code, str(error), ((_REASON, kind.__name__),))
+            await context.abort(code, str(error), ((_REASON, type(error).__name__),))
     logger.error("internal error in a call from %s", context.peer(), exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, "internal error; the coordinator's log has the details")
 

@@ -18,6 +18,7 @@ from google.protobuf import json_format
 from fedhds import adapter as adapters
 from fedhds.adapter import Artifact
 from fedhds.errors import DamagedArtifact, Evicted, FedhdsError, SessionLost, StorageError
+from fedhds.telemetry import about
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.aggregation.base import Aggregator, Update
 from fedhds_server.aggregation.weights import bounded_shares
@@ -144,6 +145,7 @@ class Coordinator:
 
         Raises NotLeading when another coordinator has taken the lease.
         """
+        about(lambda: {"run": self.state.run_id, "round": self.state.round})
         for instruction in self._machine.pending():
             self._work.put_nowait(instruction)
         self._settle()

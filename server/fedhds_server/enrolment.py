@@ -7,12 +7,12 @@ import hmac
 import re
 import secrets
 
+from fedhds import PROTOCOL_VERSIONS
 from fedhds.adapter import AdapterManifest
 from fedhds.errors import EnrolmentRefused, Evicted, NameInUse
 from fedhds.security.identity import PeerIdentity, Role
 from fedhds_server.state import RunState, SiteState
 
-PROTOCOL_VERSIONS = (1,)
 # Beyond any instruction data, a mistake or an attack; and NumPy draws from a pool of fewer than 10^9 rows.
 _MOST_ROWS = 10**8
 _MOST_POOL_ROWS = 10**9 - 1

@@ -64,12 +64,10 @@ def _channel(address: str, files: TlsFiles | None) -> grpc.Channel:
 
     if not files:
         return grpc.insecure_channel(address)
+    from fedhds.security.credentials import probe_credentials
     from fedhds.security.pki import hosts_of
 
-    credentials = grpc.ssl_channel_credentials(
-        root_certificates=files.ca.read_bytes(),
-        private_key=files.key.read_bytes(),
-        certificate_chain=files.cert.read_bytes(),
-    )
     # The certificate is for the name that sites use, and the probe dials this machine's own address.
-    return grpc.secure_channel(address, credentials, [("grpc.ssl_target_name_override", hosts_of(files.cert)[0])])
+    return grpc.secure_channel(
+        address, probe_credentials(files), [("grpc.ssl_target_name_override", hosts_of(files.cert)[0])]
+    )

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedhds import __version__
+from fedhds import PROTOCOL_VERSIONS, __version__
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.checkpoint import EvaluationFacts, RunFacts, model_card
 from fedhds_server.state import Evaluation, RunState
@@ -41,6 +41,9 @@ def run_status(
         checkpoint=str(checkpoint) if checkpoint.exists() else "",
         trained_rows=state.trained_rows,
         pool_rows=state.pool_rows,
+        now=time.time(),
+        fedhds_version=__version__,
+        protocol_versions=PROTOCOL_VERSIONS,
     )
     # The first of every site; not a search per site, which takes minutes for ten thousand.
     tasks = {task.site: task.kind.value for task in reversed(state.tasks.values())}

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, SecretStr, model_validator
 
 from fedhds.lloyd import all_passes
 from fedhds.runspec import RunSpec
 from fedhds.settings import check_http, is_loopback
-
-LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+from fedhds.telemetry import LogFormat, LogLevel
 
 
 class ServerSettings(RunSpec):
@@ -82,6 +81,11 @@ class ServerSettings(RunSpec):
         json_schema_extra={"group": "Server"},
     )
     log_level: LogLevel = Field("INFO", description="Least level to log.", json_schema_extra={"group": "Server"})
+    log_format: LogFormat = Field(
+        "plain",
+        description="Lines for people, on a terminal with colours, or JSON objects for machines.",
+        json_schema_extra={"group": "Server"},
+    )
 
     @model_validator(mode="after")
     def _servable(self) -> Self:

@@ -12,6 +12,7 @@ import pytest
 from fedhds.errors import ArtifactError
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_client.daemon import SiteLoop
+from fedhds_client.progress import Shown
 from fedhds_client.update import Facts, Trained
 
 
@@ -23,7 +24,7 @@ class Link:
         self.losses = losses
         self.uploads = 0
 
-    async def upload(self, session: str, path: Path, artifact: object) -> None:
+    async def upload(self, *_: object) -> None:
         self.uploads += 1
 
     async def call(self, method: str, request: pb.CompleteTaskRequest) -> pb.CompleteTaskResponse:
@@ -50,6 +51,7 @@ async def test_an_update_that_the_coordinator_lost_is_uploaded_once_more(
         SimpleNamespace(fetch=fetch, train=lambda *_: trained),
         worker,
         SimpleNamespace(),
+        Shown(),
     )
     loop = SiteLoop(*parts)
     task = pb.NextTaskResponse(task_id="train/1/a", round=1, train=pb.TrainTask())

@@ -114,7 +114,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path: Path) -> None:
     failed = _fedhds("certs", "issue", "a", "--role", "site", cwd=tmp_path)
     assert failed.returncode == 2
     assert failed.stdout == ""
-    assert re.fullmatch(r"fedhds: certs/ca\.crt does not exist: .*fedhds certs init.*\n", failed.stderr)
+    assert re.fullmatch(r"fedhds: certs/ca\.crt does not exist: .*fedhds certs init.* \[FH10\]\n", failed.stderr)
 
 
 @pytest.mark.parametrize("arguments", [("certs", "issue", "a", "--role", "king"), ("nonsense",), ("--nonsense",)])
@@ -151,7 +151,7 @@ def test_a_command_whose_packages_are_missing_says_what_to_install(
 ) -> None:
     failed = _fedhds(*arguments, cwd=tmp_path, plugins=plugins)
     assert failed.returncode == 2
-    expected = rf"fedhds: `fedhds {arguments[0]}` needs pip install 'fedhds\[client\]' \(.+\)\n"
+    expected = rf"fedhds: `fedhds {arguments[0]}` needs pip install 'fedhds\[client\]' \(.+\) \[FH10\]\n"
     assert re.fullmatch(expected, failed.stderr)
 
 
@@ -164,9 +164,9 @@ def test_a_missing_module_of_our_own_is_a_defect_with_its_traceback(tmp_path: Pa
 
 def test_errors_of_added_commands_are_one_line_with_the_right_status(tmp_path: Path, plugins: Path) -> None:
     usage = _fedhds("usage", cwd=tmp_path, plugins=plugins)
-    assert (usage.returncode, usage.stderr) == (2, "fedhds: --name: is wrong   in two lines\n")
+    assert (usage.returncode, usage.stderr) == (2, "fedhds: --name: is wrong   in two lines [FH11]\n")
     storage = _fedhds("storage", cwd=tmp_path, plugins=plugins)
-    assert (storage.returncode, storage.stderr) == (1, "fedhds: the disk is full\n")
+    assert (storage.returncode, storage.stderr) == (1, "fedhds: the disk is full [FH50]\n")
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
+import warnings
 from asyncio import CancelledError
 from collections.abc import Iterator
 
 import pytest
 
-from fedhds.telemetry import configure_logging
+from fedhds.errors import StorageError, TaskError
+from fedhds.telemetry import about, configure_logging
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +21,8 @@ def _restored() -> Iterator[None]:
     handlers, level = root.handlers, root.level
     yield
     root.handlers, root.level = handlers, level
+    logging.captureWarnings(False)
+    sys.excepthook = sys.__excepthook__
 
 
 @pytest.mark.parametrize(
@@ -33,3 +39,57 @@ def test_a_call_that_its_caller_gave_up_is_no_news(
     configure_logging("INFO")
     logging.getLogger(name).error("ended", exc_info=error)
     assert ("ended" in capsys.readouterr().err) is shown
+
+
+def test_a_line_about_an_error_ends_with_its_code(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("INFO")
+    logger = logging.getLogger("fedhds_client.daemon")
+    logger.error("%s: %s", "a", TaskError("no rows"))
+    logger.warning("%s is away", "a", extra={"code": "FH52"})
+    logger.info("%s: all is well", "a")
+    try:
+        raise StorageError("the disk is full")
+    except StorageError:
+        logger.exception("%s: failed", "a")
+    lines = capsys.readouterr().err.splitlines()
+    ends = [
+        "ERROR   a: no rows [FH31]",
+        "WARNING a is away [FH52]",
+        "INFO    a: all is well",
+        "ERROR   a: failed [FH50]",
+    ]
+    assert [line[9:] for line in lines[:4]] == ends
+    assert lines[-1] == "fedhds.errors.StorageError: the disk is full"
+
+
+def test_a_json_line_holds_whatever_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("INFO", "json")
+    logger = logging.getLogger("fedhds_client.daemon")
+    about(lambda: {"run": "r1", "site": "a", "round": 0})
+    logger.error("%s: in two\nlines, with \x1b[31m and \u2028", "a")
+    try:
+        raise ValueError("a library's")
+    except ValueError:
+        logger.exception("failed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        # As `catch_warnings` has put aside whoever showed them.
+        configure_logging("INFO", "json")
+        warnings.warn("this goes", stacklevel=1)
+    sys.excepthook(TypeError, TypeError("a defect"), None)
+    about(dict)
+    lines = capsys.readouterr().err.split("\n")
+    assert lines.pop() == ""
+    first, second, third, last = (json.loads(line) for line in lines)
+    assert first.pop("time").endswith("Z")
+    assert first == {
+        "level": "ERROR",
+        "logger": "fedhds_client.daemon",
+        "message": "a: in two\nlines, with \x1b[31m and \u2028",
+        "run": "r1",
+        "site": "a",
+    }
+    assert second["code"] == "FH90"
+    assert second["exception"].endswith("ValueError: a library's")
+    assert (third["logger"], third["level"]) == ("py.warnings", "WARNING")
+    assert (last["level"], last["code"], last["exception"]) == ("CRITICAL", "FH90", "TypeError: a defect")

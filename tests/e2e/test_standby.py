@@ -14,6 +14,7 @@ import psycopg
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from fedhds.checks import State, coordinator
 from fedhds.errors import NotLeading
 from fedhds.status import error_of
 from fedhds.v1 import federation_pb2 as pb
@@ -129,6 +130,8 @@ def test_a_standby_is_not_ready_and_takes_over_at_once_from_a_leader_that_is_sto
             rpc.FederationStub(channel).Enroll(pb.EnrollRequest(site="a", protocol_versions=[1]), timeout=10)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         assert isinstance(error_of(refused.value), NotLeading)
+    (seen,) = coordinator(federation.address("two"), None)
+    assert (seen.state, seen.message) == (State.OK, "is reached and stands by while another coordinator leads")
     status = [str(BIN / "fedhds"), "status", "--json", "--server"]
     both = f"{federation.address('two')},{federation.address('one')}"
     asked = subprocess.run([*status, both], capture_output=True, text=True, check=True)
@@ -161,7 +164,7 @@ def test_a_leader_that_stood_still_cannot_write_and_stands_by(pair: Pair) -> Non
     print(f"taken over after {taken_s:.1f} s")
     assert taken_s < LEASE_S + SLACK_S
     first.process.send_signal(signal.SIGCONT)
-    first.wait_for("standing by\n")
+    first.wait_for("standing by [FH53]\n")
     assert "this coordinator does not lead the run (any more)" in first.text
     assert second.wait() == 0, second.text
     # It takes over the run that is over, for sites that might still come, and ends with it.
@@ -169,7 +172,7 @@ def test_a_leader_that_stood_still_cannot_write_and_stands_by(pair: Pair) -> Non
     assert [site.wait() for site in sites] == [0, 0], "\n".join(site.text for site in sites)
     # What it did between waking up and noticing has left no trace.
     assert closed(pair.journal()) == ROUNDS
-    after = first.text[len(seen) :].partition("standing by\n")[0]
+    after = first.text[len(seen) :].partition("standing by [FH53]\n")[0]
     assert not re.search(r"round \d+ (closed|of)", after), after
 
 

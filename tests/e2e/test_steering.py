@@ -57,7 +57,7 @@ def test_with_tls_an_operator_steers_the_run_and_nobody_else(federation: Federat
         done = fedhds(federation, *command, identity="hospital")
         assert done.returncode == 1
         assert done.stderr == (
-            "fedhds: the certificate of 'hospital' is a site's; have one issued with --role operator\n"
+            "fedhds: the certificate of 'hospital' is a site's; have one issued with --role operator [FH23]\n"
         )
     assert state_of(run).paused is None
     assert "hospital/ward-1" in worked(fedhds(federation, "status", identity="hospital"))
@@ -133,4 +133,4 @@ def test_a_pause_outlives_a_coordinator_that_is_killed_and_who_watches_sees_all_
 def test_watching_is_no_json(federation: Federation) -> None:
     done = subprocess.run([str(BIN / "fedhds"), "status", "--json", "--watch"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "fedhds: --json prints one object and --watch goes on; choose one of them\n"
+    assert done.stderr == "fedhds: --json prints one object and --watch goes on; choose one of them [FH10]\n"

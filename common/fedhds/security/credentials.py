@@ -120,8 +120,6 @@ def channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
 
     Raises SettingsError for a coordinator's certificate, which the coordinator would refuse from a client.
     """
-    import grpc
-
     identity = own_identity(files)
     if identity.role is Role.COORDINATOR:
         raise SettingsError(
@@ -129,6 +127,13 @@ def channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
             f"{files.cert} is for the coordinator {identity.name}; "
             "a client needs one issued with --role site or --role operator",
         )
+    return probe_credentials(files)
+
+
+def probe_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
+    """The same for whoever only asks how a coordinator is, which a coordinator may too."""
+    import grpc
+
     return grpc.ssl_channel_credentials(
         root_certificates=files.ca.read_bytes(),
         private_key=files.key.read_bytes(),

@@ -27,7 +27,9 @@ from fedhds.security.identity import URN_PREFIX, Role, check_name, identity_from
 AUTHORITY = "ca"
 """Stem of the authority's two files; no leaf can have this name."""
 
-_BACKDATE = timedelta(hours=1)
+BACKDATE = timedelta(hours=1)
+"""How long before its issue a certificate begins: machines disagree about the time, and it must not lie ahead."""
+
 _LONGEST_DAYS = 36_500
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOST = re.compile(rf"(?:\*\.)?{_LABEL}(?:\.{_LABEL})*")
@@ -201,8 +203,7 @@ def _validity(days: int) -> tuple[datetime, datetime]:
     if not 1 <= days <= _LONGEST_DAYS:
         raise UsageError(f"--days {days}: a certificate is valid for 1 to {_LONGEST_DAYS} days")
     now = datetime.now(UTC).replace(microsecond=0)
-    # Machines of different sites disagree about the time; a fresh certificate must not seem to lie ahead.
-    return now - _BACKDATE, now + timedelta(days=days)
+    return now - BACKDATE, now + timedelta(days=days)
 
 
 def _own_hosts() -> list[str]:

@@ -1544,6 +1544,9 @@ class GetStatusResponse(_message.Message):
     POOL_ROWS_FIELD_NUMBER: _builtins.int
     PAUSED_FIELD_NUMBER: _builtins.int
     JOURNAL_FIELD_NUMBER: _builtins.int
+    NOW_FIELD_NUMBER: _builtins.int
+    FEDHDS_VERSION_FIELD_NUMBER: _builtins.int
+    PROTOCOL_VERSIONS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Identifies the run."""
     phase: _builtins.str
@@ -1564,6 +1567,10 @@ class GetStatusResponse(_message.Message):
     """Training rows that all sites declared."""
     paused: _builtins.str
     """Why the run is paused; absent while it is not."""
+    now: _builtins.float
+    """Wall time of the coordinator's host as it answers, seconds since 1970."""
+    fedhds_version: _builtins.str
+    """The coordinator's fedhds version, for people."""
     @_builtins.property
     def run(self) -> _runspec_pb2.RunSpec:
         """The run's specification."""
@@ -1584,6 +1591,10 @@ class GetStatusResponse(_message.Message):
     def journal(self) -> _containers.RepeatedCompositeFieldContainer[Global___JournalLine]:
         """Lines of the journal, oldest first; at most the newest 100."""
 
+    @_builtins.property
+    def protocol_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Protocol versions that the coordinator speaks."""
+
     def __init__(
         self,
         *,
@@ -1602,10 +1613,13 @@ class GetStatusResponse(_message.Message):
         pool_rows: _builtins.int = ...,
         paused: _builtins.str | None = ...,
         journal: _abc.Iterable[Global___JournalLine] | None = ...,
+        now: _builtins.float = ...,
+        fedhds_version: _builtins.str = ...,
+        protocol_versions: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_paused", b"_paused", "paused", b"paused", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_paused", b"_paused", "bytes_received", b"bytes_received", "checkpoint", b"checkpoint", "closed_rounds", b"closed_rounds", "evaluations", b"evaluations", "journal", b"journal", "message", b"message", "paused", b"paused", "phase", b"phase", "pool_rows", b"pool_rows", "round", b"round", "run", b"run", "run_id", b"run_id", "running_s", b"running_s", "sites", b"sites", "trained_rows", b"trained_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_paused", b"_paused", "bytes_received", b"bytes_received", "checkpoint", b"checkpoint", "closed_rounds", b"closed_rounds", "evaluations", b"evaluations", "fedhds_version", b"fedhds_version", "journal", b"journal", "message", b"message", "now", b"now", "paused", b"paused", "phase", b"phase", "pool_rows", b"pool_rows", "protocol_versions", b"protocol_versions", "round", b"round", "run", b"run", "run_id", b"run_id", "running_s", b"running_s", "sites", b"sites", "trained_rows", b"trained_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__paused: _TypeAlias = _typing.Literal["paused"]  # noqa: Y015
     _WhichOneofArgType__paused: _TypeAlias = _typing.Literal["_paused", b"_paused"]  # noqa: Y015
