@@ -14,7 +14,7 @@ from fedhds.v1 import federation_pb2 as pb
 # Bytes. Every call has its cost, so that a chunk is large where few sites transfer; where many do, it is small, as each
 # of them costs the coordinator a few chunks of memory.
 LARGEST_CHUNK, SMALLEST_CHUNK = 1 << 20, 1 << 16
-_ROOM = 16 << 20
+_ROOM = 8 << 20
 _LENGTH_DELIMITED = 2
 _UPLOAD_TAG = pb.UploadRequest.CHUNK_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
 _DOWNLOAD_TAG = pb.DownloadResponse.CHUNK_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
