@@ -93,7 +93,7 @@ export const groupStyle = (group, index) => (group.sites > 1 ? `shared k${index 
 
 // What stands for `clusters` centroids at one place.
 export function mark(x, y, clusters, style, gives) {
-  const radius = Math.min(14, 2.5 + 1.2 * Math.sqrt(clusters));
+  const radius = Math.min(14, 2.8 + 1.2 * Math.sqrt(clusters));
   if (style === "dropped") return draw("path", { class: style, d: `M${x - 2.5} ${y - 2.5}l5 5m0 -5l-5 5` });
   if (!gives) return draw("circle", { class: style, cx: x, cy: y, r: radius, "fill-opacity": 0.75 });
   const corner = { x: -radius, y: -radius, width: 2 * radius, height: 2 * radius };
@@ -122,7 +122,8 @@ export function groupMap(host, { groups, group_count, shared_count, dropped, dro
       svg.append(draw("g", {}, draw("title", {}, `group ${index + 1}: ${listed(group.members, group.clusters)}`),
         ...spokes.map((dot) => draw("line", { class: `spoke ${style}`, x1: x(hub), y1: y(hub), x2: x(dot), y2: y(dot) })),
         ...group.dots.map((dot) => mark(x(dot), y(dot), dot[2], style, dot[3]))));
-      if (group.sites > 1 && index < NUMBERED_GROUPS) numbers.push(draw("text", { x: x(hub), y: y(hub) - 8 }, String(index + 1)));
+      const top = group.dots.reduce((one, other) => (other[1] > one[1] ? other : one));
+      if (group.sites > 1 && index < NUMBERED_GROUPS) numbers.push(draw("text", { x: x(top), y: y(top) - 8 }, String(index + 1)));
     }
     svg.append(...numbers);
     return svg;

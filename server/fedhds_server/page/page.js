@@ -47,7 +47,9 @@ function bytes(value) {
 }
 
 function duration(seconds) {
-  const whole = Math.floor(seconds), two = (value) => String(value).padStart(2, "0");
+  const whole = Math.floor(seconds);
+  if (whole < 60) return `${whole} s`;
+  const two = (value) => String(value).padStart(2, "0");
   const [hours, minutes] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60];
   return hours ? `${hours}:${two(minutes)}:${two(whole % 60)} h` : `${minutes}:${two(whole % 60)} min`;
 }
@@ -58,10 +60,10 @@ const SECTIONS = [
   [["phase", "round", "run", "message", "paused", "problems", "leader"], showHeadline],
   [["round", "closed_rounds", "running_s", "run"], showRounds],
   [["collection"], showAnswers],
-  [["trained_rows", "pool_rows", "bytes_received", "site_states", "run"], showAmounts],
+  [["trained_rows", "pool_rows", "run"], showSamples],
   [["closed_rounds", "evaluations", "run"], showQuality],
-  [["sites", "site_states"], showSites],
-  [["selection", "run"], loadGroups],
+  [["sites", "site_states", "bytes_received"], showSites],
+  [["selection", "round", "run"], loadGroups],
   [["run_id", "run", "checkpoint", "version"], showAbout],
 ];
 
@@ -75,7 +77,9 @@ function show(keys) {
 function showHeadline() {
   const { run_id, phase, round, run, leader, problems = {} } = status;
   let headline = HEADLINES[phase] ?? `Round ${round} of ${run?.rounds}`, message = status.message;
-  if (phase === "aggregating") message ||= "The updates are being averaged.";
+  // What the headline says already.
+  message = message?.replace(/^round \d+ of \d+: /, "");
+  if (phase === "enrolling") message ||= `The run begins with ${many(run.min_sites, "site")}.`;
   if (!run_id) {
     headline = "Standing by";
     message = leader
@@ -119,15 +123,12 @@ function showAnswers() {
   say("answers-note", `Cohort of ${cohort}${told.length ? `: ${told.join(", ")}` : ""}`);
 }
 
-function showAmounts() {
+function showSamples() {
   const used = Number(status.trained_rows), pool = Number(status.pool_rows);
   say("samples-figure", count(used), small(` of ${count(pool)}`));
   bar("samples-bar", pool, { used });
   const bound = status.run.schedule === "one-shot" ? "" : "at most ";
   say("samples-note", pool ? `${bound}${decimals((100 * used) / pool, 1)} % of the rows that sites hold` : "No site has rows yet");
-  say("bytes-figure", bytes(status.bytes_received));
-  const sites = Object.values(status.site_states).reduce((sum, value) => sum + value, 0);
-  say("bytes-note", `from ${many(sites, "site")}`);
 }
 
 function showQuality() {
@@ -154,21 +155,25 @@ function showSites() {
   const rows = [];
   for (const site of status.sites) {
     const works = site.state === "enrolled" && WORK[site.task];
-    const state = `${works || site.state}${site.delivered ? ", has the adapter" : ""}`;
+    const state = [works || site.state, site.evaluates && !works && "evaluates", site.delivered && "has the adapter"].filter(Boolean).join(", ");
     rows.push(make("tr", {},
       make("th", { scope: "row" }, site.site),
       make("td", {}, make("span", { class: `state ${works ? "working" : site.state}` }, state)),
-      make("td", { class: "number" }, site.evaluates && site.rows === "0" ? "evaluates" : count(site.rows)),
+      make("td", { class: "number" }, site.evaluates && site.rows === "0" ? "–" : count(site.rows)),
       make("td", { class: "number" }, bytes(site.bytes_received))));
     const wrong = [site.rejections && `${many(site.rejections, "result")} rejected`, site.last_error].filter(Boolean).join("; ");
     if (wrong) rows.push(make("tr", { class: "error" }, make("td", { colspan: "4" }, wrong)));
   }
   $("sites-rows").replaceChildren(...rows);
-  const states = Object.entries(status.site_states).sort();
-  const all = states.reduce((sum, [, value]) => sum + value, 0);
-  say("sites-note", all ? `${many(all, "site")}: ${states.map(([state, value]) => `${count(value)} ${state}`).join(", ")}${
-    all > status.sites.length ? `. Shown are ${status.sites.length}, those with errors or a task first; fedhds status lists all` : ""}`
-    : "No site has enrolled yet.");
+  $("sites-list").hidden = !rows.length;
+  const { enrolled = 0, connecting = 0, lost = 0, left = 0, evicted = 0, quarantined = 0 } = status.site_states;
+  const live = enrolled + connecting, shutOut = evicted + quarantined, all = live + lost + left + shutOut;
+  say("live-figure", count(live), small(` live of ${count(all)}`));
+  bar("live-bar", all, { live, lost, "shut-out": shutOut });
+  const others = Object.entries({ connecting, lost, left, evicted, quarantined }).filter(([, value]) => value);
+  say("live-note", [...others.map(([state, value]) => `${count(value)} ${state}`), `sent ${bytes(status.bytes_received)}`].join(", "));
+  say("sites-note", !all ? "No site has enrolled yet." : all === status.sites.length ? ""
+    : `Shown are ${status.sites.length} of ${count(all)}, those with errors or a task first; fedhds status lists all.`);
 }
 
 function showAbout() {
@@ -193,7 +198,7 @@ async function loadGroups() {
   if (["full", "random"].includes(run.strategy)) {
     say("groups-note", `The strategy ${run.strategy} does not compare sites: there are no centroids.`);
   } else if (selection == null) {
-    say("groups-note", "The map comes with the first selection. After a change of the leader, the former one's run folder has it.");
+    say("groups-note", status.round ? "The selection was made by another coordinator, whose run folder has the map." : "The map comes with the first selection.");
   } else {
     try {
       const answer = await fetch("selection.json");
@@ -213,11 +218,11 @@ function showGroups(selection) {
   const rows = groups.map((group, index) =>
     make("tr", {},
       make("th", { scope: "row" }, make("span", { class: `swatch ${groupStyle(group, index)}` }), String(index + 1)),
-      make("td", {}, String(group.sites)), make("td", {}, String(group.clusters)),
-      make("td", {}, listed(group.members, group.clusters)), make("td", {}, listed(group.winners, group.winner_count))));
+      make("td", {}, listed(group.members, group.clusters), " ", small(`${many(group.clusters, "cluster")} of ${many(group.sites, "site")}`)),
+      make("td", {}, listed(group.winners, group.winner_count))));
   const more = group_count - groups.length;
   if (more > 0) {
-    rows.push(make("tr", {}, make("td", { colspan: "5" }, `and ${many(more, "group")} more, in selection-${round}.json of the run folder`)));
+    rows.push(make("tr", {}, make("td", { colspan: "3" }, `and ${many(more, "group")} more, in selection-${round}.json of the run folder`)));
   }
   $("groups-rows").replaceChildren(...rows);
   groupMap($("groups-map"), selection);
