@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.async_api import Browser, Page, async_playwright
+from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright
 
 # For people to look at; git ignores it.
 SCREENSHOTS = Path(__file__).resolve().parents[1] / "build" / "screenshots"
@@ -32,11 +32,16 @@ class Visit:
     asked: list[str] = field(default_factory=list)
     """The URL of every request."""
 
+    def logged(self, message: ConsoleMessage) -> None:
+        """Notes what a developer would be warned of."""
+        if message.type in ("error", "warning"):
+            self.errors.append(message.text)
+
     async def wait_for(self, condition: str) -> None:
         """Returns once the JavaScript expression `condition` is true."""
         # Not wait_for_function, whose eval the page's policy refuses.
         async with asyncio.timeout(PATIENCE_S):
-            while not await self.page.evaluate(condition):
+            while not await self.page.evaluate(condition):  # noqa: ASYNC110 - nothing else tells
                 await asyncio.sleep(0.05)
 
     async def text(self, selector: str) -> str:
@@ -81,7 +86,7 @@ async def visit(browser: Browser, url: str, *, dark: bool = False, size: dict[st
     )
     opened = Visit(await context.new_page())
     page = opened.page
-    page.on("console", lambda message: message.type in ("error", "warning") and opened.errors.append(message.text))
+    page.on("console", opened.logged)
     page.on("pageerror", lambda error: opened.errors.append(str(error)))
     page.on("request", lambda request: opened.asked.append(request.url))
     await page.goto(url)

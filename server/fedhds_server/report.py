@@ -76,7 +76,7 @@ def run_status(
             delivered=site.delivered,
             rejections=site.rejections,
         )
-    for closed in _spaced(state.closed_rounds, most):
+    for closed in _spaced(state.closed_rounds, most, first=1):
         status.closed_rounds.add(
             round=closed.round,
             contributors=sorted(closed.contributions) if most is None else (),
@@ -85,7 +85,7 @@ def run_status(
             loss=closed.loss,
             seconds=closed.seconds,
         )
-    for number in _spaced(sorted(state.evaluations), most):
+    for number in _spaced(sorted(state.evaluations), most, first=0):
         rows, loss, rouge = mean_of(state.evaluations[number])
         status.evaluations.add(round=number, rows=rows, loss=loss, rouge_l=rouge)
     for number, entry in journal:
@@ -114,12 +114,18 @@ def _trouble(site: Site) -> bool:
     return bool(site.last_error or site.rejections or site.quarantined) or site.state is SiteState.LOST
 
 
-def _spaced(items: Sequence[Item], most: int | None) -> Sequence[Item]:
-    """All, or `most` at the utmost: every second, fourth, ... so that what is left out stays out, and the last."""
+def _spaced(items: Sequence[Item], most: int | None, *, first: int) -> Sequence[Item]:
+    """All, or `most` at the utmost: the ends, and of those in between, counted from `first`, every 2nd, 4th, 8th, ...
+
+    Powers of two, so that what is left out stays out while the run goes on.
+    """
+    if most is None or len(items) <= most:
+        return items
     step = 1
-    while most is not None and len(items) > step * (most - 1):
+    while len(items) > step * (most - 2):
         step *= 2
-    return [*items[:-1:step], *items[-1:]]
+    ends = (first, first + len(items) - 1)
+    return [item for at, item in enumerate(items, first) if at % step == 0 or at in ends]
 
 
 def run_card(state: RunState) -> str:

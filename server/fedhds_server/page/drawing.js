@@ -2,6 +2,7 @@
 
 const COLOURS = 8;
 const NUMBERED_GROUPS = 30;
+const LEAST_SPAN = 0.01; // What differs by less is no trend.
 
 export function make(name, attributes, ...children) {
   const element = document.createElement(name);
@@ -19,7 +20,7 @@ export function draw(name, attributes, ...children) {
 
 export const count = (value) => Number(value).toLocaleString("en");
 export const many = (value, noun) => `${count(value)} ${noun}${Number(value) === 1 ? "" : "s"}`;
-export const decimals = (value, digits) => (Number.isFinite(Number(value)) ? Number(value).toFixed(digits) : "none");
+export const decimals = (value, digits) => (Number.isFinite(Number(value)) ? Number(value).toFixed(digits) : "–");
 export const listed = (names, all) => names.join(", ") + (all > names.length ? ` and ${count(all - names.length)} more` : "");
 
 // Charts.
@@ -57,12 +58,12 @@ export function chart(host, name, series, { rounds, floor }) {
   const values = points.map(([, value]) => value), last = Math.max(1, ...points.map(([round]) => round));
   // A long run begins with a chart of its first rounds, not with one that is empty but for its edge.
   const end = Math.min(Math.max(rounds, last), Math.max(8, 2 ** Math.ceil(Math.log2(last + 1))));
-  const levels = ticks(Math.min(floor, ...values), Math.max(...values, Math.min(...values) + 1e-3), 4);
+  const low = Math.min(floor, ...values), levels = ticks(low, Math.max(...values, low + LEAST_SPAN), 4);
   const digits = Math.max(0, ...levels.map((level) => (String(+level.toPrecision(6)).split(".")[1] ?? "").length));
   const told = ([round, value]) => `${decimals(value, 3)} in round ${round}`;
   const label = `${name}: ${measured.length ? [measured[0], measured.at(-1)].map(told).join(", ") : "not measured yet"}. The table below has all values.`;
   keep(host, (width) => {
-    const height = 168, left = 38, right = 46, top = 10, bottom = 22;
+    const height = 168, left = 14 + 6 * levels.at(-1).toFixed(digits).length, right = 46, top = 10, bottom = 22;
     const x = (round) => (left + ((width - left - right) * round) / end).toFixed(1);
     const y = (value) => (height - bottom - ((height - top - bottom) * (value - levels[0])) / (levels.at(-1) - levels[0])).toFixed(1);
     const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": label });

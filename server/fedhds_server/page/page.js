@@ -57,14 +57,14 @@ function duration(seconds) {
 // Sections. Each is drawn anew when one of its keys has changed.
 
 const SECTIONS = [
-  [["phase", "round", "run", "message", "paused", "problems", "leader"], showHeadline],
+  [["phase", "round", "run", "message", "paused", "problems", "leader", "version"], showHeadline],
   [["round", "closed_rounds", "running_s", "run"], showRounds],
   [["collection"], showAnswers],
   [["trained_rows", "pool_rows", "run"], showSamples],
   [["closed_rounds", "evaluations", "run"], showQuality],
   [["sites", "site_states", "bytes_received"], showSites],
   [["selection", "round", "run"], loadGroups],
-  [["run_id", "run", "checkpoint", "version"], showAbout],
+  [["run_id", "run", "checkpoint"], showAbout],
 ];
 
 function show(keys) {
@@ -92,6 +92,7 @@ function showHeadline() {
   if (status.paused != null) wrong.unshift(`The run is paused: ${status.paused}.`);
   say("notice", wrong.join(" "));
   $("notice").hidden = !wrong.length;
+  say("version", `fedhds-server ${status.version}`);
   document.title = `${headline} · fedhds`;
 }
 
@@ -143,8 +144,8 @@ function showQuality() {
   for (const { round, loss, rouge_l } of evaluations) lines.set(round, { ...lines.get(round), held: loss, rouge_l });
   const rows = [...lines].sort(([a], [b]) => b - a).map(([round, line]) =>
     make("tr", {}, make("th", { scope: "row" }, String(round)),
-      ...[decimals(line.held, 4), decimals(line.rouge_l, 4), decimals(line.training, 4), line.samples ? count(line.samples) : "none",
-        String(line.contributor_count ?? "none"), decimals(line.seconds, 1)].map((text) => make("td", {}, text))));
+      ...[decimals(line.held, 4), decimals(line.rouge_l, 4), decimals(line.training, 4), line.samples ? count(line.samples) : "–",
+        String(line.contributor_count ?? "–"), decimals(line.seconds, 1)].map((text) => make("td", {}, text))));
   $("rounds-rows").replaceChildren(...rows);
   const all = closed.length ? closed.at(-1).round : 0;
   say("rounds-caption", `What every round gave, newest first. Round 0 is the base model.${
@@ -153,7 +154,8 @@ function showQuality() {
 
 function showSites() {
   const rows = [];
-  for (const site of status.sites) {
+  const trouble = (site) => Boolean(site.rejections || site.last_error || ["lost", "quarantined"].includes(site.state));
+  for (const site of [...status.sites].sort((one, other) => trouble(other) - trouble(one))) {
     const works = site.state === "enrolled" && WORK[site.task];
     const state = [works || site.state, site.evaluates && !works && "evaluates", site.delivered && "has the adapter"].filter(Boolean).join(", ");
     rows.push(make("tr", {},
@@ -179,7 +181,6 @@ function showSites() {
 function showAbout() {
   const { run } = status;
   say("run-id", `run ${status.run_id}`);
-  say("version", `fedhds-server ${status.version}`);
   const facts = {
     Strategy: `${run.strategy}, ${run.schedule}`, Budget: run.budget, "Base model": run.model,
     Cohort: `${decimals(100 * run.cohort_fraction, 0)} % of the sites`, Quorum: run.quorum,
