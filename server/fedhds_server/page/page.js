@@ -58,7 +58,7 @@ function duration(seconds) {
 
 const SECTIONS = [
   [["phase", "round", "run", "message", "paused", "problems", "leader", "version"], showHeadline],
-  [["round", "closed_rounds", "running_s", "run"], showRounds],
+  [["phase", "closed_rounds", "running_s", "run"], showRounds],
   [["collection"], showAnswers],
   [["trained_rows", "pool_rows", "run"], showSamples],
   [["closed_rounds", "evaluations", "run"], showQuality],
@@ -102,7 +102,7 @@ function showRounds() {
   say("rounds-figure", String(done), small(` of ${run.rounds} closed`));
   bar("rounds-bar", run.rounds, { done });
   const took = last ? `; the last round took ${decimals(last.seconds, 1)} s` : "";
-  say("rounds-note", running_s ? `Running for ${duration(running_s)}${took}` : "Not yet started");
+  say("rounds-note", running_s ? `${OVER.includes(status.phase) ? "Ran" : "Running"} for ${duration(running_s)}${took}` : "Not yet started");
 }
 
 function showAnswers() {
@@ -227,7 +227,7 @@ function showGroups(selection) {
   }
   $("groups-rows").replaceChildren(...rows);
   groupMap($("groups-map"), selection);
-  const legend = [["of several sites, merged into a numbered group", "shared k0", false], ["like no other site's", "alone", false],
+  const legend = [["of several sites, merged into a numbered group", "shared k0", false], ["of one site alone", "alone", false],
     ["gives rows", "shared k0", true], ["dropped", "dropped", false]].slice(0, dropped_count ? 4 : 3);
   $("groups-legend").replaceChildren(...legend.map(([text, style, gives]) =>
     make("li", {}, draw("svg", { viewBox: "0 0 18 14" }, mark(9, 7, 1, style, gives)), text)));
@@ -253,9 +253,9 @@ function connection(kind, text) {
 }
 
 function lost() {
-  const since = heardAt ? ` since ${new Date(heardAt).toLocaleTimeString([], { hour12: false })}` : "";
-  if (OVER.includes(status.phase)) connection("over", `The run is over and its coordinator has stopped${since}`);
-  else connection("lost", heardAt ? `Disconnected${since}; trying again` : "The coordinator does not answer, or too many look at this page; trying again");
+  const last = heardAt && new Date(heardAt).toLocaleTimeString([], { hour12: false });
+  if (OVER.includes(status.phase)) connection("over", `The run is over; its coordinator ended at ${last}`);
+  else connection("lost", heardAt ? `Disconnected since ${last}; trying again` : "The coordinator does not answer, or too many look at this page; trying again");
 }
 
 const HANDLERS = {
