@@ -312,6 +312,22 @@ async def test_a_page_outlives_its_coordinator_and_goes_on_with_the_next(
         assert len([line for line in numbered if line.startswith(f"round {number} closed")]) == 1
 
 
+async def test_a_hidden_page_holds_no_stream_and_catches_up_when_it_is_seen(paused: str, browser: Browser) -> None:
+    opened = await visit(browser, paused)
+    await complete(opened)
+    page, lines = opened.page, await opened.page.locator("#events-list li").count()
+    hide = """(hidden) => {
+        Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    async with page.expect_event("requestfailed", lambda request: request.url.endswith("/events")):
+        await page.evaluate(hide, True)
+    async with page.expect_event("response", lambda response: response.url.endswith("/events")):
+        await page.evaluate(hide, False)
+    await opened.wait_for("document.getElementById('connection').textContent === 'Live'")
+    assert await page.locator("#events-list li").count() == lines
+
+
 async def test_a_standby_says_so_and_shows_the_run_once_it_leads(
     federation: Federation, postgres: PostgresServer, browser: Browser
 ) -> None:

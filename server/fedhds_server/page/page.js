@@ -13,7 +13,7 @@ const OVER = ["completed", "stopped", "failed"];
 
 let status = {};
 let newest = 0; // number of the last line of the journal shown
-let source, heardAt = 0, retry;
+let source, openedAt = 0, heardAt = 0, retry;
 
 // Elements.
 
@@ -278,6 +278,7 @@ function connect() {
   clearTimeout(retry);
   source?.close();
   if (document.hidden) return; // A browser has six connections to a host, and a hidden page needs none.
+  openedAt = Date.now();
   source = new EventSource("events");
   for (const [kind, handle] of Object.entries(HANDLERS)) {
     source.addEventListener(kind, (event) => {
@@ -294,6 +295,6 @@ function connect() {
 
 document.addEventListener("visibilitychange", connect);
 setInterval(() => {
-  if (heardAt && Date.now() - heardAt > STALE_MS && !document.hidden) lost();
+  if (source?.readyState === EventSource.OPEN && Date.now() - Math.max(openedAt, heardAt) > STALE_MS) lost();
 }, 1000);
 connect();
