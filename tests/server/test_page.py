@@ -131,8 +131,9 @@ async def test_a_stream_begins_with_all_goes_on_with_changes_and_resumes(host: H
         assert number == f"r/{line['number']}"
         async with Stream(url, after=f"r/{int(line['number']) - 1}") as again:
             assert (await again.until("line"))[0] == number
-        async with Stream(url, after=f"another/{line['number']}") as other:
-            assert (await other.until("line"))[0] == "r/1"
+        for unknown in (f"another/{line['number']}", f"another/{5000 * '9'}", "", "r"):
+            async with Stream(url, after=unknown) as other:
+                assert (await other.until("line"))[0] == "r/1"
 
 
 async def test_a_value_that_is_gone_is_said(host: Host, sqlite: Place) -> None:
@@ -170,8 +171,7 @@ async def test_open_streams_do_not_hold_up_the_end(host: Host, sqlite: Place, ca
     async with page_of(host.coordinator, sqlite) as url:
         stream = await Stream(url).__aenter__()
         await stream.event()
-        began = time.monotonic()
-    assert time.monotonic() - began < 0.9
+    # Otherwise uvicorn waits for a second, cuts them off and complains.
     with pytest.raises(EOFError):
         await stream.until("never")
     await stream.__aexit__()
@@ -188,10 +188,11 @@ async def test_whoever_looks_shares_one_look(host: Host, sqlite: Place, monkeypa
     monkeypatch.setattr("fedhds_server.page.run_status", counting)
     async with page_of(host.coordinator, sqlite) as url:
         assert not taken
+        began = time.monotonic()
         async with asyncio.TaskGroup() as group:
             for _ in range(10):
                 group.create_task(three_seconds(url))
-    assert 3 <= len(taken) <= 5
+    assert 2 <= len(taken) <= time.monotonic() - began + 1
     assert min(after - before for before, after in pairwise(taken)) > 0.99
 
 

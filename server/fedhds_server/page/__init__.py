@@ -50,7 +50,7 @@ _HEADERS = {
 
 
 class StatusPage:
-    """Read-only. The status is taken at most once a second, whoever many look, and not at all while nobody does.
+    """Read-only. The status is taken at most once a second, however many look, and not at all while nobody does.
 
     On loopback (`loopback`) only requests to a loopback name are answered: a site in the operator's browser could
     otherwise point its own name at 127.0.0.1 and read the page.
@@ -100,7 +100,8 @@ class StatusPage:
             )
         run_id, _, number = request.headers.get("last-event-id", "").rpartition("/")
         self._streams += 1
-        return _Stream(self._told(run_id, int(number) if number.isdecimal() else 0), self._ended)
+        # The header is anybody's: of a thousand digits Python would refuse to make a number.
+        return _Stream(self._told(run_id, int(number[:18]) if number.isdecimal() else 0), self._ended)
 
     def _ended(self) -> None:
         self._streams -= 1

@@ -13,6 +13,7 @@ const OVER = ["completed", "stopped", "failed"];
 
 let status = {};
 let newest = 0; // number of the last line of the journal shown
+let mapped; // run and selection that the map shows
 let source, openedAt = 0, heardAt = 0, retry;
 
 // Elements.
@@ -99,7 +100,7 @@ function showHeadline() {
 function showRounds() {
   const { closed_rounds: closed, run, running_s } = status, last = closed.at(-1);
   const done = last ? last.round : 0;
-  say("rounds-figure", String(done), small(` of ${run.rounds} closed`));
+  say("rounds-figure", count(done), small(` of ${count(run.rounds)} closed`));
   bar("rounds-bar", run.rounds, { done });
   const took = last ? `; the last round took ${decimals(last.seconds, 1)} s` : "";
   say("rounds-note", running_s ? `${OVER.includes(status.phase) ? "Ran" : "Running"} for ${duration(running_s)}${took}` : "Not yet started");
@@ -116,12 +117,12 @@ function showAnswers() {
   }
   const { answered, working, failed, away, target, quorum, deadline_s } = open;
   const cohort = answered + working + failed + away;
-  say("answers-figure", String(answered), small(` of ${Math.max(target, quorum)}, quorum ${quorum}`));
+  say("answers-figure", count(answered), small(` of ${count(Math.max(target, quorum))}, quorum ${count(quorum)}`));
   bar("answers-bar", cohort, { answered, working, failed, away });
   const parts = { "at work": working, failed, away };
-  const told = Object.entries(parts).filter(([, value]) => value).map(([name, value]) => `${value} ${name}`);
+  const told = Object.entries(parts).filter(([, value]) => value).map(([name, value]) => `${count(value)} ${name}`);
   if (deadline_s != null) told.push(deadline_s > 0 ? `deadline in ${duration(deadline_s)}` : "deadline reached");
-  say("answers-note", `Cohort of ${cohort}${told.length ? `: ${told.join(", ")}` : ""}`);
+  say("answers-note", `Cohort of ${count(cohort)}${told.length ? `: ${told.join(", ")}` : ""}`);
 }
 
 function showSamples() {
@@ -194,7 +195,8 @@ function showAbout() {
 // The map of groups.
 
 async function loadGroups() {
-  const { selection, run } = status;
+  const { selection, run, run_id } = status, wanted = `${run_id}/${selection}`;
+  if (wanted === mapped) return;
   if (selection == null) $("groups-shown").hidden = true;
   if (["full", "random"].includes(run.strategy)) {
     say("groups-note", `The strategy ${run.strategy} does not compare sites: there are no centroids.`);
@@ -205,7 +207,9 @@ async function loadGroups() {
       const answer = await fetch("selection.json");
       if (!answer.ok) throw new Error(await answer.text());
       const groups = await answer.json();
-      if (status.selection === selection) showGroups(groups);
+      if (status.selection !== selection) return;
+      mapped = wanted;
+      showGroups(groups);
     } catch (error) {
       say("groups-note", `The map could not be loaded: ${error.message}`);
     }

@@ -67,25 +67,24 @@ def abridged_selection(folder: Path, number: int) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StorageError(f"cannot read {path}: {error}") from error
+        raise StorageError(f"cannot read {path}: {error}; restore it from a backup, or do without the map") from error
     groups, room = [], _MOST_DOTS
     listed = sorted(content["groups"], key=lambda group: (-group["sites"], -len(group["members"])))
     for group in listed[:_MOST_GROUPS]:
-        winners = [(winner["site"], winner["cluster"]) for winner in group["winners"]]
-        dots, won = Counter[tuple[float, ...]](), set()
-        for member in group["members"]:
-            if "at" in member:
-                dots[tuple(member["at"])] += 1
-                won |= {tuple(member["at"])} if (member["site"], member["cluster"]) in winners else set()
-        # Those that give rows are there in any case.
+        members = [((member["site"], member["cluster"]), member.get("at")) for member in group["members"]]
+        winners = dict.fromkeys((winner["site"], winner["cluster"]) for winner in group["winners"])
+        placed = [(tuple(at), cluster) for cluster, at in members if at]
+        dots = Counter(at for at, _ in placed)
+        won = {at for at, cluster in placed if cluster in winners}
+        # Those that give rows first, should there be no room for all.
         drawn = sorted(dots, key=lambda at: at not in won)[:room]
         room -= len(drawn)
         groups.append(
             {
                 "sites": group["sites"],
-                "clusters": len(group["members"]),
-                "members": [f"{member['site']}/{member['cluster']}" for member in group["members"][:_MOST_NAMES]],
-                "winners": [f"{site}/{cluster}" for site, cluster in winners[:_MOST_NAMES]],
+                "clusters": len(members),
+                "members": [f"{site}/{cluster}" for (site, cluster), _ in members[:_MOST_NAMES]],
+                "winners": [f"{site}/{cluster}" for site, cluster in [*winners][:_MOST_NAMES]],
                 "winner_count": len(winners),
                 "dots": [[*at, dots[at], at in won] for at in drawn],
             }
