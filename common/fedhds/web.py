@@ -21,7 +21,7 @@ from fedhds.metrics import exposition
 
 logger = logging.getLogger(__name__)
 
-# Scrapes and probes come one at a time; whoever opens more keeps them waiting.
+# Scrapes and probes come one at a time, and the status page bounds its own; whoever opens more keeps them waiting.
 _MOST_CONNECTIONS = 100
 _LAST_ANSWERS_S = 1
 

@@ -23,6 +23,7 @@ from fedhds import __version__
 from fedhds.errors import NotLeading, SettingsError, StorageError
 from fedhds.liveness import watch_loop
 from fedhds.security.credentials import TlsFiles, server_credentials
+from fedhds.settings import is_loopback
 from fedhds.signals import on_signal
 from fedhds.v1 import federation_pb2_grpc as rpc
 from fedhds_server.aggregation import AGGREGATORS
@@ -81,7 +82,7 @@ async def serve(chosen: ServerSettings) -> int:
             "fedhds-server %s listens on %s:%d (%s)", __version__, host, port, "mutual TLS" if tls else "no TLS"
         )
         try:
-            async with _watched(chosen.http, Readiness(store, folder, term)):
+            async with _watched(chosen.http, Readiness(store, folder, term), leadership):
                 work = asyncio.create_task(_lead(chosen, folder, store, leadership, term))
                 exit_status = on_signal(work.cancel)
                 coordinator = await work
@@ -98,7 +99,7 @@ async def serve(chosen: ServerSettings) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _watched(address: str, readiness: Readiness) -> AsyncIterator[None]:
+async def _watched(address: str, readiness: Readiness, leadership: Leadership) -> AsyncIterator[None]:
     """Looks after the process, and tells of it at `address` (empty: to gRPC's health service alone)."""
     watching = [asyncio.create_task(body) for body in (readiness.watch(), watch_loop())]
     try:
@@ -106,9 +107,15 @@ async def _watched(address: str, readiness: Readiness) -> AsyncIterator[None]:
             if address:
                 from fedhds.web import served
                 from fedhds_server.metrics import run_families
+                from fedhds_server.page import StatusPage
 
                 term = readiness.term
-                await stack.enter_async_context(served(address, lambda: run_families(readiness), lambda: term.problems))
+                page = StatusPage(term, leadership, loopback=is_loopback(address.rpartition(":")[0]))
+                await stack.enter_async_context(
+                    served(address, lambda: run_families(readiness), lambda: term.problems, page.routes)
+                )
+                # Before the server waits for its connections.
+                stack.callback(page.close)
             yield
     finally:
         for task in watching:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import math
 import secrets
@@ -30,6 +29,7 @@ from fedhds_server.enrolment import session_digest
 from fedhds_server.report import run_card, run_status
 from fedhds_server.rounds import RunMachine
 from fedhds_server.selection.base import InterClientSelection, Report, Selection, SelectionContext
+from fedhds_server.selection.record import newest_selection, write_selection
 from fedhds_server.state import (
     AdapterDrawn,
     Aggregate,
@@ -111,6 +111,8 @@ class Coordinator:
         # Monotonic times of what is open: since when, and since when it is short of its quorum.
         self._opening, self._opened_at = "", 0.0
         self._short_since: float | None = None
+        self.newest_selection = newest_selection(folder)
+        """The last round of which this run folder has a selection; 0: one for all; None before the first."""
         entries = store.journal()
         self._journal_lines = len(entries)
         self._journal_tail = deque(entries[-_JOURNAL_TAIL:], maxlen=_JOURNAL_TAIL)
@@ -130,6 +132,19 @@ class Coordinator:
     def state(self) -> RunState:
         """The run; to be read, not changed."""
         return self._machine.state
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self._folder
+
+    @property
+    def deadline_s(self) -> float | None:
+        """Seconds until the open selection or round closes with its quorum; None without a deadline."""
+        deadline = self.state.spec.deadline
+        if not deadline or self.state.opening != self._opening:
+            return None
+        return max(0.0, self._opened_at + deadline - time.monotonic())
 
     @property
     def checkpoint(self) -> Path:
@@ -448,28 +463,9 @@ class Coordinator:
         return artifact
 
     def _write_selection(self, number: int, selection: Selection) -> None:
-        """Keeps for people how clusters were grouped; all of it is in what the sites sent."""
-        content = {
-            "run_id": self.state.run_id,
-            "round": number,
-            "strategy": self.state.spec.strategy,
-            "notes": list(selection.notes),
-            "groups": [
-                {
-                    "members": [{"site": site, "cluster": cluster} for site, cluster in group.members],
-                    "winners": [{"site": site, "cluster": cluster} for site, cluster in group.winners],
-                    "sites": len({site for site, _ in group.members}),
-                }
-                for group in selection.groups
-            ],
-        }
-        path = self._folder / f"selection-{number}.json"
-        partial = path.with_suffix(".partial")
-        try:
-            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-            partial.replace(path)
-        except OSError as error:
-            raise StorageError(f"cannot write {path}: {error.strerror}; make room there") from error
+        spec, run_id = self.state.spec, self.state.run_id
+        write_selection(self._folder, selection, run_id=run_id, number=number, strategy=spec.strategy)
+        self.newest_selection = number
 
     def _write_checkpoint(self) -> None:
         state = self.state

@@ -32,17 +32,19 @@ class Leadership:
         self._address = address
         # A thread of its own: behind folds and uploads the renewals would come too late.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lease")
+        self.leader = ""
+        """Address of the coordinator that this one stands by for; empty: unknown, or none."""
         self._asked = False
         self._confirmed = 0.0
 
     async def gained(self) -> None:
         """Returns once this coordinator leads; raises StorageError when the store has never been usable."""
-        known, failing = "", False
+        self.leader, failing = "", False
         while True:
             asked = time.monotonic()
             try:
                 if await self._run(self._store.acquire, self._holder, self._address, LEASE_S):
-                    self._asked, self._confirmed = True, asked
+                    self._asked, self._confirmed, self.leader = True, asked, ""
                     return
                 leader = await self._run(self._store.leader)
             except StorageError as error:
@@ -52,9 +54,9 @@ class Leadership:
                     logger.error("%s; trying again", error)
                 failing = True
             else:
-                if leader and leader != known:
+                if leader and leader != self.leader:
                     logger.info("standing by: the coordinator at %s leads", leader)
-                known, failing = leader or known, False
+                self.leader, failing = leader or self.leader, False
             self._asked = True
             await asyncio.sleep(_ASK_S)
 

@@ -38,6 +38,7 @@ class OperationsServicer(rpc.OperationsServicer):
             self._coordinator.state,
             self._coordinator.checkpoint,
             [line for line in self._coordinator.journal if line[0] > request.journal_after],
+            deadline_s=self._coordinator.deadline_s,
         )
 
     @answers

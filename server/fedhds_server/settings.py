@@ -71,13 +71,14 @@ class ServerSettings(RunSpec):
     )
     http: str = Field(
         "",
-        description="Serve /metrics, /healthz and /readyz over HTTP at this HOST:PORT; port 0 takes a free one.",
+        description="Serve the status page, which names sites, /metrics, /healthz and /readyz over HTTP at this "
+        "HOST:PORT; port 0 takes a free one.",
         json_schema_extra={"group": "Server"},
     )
     http_open: bool = Field(
         False,
         description="Let --http listen beyond loopback: it has neither TLS nor passwords, and whoever reaches the port "
-        "can read it.",
+        "can read it, with the sites' names, errors and results.",
         json_schema_extra={"group": "Server"},
     )
     log_level: LogLevel = Field("INFO", description="Least level to log.", json_schema_extra={"group": "Server"})

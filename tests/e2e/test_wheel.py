@@ -40,6 +40,11 @@ def test_the_wheel_holds_both_daemons_and_nothing_else(wheel: Path) -> None:
         "fedhds_server/cli.py",
         "fedhds_client/cli.py",
         "fedhds/py.typed",
+        "fedhds_server/page/index.html",
+        "fedhds_server/page/page.css",
+        "fedhds_server/page/page.js",
+        "fedhds_server/page/drawing.js",
+        "fedhds_server/page/icon.svg",
         "fedhds_server/store/migrations/env.py",
         "fedhds_server/store/migrations/versions/0001_run_and_journal.py",
     ):

@@ -79,6 +79,10 @@ def test_without_a_budget_every_shard_gives_rows_that_exist(
         assert 0 <= row < len(shards[site])
     if strategy == "full":
         assert len(outcome.rows) == rows_of(shards)
+    # Whatever was grouped is on the map.
+    grouped = {member for group in outcome.selection.groups for member in group.members}
+    assert grouped <= outcome.selection.places.keys()
+    assert all(len(at) == 2 and np.isfinite(at).all() for at in outcome.selection.places.values())
 
 
 @pytest.mark.parametrize("strategy", REPORTING)

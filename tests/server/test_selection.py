@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fedhds.runspec import RunSpec
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.selection import STRATEGIES, Report, Selection, SelectionContext
+from fedhds_server.selection.plane import plane
 
 
 def context(
@@ -213,3 +214,22 @@ def test_a_site_with_centroids_of_another_size_does_not_shut_the_others_out() ->
 def test_no_reports_give_an_empty_selection() -> None:
     assert fedhds({}).coresets == {}
     assert fedhds({"a": report("a", [])}, 5).coresets == {}
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 4), (2, 1), (5, 1), (2, 7), (40, 2), (30, 300), (700, 600)])
+def test_centroids_are_drawn_the_same_way_every_time(shape: tuple[int, int]) -> None:
+    points = np.random.default_rng(0).normal(size=shape)
+    drawn = plane(points)
+    assert drawn.shape == (shape[0], 2)
+    assert np.isfinite(drawn).all()
+    assert (plane(points.copy()) == drawn).all()
+
+
+def test_what_lies_in_a_plane_keeps_its_distances_and_equal_centroids_share_a_place() -> None:
+    rng = np.random.default_rng(1)
+    flat = rng.normal(size=(20, 2)) @ np.linalg.qr(rng.normal(size=(9, 2)))[0].T + 5
+    gaps = np.linalg.norm(flat[:, None] - flat, axis=2)
+    drawn = plane(flat)
+    assert np.allclose(np.linalg.norm(drawn[:, None] - drawn, axis=2), gaps)
+    assert (plane(np.ones((4, 9))) == 0).all()
+    assert (plane(np.repeat(flat[:2], 3, axis=0)).round(9) == np.repeat(plane(flat[:2]), 3, axis=0).round(9)).all()

@@ -1529,6 +1529,26 @@ class GetStatusResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class SiteStatesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     RUN_ID_FIELD_NUMBER: _builtins.int
     PHASE_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
@@ -1547,6 +1567,8 @@ class GetStatusResponse(_message.Message):
     NOW_FIELD_NUMBER: _builtins.int
     FEDHDS_VERSION_FIELD_NUMBER: _builtins.int
     PROTOCOL_VERSIONS_FIELD_NUMBER: _builtins.int
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    SITE_STATES_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Identifies the run."""
     phase: _builtins.str
@@ -1595,6 +1617,14 @@ class GetStatusResponse(_message.Message):
     def protocol_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Protocol versions that the coordinator speaks."""
 
+    @_builtins.property
+    def collection(self) -> Global___CollectionStatus:
+        """What the open selection or round has collected; absent while none is open."""
+
+    @_builtins.property
+    def site_states(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Sites by the `state` of their SiteStatus; all of them, also where `sites` is abridged for the status page."""
+
     def __init__(
         self,
         *,
@@ -1616,16 +1646,70 @@ class GetStatusResponse(_message.Message):
         now: _builtins.float = ...,
         fedhds_version: _builtins.str = ...,
         protocol_versions: _abc.Iterable[_builtins.int] | None = ...,
+        collection: Global___CollectionStatus | None = ...,
+        site_states: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_paused", b"_paused", "paused", b"paused", "run", b"run"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_paused", b"_paused", "collection", b"collection", "paused", b"paused", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_paused", b"_paused", "bytes_received", b"bytes_received", "checkpoint", b"checkpoint", "closed_rounds", b"closed_rounds", "evaluations", b"evaluations", "fedhds_version", b"fedhds_version", "journal", b"journal", "message", b"message", "now", b"now", "paused", b"paused", "phase", b"phase", "pool_rows", b"pool_rows", "protocol_versions", b"protocol_versions", "round", b"round", "run", b"run", "run_id", b"run_id", "running_s", b"running_s", "sites", b"sites", "trained_rows", b"trained_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_paused", b"_paused", "bytes_received", b"bytes_received", "checkpoint", b"checkpoint", "closed_rounds", b"closed_rounds", "collection", b"collection", "evaluations", b"evaluations", "fedhds_version", b"fedhds_version", "journal", b"journal", "message", b"message", "now", b"now", "paused", b"paused", "phase", b"phase", "pool_rows", b"pool_rows", "protocol_versions", b"protocol_versions", "round", b"round", "run", b"run", "run_id", b"run_id", "running_s", b"running_s", "site_states", b"site_states", "sites", b"sites", "trained_rows", b"trained_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__paused: _TypeAlias = _typing.Literal["paused"]  # noqa: Y015
     _WhichOneofArgType__paused: _TypeAlias = _typing.Literal["_paused", b"_paused"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__paused) -> _WhichOneofReturnType__paused | None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class CollectionStatus(_message.Message):
+    """The cohort of the open selection or round, parted by what its sites have done."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: _builtins.int
+    ANSWERED_FIELD_NUMBER: _builtins.int
+    WORKING_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    AWAY_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    QUORUM_FIELD_NUMBER: _builtins.int
+    DEADLINE_S_FIELD_NUMBER: _builtins.int
+    task: _builtins.str
+    """Kind of its tasks: "select" or "train"."""
+    answered: _builtins.int
+    """Sites that delivered, or rightly had nothing to give."""
+    working: _builtins.int
+    """Live sites with an open task."""
+    failed: _builtins.int
+    """Sites whose task failed or whose result was rejected."""
+    away: _builtins.int
+    """Sites that are lost or left; each may yet come back and deliver."""
+    target: _builtins.int
+    """Answers that close it at once."""
+    quorum: _builtins.int
+    """Least answers that close it at all."""
+    deadline_s: _builtins.float
+    """Seconds until it closes with its quorum; absent without a deadline."""
+    def __init__(
+        self,
+        *,
+        task: _builtins.str = ...,
+        answered: _builtins.int = ...,
+        working: _builtins.int = ...,
+        failed: _builtins.int = ...,
+        away: _builtins.int = ...,
+        target: _builtins.int = ...,
+        quorum: _builtins.int = ...,
+        deadline_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "deadline_s", b"deadline_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "answered", b"answered", "away", b"away", "deadline_s", b"deadline_s", "failed", b"failed", "quorum", b"quorum", "target", b"target", "task", b"task", "working", b"working"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__deadline_s: _TypeAlias = _typing.Literal["deadline_s"]  # noqa: Y015
+    _WhichOneofArgType__deadline_s: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_s) -> _WhichOneofReturnType__deadline_s | None: ...
+
+Global___CollectionStatus: _TypeAlias = CollectionStatus  # noqa: Y015
 
 @_typing.final
 class JournalLine(_message.Message):
@@ -1726,6 +1810,7 @@ class RoundStatus(_message.Message):
     SAMPLES_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
+    CONTRIBUTOR_COUNT_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """1 is the first."""
     samples: _builtins.int
@@ -1734,6 +1819,8 @@ class RoundStatus(_message.Message):
     """Mean training loss per row's weight, over all contributors."""
     seconds: _builtins.float
     """Seconds from opening to closing."""
+    contributor_count: _builtins.int
+    """Number of contributors; also where `contributors` is left out for the status page."""
     @_builtins.property
     def contributors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Sites whose updates were folded."""
@@ -1746,10 +1833,11 @@ class RoundStatus(_message.Message):
         samples: _builtins.int = ...,
         loss: _builtins.float = ...,
         seconds: _builtins.float = ...,
+        contributor_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributors", b"contributors", "loss", b"loss", "round", b"round", "samples", b"samples", "seconds", b"seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributor_count", b"contributor_count", "contributors", b"contributors", "loss", b"loss", "round", b"round", "samples", b"samples", "seconds", b"seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedhds.runspec import RunSpec
@@ -49,11 +49,13 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """A coreset for every site that trains; sites without one do not. `notes` are for people."""
+    """A coreset for every site that trains; sites without one do not. `notes` and `places` are for people."""
 
     coresets: Mapping[str, pb.Coreset]
     groups: tuple[Group, ...] = ()
     notes: tuple[str, ...] = ()
+    places: Mapping[tuple[str, int], Sequence[float]] = field(default_factory=dict)
+    """Where in the plane the clusters (site, cluster) lie, those of no group too."""
 
 
 class InterClientSelection(ABC):

@@ -21,6 +21,7 @@ from fedhds.lloyd import OVERSPLIT, UNIT, splitting_passes
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.selection.apportion import Pool, coresets, in_proportion
 from fedhds_server.selection.base import Group, InterClientSelection, Report, Selection, SelectionContext
+from fedhds_server.selection.plane import plane
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -161,4 +162,7 @@ def _picks(context: SelectionContext, reports: Mapping[str, Report]) -> Selectio
         f"{len(groups)} cells over {len(reports)} sites, {shared} of them with rows of several sites; "
         f"{counts.total()} rows are picked"
     )
-    return Selection(coresets(counts, reports), groups, (note,))
+    centres = context.centres or pb.Centres(dimension=1)
+    at_centre = plane(np.array(centres.values).reshape(-1, centres.dimension)).tolist()
+    places = {member: at_centre[member[1]] for group in groups for member in group.members}
+    return Selection(coresets(counts, reports), groups, (note,), places)

@@ -13,6 +13,7 @@ from scipy.spatial.distance import pdist
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.selection.apportion import Pool, coresets, in_proportion
 from fedhds_server.selection.base import Group, InterClientSelection, Report, Selection, SelectionContext
+from fedhds_server.selection.plane import plane
 
 # The paper's: two sites that hold the same group are redundancy enough.
 _MIN_CLUSTER_SIZE = 2
@@ -63,7 +64,8 @@ class FedHds(InterClientSelection):
             f"{len(keys)} clusters of {len(reports)} sites: {kept} form {len(groups)} groups, {alone} of them alone; "
             f"{len(keys) - kept} are like no other and are dropped; {counts.total()} rows are picked"
         )
-        return Selection(coresets(counts, reports), groups, tuple(notes))
+        places = dict(zip(keys, plane(found).tolist(), strict=True))
+        return Selection(coresets(counts, reports), groups, tuple(notes), places)
 
 
 def _fault(clusters: pb.ClusterReport, dimension: int, rows: int, *, noised: bool) -> str:

@@ -1,0 +1,334 @@
+"""What the status page sends: who gets it, how much it is, and what it costs; without a browser."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from http.client import HTTPConnection
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from fedhds.web import served
+from fedhds_server.coordinator import Coordinator
+from fedhds_server.leadership import Leadership
+from fedhds_server.page import MOST_STREAMS, StatusPage
+from fedhds_server.report import run_status
+from fedhds_server.selection.base import Group, Selection
+from fedhds_server.selection.record import abridged_selection, newest_selection, write_selection
+from fedhds_server.state import ClosedRound, RunState, Task, TaskKind
+from fedhds_server.term import Term
+from tests.server.stores import Place
+from tests.server.test_operations import pause, resume
+from tests.server.test_readiness import leading, of_sites
+from tests.server.test_service import Host, enrol, start, task_of
+
+Event = tuple[str, str, Any]
+
+
+@pytest.fixture
+async def host(tmp_path: Path) -> AsyncIterator[Host]:
+    made = await start(tmp_path, rounds=4, min_sites=2, deadline=600.0)
+    yield made
+    await made.stop()
+
+
+@asynccontextmanager
+async def page_of(coordinator: Coordinator | None, place: Place, *, loopback: bool = True) -> AsyncIterator[str]:
+    """The URL at which the page is served."""
+    term = Term()
+    term._coordinator = coordinator
+    leadership = Leadership(place.open(), "h", "h:1")
+    leadership.leader = "" if coordinator else "fed2.example.org:8470"
+    page = StatusPage(term, leadership, loopback=loopback)
+    async with served("127.0.0.1:0", list, dict, page.routes) as url:
+        try:
+            yield url
+        finally:
+            page.close()
+    leadership.close()
+
+
+class Stream:
+    """An open /events."""
+
+    def __init__(self, url: str, after: str = "") -> None:
+        self._address = urlsplit(url)
+        self._after = after
+
+    async def __aenter__(self) -> Stream:
+        self._reader, self._writer = await asyncio.open_connection(self._address.hostname, self._address.port)
+        lines = ["GET /events HTTP/1.1", f"Host: {self._address.netloc}", f"Last-Event-ID: {self._after}", "", ""]
+        self._writer.write("\r\n".join(lines).encode())
+        self.head = (await self._reader.readuntil(b"\r\n\r\n")).decode()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._writer.close()
+        await self._writer.wait_closed()
+
+    async def event(self) -> Event:
+        """The next event: id, kind, content; raises EOFError when the stream has ended."""
+        while True:
+            size = int(await self._reader.readuntil(b"\r\n"), 16)
+            text = (await self._reader.readexactly(size + 2)).decode()
+            if not size:
+                raise EOFError
+            fields = dict(line.split(": ", 1) for line in text.strip().splitlines())
+            if "event" in fields:
+                return fields.get("id", ""), fields["event"], json.loads(fields["data"])
+
+    async def until(self, kind: str, wanted: Callable[[Any], bool] = bool) -> Event:
+        """The next event of a kind whose content is wanted."""
+        async with asyncio.timeout(20):
+            while True:
+                event = await self.event()
+                if event[1] == kind and wanted(event[2]):
+                    return event
+
+
+async def answer(url: str, path: str, **headers: str) -> tuple[int, dict[str, str], str]:
+    """Status, headers and text."""
+
+    def ask() -> tuple[int, dict[str, str], str]:
+        connection = HTTPConnection(urlsplit(url).netloc, timeout=20)
+        try:
+            connection.request("GET", path, headers=headers)
+            response = connection.getresponse()
+            return (
+                response.status,
+                {key.lower(): value for key, value in response.getheaders()},
+                response.read().decode(),
+            )
+        finally:
+            connection.close()
+
+    return await asyncio.to_thread(ask)
+
+
+async def test_a_stream_begins_with_all_goes_on_with_changes_and_resumes(host: Host, sqlite: Place) -> None:
+    async with page_of(host.coordinator, sqlite) as url:
+        async with Stream(url) as stream:
+            _, kind, snapshot = await stream.event()
+            assert (kind, snapshot["phase"], snapshot["sites"]) == ("snapshot", "enrolling", [])
+            a, _ = await enrol(host, "a"), await enrol(host, "b")
+            await task_of(host, a)
+            _, _, changes = await stream.until("changes", lambda changes: changes.get("phase") == "training")
+            assert "run" not in changes
+            assert {site["site"] for site in changes["sites"]} == {"a", "b"}
+            collection = changes["collection"]
+            assert (collection["working"], collection["answered"], collection["quorum"]) == (2, 0, 1)
+            assert 500 < collection["deadline_s"] <= 600
+            await pause(host, "a new disk")
+            number, _, line = await stream.until("line", lambda line: "paused" in line["message"])
+            assert line["trouble"]
+        assert number == f"r/{line['number']}"
+        async with Stream(url, after=f"r/{int(line['number']) - 1}") as again:
+            assert (await again.until("line"))[0] == number
+        for unknown in (f"another/{line['number']}", f"another/{5000 * '9'}", "", "r"):
+            async with Stream(url, after=unknown) as other:
+                assert (await other.until("line"))[0] == "r/1"
+
+
+async def test_a_value_that_is_gone_is_said(host: Host, sqlite: Place) -> None:
+    await enrol(host, "a")
+    await pause(host, "night")
+    async with page_of(host.coordinator, sqlite) as url, Stream(url) as stream:
+        assert (await stream.event())[2]["paused"] == "night"
+        await resume(host)
+        assert (await stream.until("changes", lambda changes: "paused" in changes))[2]["paused"] is None
+
+
+async def test_streams_are_bounded_and_leave_room_for_scrapes(host: Host, sqlite: Place) -> None:
+    async with page_of(host.coordinator, sqlite) as url:
+        streams = [Stream(url) for _ in range(MOST_STREAMS)]
+        for stream in streams:
+            assert " 200 " in (await stream.__aenter__()).head
+        async with Stream(url) as refused:
+            assert " 503 " in refused.head
+            assert "retry-after: " in refused.head
+        assert (await answer(url, "/metrics"))[0] == 200
+        await streams[0].__aexit__()
+
+        async def admitted() -> bool:
+            async with Stream(url) as stream:
+                return " 200 " in stream.head
+
+        async with asyncio.timeout(20):
+            while not await admitted():  # noqa: ASYNC110 - the server says so when it is asked
+                await asyncio.sleep(0.05)
+        for stream in streams[1:]:
+            await stream.__aexit__()
+
+
+async def test_open_streams_do_not_hold_up_the_end(host: Host, sqlite: Place, caplog: pytest.LogCaptureFixture) -> None:
+    async with page_of(host.coordinator, sqlite) as url:
+        stream = await Stream(url).__aenter__()
+        await stream.event()
+    # Otherwise uvicorn waits for a second, cuts them off and complains.
+    with pytest.raises(EOFError):
+        await stream.until("never")
+    await stream.__aexit__()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_whoever_looks_shares_one_look(host: Host, sqlite: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        taken.append(time.monotonic())
+        return run_status(*arguments, **options)
+
+    monkeypatch.setattr("fedhds_server.page.run_status", counting)
+    async with page_of(host.coordinator, sqlite) as url:
+        assert not taken
+        began = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(10):
+                group.create_task(three_seconds(url))
+    assert 2 <= len(taken) <= time.monotonic() - began + 1
+    assert min(after - before for before, after in pairwise(taken)) > 0.99
+
+
+async def three_seconds(url: str) -> None:
+    async with Stream(url) as stream:
+        for _ in range(4):
+            await stream.event()
+
+
+async def test_a_standby_says_where_the_leader_is(sqlite: Place) -> None:
+    async with page_of(None, sqlite) as url, Stream(url) as stream:
+        _, kind, told = await stream.event()
+        assert kind == "snapshot"
+        assert told["leader"] == "fed2.example.org:8470"
+        assert "standby" in told["problems"]
+        assert "run_id" not in told
+        assert (await answer(url, "/selection.json"))[0] == 404
+
+
+async def test_headers_keep_everything_foreign_out(host: Host, sqlite: Place) -> None:
+    async with page_of(host.coordinator, sqlite) as url:
+        for path in ("/", "/page.js", "/drawing.js", "/page.css", "/icon.svg"):
+            status, headers, _ = await answer(url, path)
+            assert status == 200
+            assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self';")
+            assert headers["x-content-type-options"] == "nosniff"
+        # A name that was pointed at the loopback address, by whoever made it.
+        port = urlsplit(url).port
+        for path in ("/", "/events", "/selection.json"):
+            assert (await answer(url, path, Host=f"evil.example.org:{port}"))[0] == 421
+        for name in (f"localhost:{port}", f"[::1]:{port}"):
+            assert (await answer(url, "/", Host=name))[0] == 200
+    async with page_of(host.coordinator, sqlite, loopback=False) as url:
+        assert (await answer(url, "/", Host="fed.example.org"))[0] == 200
+
+
+def large(sites: int, rounds: int) -> RunState:
+    state = of_sites(sites, rounds)
+    state.spec = state.spec.model_copy(update={"rounds": 2 * rounds})
+    names = list(state.sites)
+    # In place of whole cohorts, which no run of this size has.
+    state.closed_rounds = [
+        ClosedRound(round=number, cohort=names[:50], contributions=dict.fromkeys(names[:50], 1), loss=0.5, seconds=2.0)
+        for number in range(1, rounds + 1)
+    ]
+    state.evaluations = dict.fromkeys(range(rounds + 1), state.evaluations[rounds])
+    for name in names[-30:]:
+        state.sites[name].last_error = "RuntimeError: " + 480 * "x"
+    for name in names[100:140]:
+        state.tasks[f"t-{name}"] = Task(id=f"t-{name}", kind=TaskKind.TRAIN, round=state.round, site=name)
+    return state
+
+
+def test_what_is_shown_of_a_large_run_is_bounded_and_first_what_matters() -> None:
+    state = large(2000, 5000)
+    status = run_status(state, Path("none"), most=200)
+    assert len(status.sites) == 200
+    shown = {site.site for site in status.sites}
+    names = list(state.sites)
+    assert shown >= {*names[-30:], *names[100:140]}
+    assert sum(status.site_states.values()) == 2000
+    numbers = [line.round for line in status.closed_rounds]
+    assert len(numbers) <= 200
+    assert (numbers[0], numbers[-1]) == (1, 5000)
+    assert {line.contributor_count for line in status.closed_rounds} == {50}
+    evaluated = [line.round for line in status.evaluations]
+    assert set(evaluated[1:-1]) == set(numbers[1:-1])
+    assert len(evaluated) <= 200
+    assert (evaluated[0], evaluated[-1]) == (0, 5000)
+    assert status.ByteSize() < 100_000
+    whole = run_status(state, Path("none"))
+    assert (len(whole.sites), len(whole.closed_rounds), len(whole.evaluations)) == (2000, 5000, 5001)
+    assert all(len(line.contributors) == line.contributor_count for line in whole.closed_rounds)
+
+
+@pytest.mark.parametrize("rounds", range(1, 40))
+def test_rounds_that_are_left_out_stay_out_while_the_run_grows(rounds: int) -> None:
+    def shown(count: int) -> set[int]:
+        status = run_status(of_sites(2, count), Path("none"), most=8)
+        return {line.round for line in status.closed_rounds}
+
+    assert len(shown(rounds)) <= 8
+    assert {1, rounds} <= shown(rounds)
+    assert shown(rounds + 1) - shown(rounds) <= {rounds, rounds + 1}
+
+
+async def test_a_look_at_ten_thousand_sites_holds_the_loop_up_for_a_moment_only(sqlite: Place, tmp_path: Path) -> None:
+    coordinator = leading(large(10_000, 500), sqlite, tmp_path).term.coordinator
+    assert coordinator
+    began = time.process_time()
+    run_status(coordinator.state, coordinator.checkpoint, coordinator.journal, most=200)
+    taken_s = time.process_time() - began
+    print(f"{1e3 * taken_s:.1f} ms")
+    assert taken_s < 0.5
+
+
+def selection_of(groups: int, sites: int) -> Selection:
+    """Every group holds a cluster of every site, and one centroid of the first site is dropped."""
+    made = tuple(
+        Group(tuple((f"site-{site}", number) for site in range(sites)), ((f"site-{number % sites}", number),))
+        for number in range(groups)
+    )
+    places = {member: (float(member[1]), float(len(member[0]))) for group in made for member in group.members}
+    return Selection({}, made, ("a note",), places | {("site-0", groups): (-1.0, 0.5)})
+
+
+def test_a_selection_is_kept_whole_and_shown_bounded(tmp_path: Path) -> None:
+    assert newest_selection(tmp_path) is None
+    for number, groups in ((0, 3), (2, 300), (10, 400)):
+        write_selection(tmp_path, selection_of(groups, 30), run_id="r", number=number, strategy="fedhds")
+    (tmp_path / "selection-x.json").touch()
+    assert newest_selection(tmp_path) == 10
+    kept = json.loads((tmp_path / "selection-10.json").read_text())
+    assert len(kept["groups"]) == 400
+    assert kept["dropped"] == [{"site": "site-0", "cluster": 400, "at": [-1.0, 0.5]}]
+    shown = abridged_selection(tmp_path, 10)
+    assert (len(shown["groups"]), shown["group_count"], shown["shared_count"]) == (200, 400, 400)
+    first = shown["groups"][0]
+    assert (first["sites"], first["clusters"], len(first["members"])) == (30, 30, 8)
+    assert sum(len(group["dots"]) for group in shown["groups"]) <= 1500
+    assert len(json.dumps(shown)) < 100_000
+    # Clusters at one place are one dot; the one that gives rows is drawn in any case.
+    few = abridged_selection(tmp_path, 0)
+    assert few["groups"][0]["dots"] == [[0.0, 6.0, 10, True], [0.0, 7.0, 20, False]]
+    assert (few["dropped"], few["dropped_count"]) == ([[-1.0, 0.5]], 1)
+
+
+async def test_a_page_gets_the_map_and_of_a_damaged_one_its_error(host: Host, sqlite: Place) -> None:
+    write_selection(host.folder, selection_of(3, 4), run_id="r", number=0, strategy="fedhds")
+    async with page_of(host.coordinator, sqlite) as url:
+        assert (await answer(url, "/selection.json"))[0] == 404
+        host.coordinator.newest_selection = 0
+        status, _, text = await answer(url, "/selection.json")
+        assert (status, json.loads(text)["group_count"]) == (200, 3)
+        (host.folder / "selection-1.json").write_text("{")
+        host.coordinator.newest_selection = 1
+        status, _, text = await answer(url, "/selection.json")
+        assert status == 503
+        assert text.startswith("cannot read ")
