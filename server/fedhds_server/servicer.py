@@ -174,6 +174,8 @@ class FederationServicer(rpc.FederationServicer):
         if task is None:
             if result == "train" and request.train.HasField("update"):
                 await self._discard(Artifact.from_proto(request.train.update))
+            if self._coordinator.state.counted(request.task_id, site.name):
+                return pb.CompleteTaskResponse(accepted=True)
             return pb.CompleteTaskResponse(reason="the task is closed; its result came too late to count")
         now = time.time()
         match task.kind, result:

@@ -196,6 +196,21 @@ class RunState(_Record):
                 return min(rows, sum(pick.count for pick in coreset.picks.clusters) + coreset.picks.unclustered)
         return rows
 
+    def counted(self, task_id: str, site: str) -> bool:
+        """Whether a result of `site` was taken for the task, which is closed; a site whose answer was lost asks."""
+        kind, _, rest = task_id.partition("/")
+        number = rest.partition("/")[0]
+        match kind:
+            case TaskKind.SELECT:
+                return self.report_tasks.get(site) == task_id
+            case TaskKind.TRAIN if number == str(self.round) and site in {*self.updates, *self.empty}:
+                return True
+            case TaskKind.TRAIN:
+                return any(str(closed.round) == number and site in closed.contributions for closed in self.closed_rounds)
+            case TaskKind.EVALUATE:
+                return any(str(of) == number and site in measured for of, measured in self.evaluations.items())
+        return False
+
     def clusters_of(self, site: str) -> pb.ClusterReport:
         """The report of `site` for the selection in progress."""
         return pb.ClusterReport.FromString(base64.b64decode(self.reports[site]))

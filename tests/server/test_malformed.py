@@ -164,6 +164,9 @@ async def call(host: Host, method: str, *payloads: bytes) -> tuple[grpc.StatusCo
         failure = error
     else:
         return grpc.StatusCode.OK, answers
+    if failure.details() == "Internal error from Core":
+        # Not an answer: grpcio's client says so, now and then, where it could not send on as the call had ended.
+        return await call(host, method, *payloads)
     if host.work.done():
         host.work.result()
     code, details = failure.code(), failure.details()

@@ -240,10 +240,12 @@ async def test_results_of_closed_or_foreign_tasks(tmp_path: Path) -> None:
     wrong = pb.CompleteTaskRequest(session=a, task_id=task.task_id, evaluation=pb.EvaluationResult())
     assert isinstance(await refused(host.federation.CompleteTask(wrong)), RequestError)
     assert (await complete(host, a, task.task_id, artifact)).accepted
-    again = await complete(host, a, task.task_id, artifact)
-    assert (again.accepted, again.reason) == (False, "the task is closed; its result came too late to count")
-    # The repeated result must not have deleted the accepted one.
+    # A site whose answer was lost asks again; that must not delete what was accepted.
+    assert (await complete(host, a, task.task_id, artifact)).accepted
     assert host.artifacts.has(artifact)
+    for closed in ("train/1/c", "train/2/a", "evaluate/0/a", "select/0/a", "never/1/a", ""):
+        late = await complete(host, a, closed, artifact)
+        assert (late.accepted, late.reason) == (False, "the task is closed; its result came too late to count")
     assert isinstance(
         await refused(
             host.federation.CompleteTask(pb.CompleteTaskRequest(session=a, task_id="done", delivered=pb.Delivered()))
