@@ -198,15 +198,16 @@ class RunState(_Record):
 
     def counted(self, task_id: str, site: str) -> bool:
         """Whether a result of `site` was taken for the task, which is closed; a site whose answer was lost asks."""
-        kind, _, rest = task_id.partition("/")
-        number = rest.partition("/")[0]
+        kind, number, named, *_ = *task_id.split("/", 2), "", ""
+        if named != site:
+            return False
         match kind:
             case TaskKind.SELECT:
                 return self.report_tasks.get(site) == task_id
             case TaskKind.TRAIN if number == str(self.round) and site in {*self.updates, *self.empty}:
                 return True
             case TaskKind.TRAIN:
-                return any(str(closed.round) == number and site in closed.contributions for closed in self.closed_rounds)
+                return any(str(of.round) == number and site in of.contributions for of in self.closed_rounds)
             case TaskKind.EVALUATE:
                 return any(str(of) == number and site in measured for of, measured in self.evaluations.items())
         return False
