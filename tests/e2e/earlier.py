@@ -20,9 +20,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.e2e import standing_still
 from tests.e2e.federation import BIN, PATIENCE_S, Federation
 from tests.tiny import make_model, write_rows
-from tests.e2e import standing_still
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent

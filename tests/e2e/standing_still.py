@@ -1,4 +1,4 @@
-"""Runs a site's console script that stands still half-way through its second upload: `standing_still.py SCRIPT FLAG...`."""
+"""Runs a site's console script, which stands still in its second upload: `standing_still.py SCRIPT FLAG...`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import runpy
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedhds.adapter import Artifact
+    from fedhds_client.link import CoordinatorLink
 
 # Small against the adapter of this run, so that an upload has a middle.
 _CHUNK_BYTES = 256
@@ -20,10 +24,10 @@ def main() -> None:
     upload, message = CoordinatorLink.upload, chunks.upload_message
     uploads = sent = size = 0
 
-    async def counted_upload(link: CoordinatorLink, session: str, path: Path, artifact: Any) -> None:
+    async def counted_upload(self: CoordinatorLink, session: str, path: Path, artifact: Artifact) -> None:
         nonlocal uploads, sent, size
         uploads, sent, size = uploads + 1, 0, artifact.size
-        await upload(link, session, path, artifact)
+        await upload(self, session, path, artifact)
 
     def counted_message(chunk: bytes) -> bytes:
         nonlocal sent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 
 from fedhds import __version__
-from tests.e2e.federation import Federation
-from tests.tiny import write_rows
 from tests.e2e import earlier
+from tests.e2e.federation import Federation
+from tests.e2e.test_standby import ROUNDS, Pair, closed
+from tests.postgres import PostgresServer
+from tests.tiny import write_rows
 
 pytestmark = pytest.mark.e2e
 
@@ -127,6 +130,36 @@ def test_the_last_version_and_this_one_work_together(
     final = federation.folder / "run" / "checkpoint" / "adapter_model.safetensors"
     for name in "ab":
         assert (federation.folder / "out" / name / "adapter_model.safetensors").read_bytes() == final.read_bytes()
+
+
+def test_a_standby_of_this_version_takes_over_from_a_leader_of_the_last_one(
+    federation: Federation, environment: dict[str, str], postgres: PostgresServer
+) -> None:
+    """The rolling upgrade of docs/operations.md."""
+    pair = Pair(federation, postgres)
+    now = dict(federation.environment)
+    federation.environment = now | environment
+    first = pair.server("one")
+    second = pair.server("two")
+    second.wait_for("standing by: the coordinator at")
+    second.process.send_signal(signal.SIGTERM)
+    second.wait()
+    federation.environment = now
+    second = pair.server("two")
+    second.wait_for("standing by: the coordinator at")
+    federation.environment = now | environment
+    sites = [pair.client(name) for name in "ab"]
+    federation.environment = now
+    first.wait_for("round 2 closed")
+    first.process.send_signal(signal.SIGTERM)
+    first.wait()
+    second.wait_for("going on with run")
+    again = pair.server("one")
+    for daemon in (second, again, *sites):
+        assert daemon.wait() == 0, daemon.text
+    assert f"fedhds-server {TAG.removeprefix('v')} listens" in first.text
+    assert f"fedhds-server {__version__} listens" in second.text
+    assert closed(pair.journal()) == ROUNDS
 
 
 def test_the_fixture_is_small() -> None:
