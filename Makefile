@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 PROTO_BIN := .venv-proto/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test e2e-compose bench-selection bench-transport lint format proto proto-check docs wheel \
-  wheelhouse images clean
+.PHONY: help setup demo test e2e-compose upgrade-fixture bench-selection bench-transport lint format proto proto-check docs \
+  wheel wheelhouse images clean
 
 help:  ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: $(STAMP)  ## run the tests
 
 e2e-compose: $(STAMP) images  ## test deploy/compose with real containers (a quarter of an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m compose tests/compose
+
+upgrade-fixture: $(STAMP)  ## pack a run that the version of TAG= leaves behind, for the tests of upgrades
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.e2e.earlier '$(TAG)'
 
 bench-selection: $(STAMP)  ## measure what the strategies pick and what selecting costs (DATA=, MODEL=)
 	@test -n '$(DATA)' && test -n '$(MODEL)' \

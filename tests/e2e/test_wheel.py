@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs.hosts import steps
 from tests.e2e.federation import Federation
 from tests.tiny import write_rows
 
@@ -54,13 +57,20 @@ def test_the_wheel_holds_both_daemons_and_nothing_else(wheel: Path) -> None:
 @pytest.mark.timeout(600)
 def test_a_coordinator_installs_without_torch_and_runs(wheel: Path, tmp_path: Path, federation: Federation) -> None:
     environment = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
-    pip = [str(environment / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
+    shutil.copy(wheel, tmp_path)
+    shutil.copy(ROOT / "constraints.txt", tmp_path)
+    (block,) = steps("docs/two-hosts.md", "coordinator", "install")
     done = subprocess.run(
-        [*pip, "-c", str(ROOT / "constraints.txt"), f"{wheel}[server]"], capture_output=True, text=True, check=False
+        ["bash", "-euc", block.text.replace("/opt/fedhds", str(environment))],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    listed = subprocess.run([*pip[:1], "list", "--format=freeze"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [environment / "bin" / "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True
+    ).stdout
     installed = {line.split("==")[0].lower() for line in listed.splitlines()}
     assert not installed & {"torch", "transformers", "peft", "safetensors"}
     assert {"fedhds", "grpcio", "sqlalchemy"} <= installed
