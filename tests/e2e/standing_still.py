@@ -6,7 +6,7 @@ import runpy
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedhds.adapter import Artifact
@@ -24,10 +24,21 @@ def main() -> None:
     upload, message = CoordinatorLink.upload, chunks.upload_message
     uploads = sent = size = 0
 
-    async def counted_upload(self: CoordinatorLink, session: str, path: Path, artifact: Artifact) -> None:
+    async def counted_upload(
+        self: CoordinatorLink, session: str, path: Path, artifact: Artifact, *further: Any
+    ) -> None:
         nonlocal uploads, sent, size
         uploads, sent, size = uploads + 1, 0, artifact.size
-        await upload(self, session, path, artifact)
+        ask = self.federation.GetUpload
+
+        async def asked(*arguments: Any, **options: Any) -> Any:
+            held = await ask(*arguments, **options)
+            if "chunk_size" in held.DESCRIPTOR.fields_by_name:
+                held.chunk_size = _CHUNK_BYTES
+            return held
+
+        self.federation.GetUpload = asked
+        await upload(self, session, path, artifact, *further)
 
     def counted_message(chunk: bytes) -> bytes:
         nonlocal sent
@@ -36,9 +47,10 @@ def main() -> None:
         sent += len(chunk)
         return message(chunk)
 
-    chunks.CHUNK_SIZE = _CHUNK_BYTES
+    # 0.1.0 chose the size by itself; later the coordinator tells it.
+    vars(chunks)["CHUNK_SIZE"] = _CHUNK_BYTES
     chunks.upload_message = counted_message
-    CoordinatorLink.upload = counted_upload  # type: ignore[method-assign]
+    CoordinatorLink.upload = counted_upload  # type: ignore[assignment, method-assign]
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
