@@ -48,14 +48,14 @@ def main() -> None:
         inside = ["sh", "-c", 'ip link set lo up && exec "$@"', "sh", sys.executable, "-m", "benchmarks.transport"]
         os.execvp("unshare", ["unshare", "--user", "--map-root-user", "--net", *inside, "--inside", *sys.argv[1:]])
     parser = argparse.ArgumentParser(prog="transport", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--part", choices=["all", "rounds", "idle", "report"], default="all")
+    parser.add_argument("--part", choices=["all", "rounds", "idle", "storm", "report"], default="all")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the plot lies beside")
     parser.add_argument("--folder", type=Path, default=Path("build"), help="on the disk that makes uploads durable")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--rounds", type=int, default=5, help="measured per start of a server, after one to warm up")
     parser.add_argument("--repeats", type=int, default=3, help="starts of every server")
-    parser.add_argument("--sites", nargs="+", type=int, default=[1, 10, 100, 1000], help="idle sites")
+    parser.add_argument("--sites", nargs="+", type=int, default=[1, 10, 100, 1000], help="idle, storm: how many")
     parser.add_argument("--minutes", type=float, default=1.0, help="idle: how long; a poll lasts 20 s")
     parser.add_argument("--note", default="", help="kept with every line")
     chosen = parser.parse_args(sys.argv[2:])
@@ -76,7 +76,9 @@ def main() -> None:
         if chosen.part in ("all", "rounds"):
             measure_rounds(chosen, certificates, write)
         if chosen.part in ("all", "idle"):
-            transport_idle.measure(chosen, certificates, write)
+            transport_idle.measure_idle(chosen, certificates, write)
+        if chosen.part in ("all", "storm"):
+            transport_idle.measure_storms(chosen, write)
     lines = [json.loads(line) for line in chosen.out.read_text(encoding="utf-8").splitlines()]
     show([line for line in lines if line["part"] == "rounds"], chosen.out.with_suffix(".png"))
     transport_idle.show(lines)

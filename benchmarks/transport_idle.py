@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sqlite3
 import tempfile
 import time
@@ -26,8 +25,9 @@ from fedhds.runspec import RunSpec
 from fedhds_server.aggregation import AGGREGATORS
 from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.coordinator import Coordinator
+from fedhds_server.events import SiteAttested, SiteConnected, UpdateReceived
 from fedhds_server.selection import STRATEGIES
-from fedhds_server.state import RunState, SiteAttested, SiteConnected, UpdateReceived
+from fedhds_server.state import RunState
 from fedhds_server.store.sql import SqlStore
 
 Line = dict[str, Any]
@@ -36,12 +36,16 @@ _PROCESSES = 4
 _CHANNELS = {"own": True, "shared": False}
 
 
-def measure(chosen: argparse.Namespace, certificates: Path, write: Callable[[Line], None]) -> None:
-    """Idle sites, then storms, at every number of sites."""
+def measure_idle(chosen: argparse.Namespace, certificates: Path, write: Callable[[Line], None]) -> None:
+    """Idle sites, in each number."""
     for count in chosen.sites:
         for channels, own in _CHANNELS.items():
             facts = {"part": "idle", "sites": count, "channels": channels}
             write(facts | idle(count, own, chosen, certificates) | {"at": round(time.time())})
+
+
+def measure_storms(chosen: argparse.Namespace, write: Callable[[Line], None]) -> None:
+    """Results of sites in each number."""
     for count in chosen.sites:
         with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
             write({"part": "storm", "sites": count} | asyncio.run(storm(Path(folder), count)))
@@ -168,7 +172,3 @@ def show(lines: list[Line]) -> None:
         together, single = line["together"], line.get("one by one", {"seconds": 0, "events": 1, "save_ms": 0})
         each = f"{single['seconds'] / single['events'] * 1e3:.1f} | {single['save_ms']:.1f}"
         print(f"| {sites} | {line['state_kb']:.0f} | {together['seconds']:.3f} | {together['saves']} | {each} |")
-
-
-if __name__ == "__main__":
-    print(json.dumps(asyncio.run(storm(Path(tempfile.mkdtemp()), 1000))))

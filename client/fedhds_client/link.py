@@ -122,7 +122,8 @@ class CoordinatorLink:
             request = pb.GetUploadRequest(session=session, artifact=artifact.to_proto())
             held = await self.federation.GetUpload(request, timeout=_ANSWER_S)
             # Also when all bytes are there: the link may have broken before they were checked and made durable.
-            await self.federation.Upload(parts(held.offset, held.chunk_size or _UNTOLD_CHUNK_SIZE))
+            chunk_size = min(held.chunk_size or _UNTOLD_CHUNK_SIZE, chunks.LARGEST_CHUNK)
+            await self.federation.Upload(parts(held.offset, chunk_size))
 
         await self._transferred(attempt, lambda: sent)
 

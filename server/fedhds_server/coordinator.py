@@ -26,11 +26,7 @@ from fedhds_server.checkpoint import write_checkpoint
 from fedhds_server.collection import Collection
 from fedhds_server.counted import FOLD_SECONDS, SELECTION_SECONDS
 from fedhds_server.enrolment import session_digest
-from fedhds_server.report import run_card, run_status
-from fedhds_server.rounds import RunMachine
-from fedhds_server.selection.base import InterClientSelection, Report, Selection, SelectionContext
-from fedhds_server.selection.record import newest_selection, write_selection
-from fedhds_server.state import (
+from fedhds_server.events import (
     AdapterDrawn,
     Aggregate,
     DeadlineReached,
@@ -42,19 +38,20 @@ from fedhds_server.state import (
     Record,
     RetryDue,
     RoundAggregated,
-    RunState,
     Select,
     SelectionMade,
-    Site,
     SiteConnected,
     SiteHeard,
     SiteSilent,
-    SiteState,
-    Task,
     UpdateDamaged,
     Wake,
     WriteCheckpoint,
 )
+from fedhds_server.report import run_card, run_status
+from fedhds_server.rounds import RunMachine
+from fedhds_server.selection.base import InterClientSelection, Report, Selection, SelectionContext
+from fedhds_server.selection.record import newest_selection, write_selection
+from fedhds_server.state import RunState, Site, SiteState, Task
 from fedhds_server.store.base import JournalEntry, Store
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,9 @@ from fedhds.status import answers
 from fedhds.v1 import federation_pb2 as pb
 from fedhds.v1 import federation_pb2_grpc as rpc
 from fedhds_server.coordinator import Coordinator
+from fedhds_server.events import RunPaused, RunResumed, RunStopped, SiteEvicted
 from fedhds_server.report import run_status
-from fedhds_server.state import RunPaused, RunResumed, RunState, RunStopped, SiteEvicted
+from fedhds_server.state import RunState
 
 _LONGEST_REASON = 500
 

@@ -8,11 +8,9 @@ import math
 from fedhds.runspec import RunSpec
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.collection import Collection, cohort_size, draw, listed
-from fedhds_server.selection.cells import added, without_sums
-from fedhds_server.state import (
+from fedhds_server.events import (
     AdapterDrawn,
     Aggregate,
-    ClosedRound,
     DeadlineReached,
     Discard,
     DrawAdapter,
@@ -22,7 +20,6 @@ from fedhds_server.state import (
     Instruction,
     NothingToGive,
     PassOpened,
-    Phase,
     Record,
     ReportReceived,
     ResultRejected,
@@ -30,28 +27,23 @@ from fedhds_server.state import (
     RoundAggregated,
     RunPaused,
     RunResumed,
-    RunState,
     RunStopped,
     Select,
     SelectionMade,
-    Site,
     SiteAttested,
     SiteConnected,
     SiteEvicted,
     SiteHeard,
     SiteLeft,
     SiteSilent,
-    SiteState,
-    Task,
     TaskFailed,
-    TaskKind,
-    Update,
     UpdateDamaged,
     UpdateReceived,
     Wake,
     WriteCheckpoint,
-    packed,
 )
+from fedhds_server.selection.cells import added, without_sums
+from fedhds_server.state import ClosedRound, Phase, RunState, Site, SiteState, Task, TaskKind, Update, packed
 
 # A round whose every task failed leaves the adapter as it is. One may be bad luck (a full disk, a GPU that another
 # job holds); three in a row mean that the run cannot make progress and that somebody should look.

@@ -32,26 +32,21 @@ from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.coordinator import Coordinator
 from fedhds_server.counted import DOWNLOADED_BYTES, REJECTED, count_failure
 from fedhds_server.enrolment import admit, check_attestation, drawn_session, negotiate, session_digest
-from fedhds_server.report import run_card
-from fedhds_server.selection import cells
-from fedhds_server.state import (
-    Evaluation,
+from fedhds_server.events import (
     EvaluationReceived,
     FinalDelivered,
     NothingToGive,
-    Phase,
     ReportReceived,
     ResultRejected,
-    RunState,
-    Site,
     SiteAttested,
     SiteConnected,
     SiteLeft,
-    Task,
     TaskFailed,
-    TaskKind,
     UpdateReceived,
 )
+from fedhds_server.report import run_card
+from fedhds_server.selection import cells
+from fedhds_server.state import Evaluation, Phase, RunState, Site, Task, TaskKind
 
 logger = logging.getLogger(__name__)
 

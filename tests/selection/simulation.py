@@ -19,22 +19,20 @@ from fedhds_client.features import Features
 from fedhds_client.release import Releases
 from fedhds_client.selection import REPORTING, SelectionContext
 from fedhds_server.coordinator import decide
-from fedhds_server.rounds import RunMachine
-from fedhds_server.selection import STRATEGIES, Selection, cells
-from fedhds_server.state import (
+from fedhds_server.events import (
     AdapterDrawn,
     Instruction,
     PassOpened,
     ReportReceived,
-    RunState,
     Select,
     SelectionMade,
     SiteAttested,
     SiteConnected,
-    Task,
     TaskFailed,
-    TaskKind,
 )
+from fedhds_server.rounds import RunMachine
+from fedhds_server.selection import STRATEGIES, Selection, cells
+from fedhds_server.state import RunState, Task, TaskKind
 
 MANIFEST = AdapterManifest((TensorSpec("q.lora_A.weight", (2, 4)), TensorSpec("q.lora_B.weight", (4, 2))), ("q",))
 Shards = Mapping[str, npt.NDArray[np.float32]]

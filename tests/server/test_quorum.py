@@ -12,14 +12,12 @@ from pydantic import ValidationError
 from fedhds.runspec import RunSpec
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.collection import Collection
-from fedhds_server.rounds import RunMachine
-from fedhds_server.state import (
+from fedhds_server.events import (
     AdapterDrawn,
     Aggregate,
     DeadlineReached,
     Discard,
     NothingToGive,
-    Phase,
     Record,
     ReportReceived,
     ResultRejected,
@@ -27,7 +25,6 @@ from fedhds_server.state import (
     RoundAggregated,
     RunPaused,
     RunResumed,
-    RunState,
     RunStopped,
     Select,
     SelectionMade,
@@ -35,11 +32,11 @@ from fedhds_server.state import (
     SiteHeard,
     SiteLeft,
     SiteSilent,
-    SiteState,
     TaskFailed,
-    TaskKind,
     WriteCheckpoint,
 )
+from fedhds_server.rounds import RunMachine
+from fedhds_server.state import Phase, RunState, SiteState, TaskKind
 from tests.server.test_rounds import ALL_ROWS, artifact, join, machine, phase, started, update, work
 
 
@@ -168,7 +165,7 @@ def test_a_selection_waits_for_its_quorum_too() -> None:
 
 
 def test_a_site_that_restarts_is_drawn_while_it_loads_its_model() -> None:
-    from fedhds_server.state import SiteConnected
+    from fedhds_server.events import SiteConnected
 
     run = started("ab", quorum="100%")
     update(run, "a")

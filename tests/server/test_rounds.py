@@ -10,20 +10,16 @@ from fedhds.adapter import AdapterManifest, Artifact, TensorSpec
 from fedhds.runspec import RunSpec
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.collection import cohort_size, draw
-from fedhds_server.rounds import RunMachine
-from fedhds_server.state import (
+from fedhds_server.events import (
     AdapterDrawn,
     Aggregate,
     DrawAdapter,
-    Evaluation,
     EvaluationReceived,
     FinalDelivered,
     Instruction,
-    Phase,
     Record,
     ReportReceived,
     RoundAggregated,
-    RunState,
     Select,
     SelectionMade,
     SiteAttested,
@@ -31,13 +27,13 @@ from fedhds_server.state import (
     SiteHeard,
     SiteLeft,
     SiteSilent,
-    SiteState,
     TaskFailed,
-    TaskKind,
     UpdateReceived,
     Wake,
     WriteCheckpoint,
 )
+from fedhds_server.rounds import RunMachine
+from fedhds_server.state import Evaluation, Phase, RunState, SiteState, TaskKind
 
 MANIFEST = AdapterManifest((TensorSpec("q.lora_A.weight", (2, 4)), TensorSpec("q.lora_B.weight", (4, 2))), ("q",))
 ALL_ROWS = pb.Coreset(all=pb.AllRows())
