@@ -34,11 +34,9 @@ class Shown:
         if not console:
             yield _lines(description)
             return
-        from rich.markup import escape
-
         # One display for all: two that move the cursor would write over each other.
         bars = self._bars = self._bars or _started(console)
-        bar = bars.add_task(escape(description), total=1.0)
+        bar = bars.add_task(description, total=1.0)
         try:
             yield functools.partial(_moved, bars, bar)
         finally:
@@ -49,9 +47,11 @@ class Shown:
 
 
 def _started(console: Console) -> Progress:
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    bars = Progress(console=console, transient=True)
+    # A site's name is no markup.
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    bars = Progress(*columns, console=console, transient=True)
     bars.start()
     return bars
 

@@ -37,6 +37,8 @@ _FLOATS = tuple(_SAFETENSORS_NAMES.values())
 _LARGEST_HEADER = 64 << 20
 # Values of one factor: the highest rank, 1024, times a million features, which no known model has.
 _LARGEST_TENSOR = 1 << 30
+# Names stand in logs and journals.
+_LONGEST_NAME = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,8 @@ class AdapterManifest:
         if not names or names != sorted(set(names)):
             raise AdapterError("the manifest must name at least one tensor, each once, sorted by name")
         for tensor in tensors:
+            if len(tensor.name) > _LONGEST_NAME or not tensor.name.isprintable():
+                raise AdapterError("the manifest names a tensor with more than 500 or unprintable characters")
             if not tensor.name.endswith((".lora_A.weight", ".lora_B.weight")):
                 raise AdapterError(f"the manifest names {tensor.name!r}, which is no LoRA factor")
             if len(tensor.shape) != 2 or not all(tensor.shape):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 
+STANDS_BY = "is reached and stands by"
 _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(?:\[[\w,]+\])? ?(?P<bounds>[^;]*)(?:; extra == '(?P<extra>\w+)')?")
 _BOUND = re.compile(r"(?P<operator>>=|<)(?P<version>\d+(?:\.\d+)*)")
 # Which package tells that a program is meant to run here; the extra has the name of the program.
@@ -202,6 +203,7 @@ def coordinator(target: str, files: TlsFiles | None) -> Iterator[Finding]:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     import grpc
 
+    from fedhds.operations import LARGE_ANSWERS
     from fedhds.security.credentials import diagnose_handshake, probe_credentials
     from fedhds.status import error_of
     from fedhds.v1 import federation_pb2 as pb
@@ -211,17 +213,20 @@ def coordinator(target: str, files: TlsFiles | None) -> Iterator[Finding]:
     if reason := diagnose_handshake(target, files, _ANSWER_S):
         yield Finding(check, State.FAILED, coded(CoordinatorUnreachable(reason)))
         return
-    channel = grpc.secure_channel(target, probe_credentials(files)) if files else grpc.insecure_channel(target)
+    if files:
+        channel = grpc.secure_channel(target, probe_credentials(files), options=LARGE_ANSWERS)
+    else:
+        channel = grpc.insecure_channel(target, options=LARGE_ANSWERS)
     with channel:
         try:
             serving = channel.unary_unary(_HEALTH)(b"", timeout=_ANSWER_S) == _SERVING
-            # The journal has no such line: the answer is small.
+            # The journal has no such line.
             request, ask = pb.GetStatusRequest(journal_after=2**63), rpc.OperationsStub(channel).GetStatus
             asked = [_timed(lambda: ask(request, timeout=_ANSWER_S)) for _ in range(_ASKED)]
         except grpc.RpcError as error:
             known = error_of(error)
             if isinstance(known, NotLeading):
-                yield Finding(check, State.OK, "is reached and stands by while another coordinator leads")
+                yield Finding(check, State.OK, STANDS_BY)
             else:
                 reason = error.details() or error.code().name
                 problem = f"{target} does not answer as a coordinator: {reason}; look at its log"

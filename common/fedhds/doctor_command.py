@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -65,10 +66,16 @@ def _findings(
     elif finding.state is State.FAILED:
         yield Finding("server", State.SKIPPED, "not asked with certificates that cannot serve")
         server = ""
+    if "FEDHDS_CONFIG" in os.environ:
+        yield Finding("config", State.WARNING, "the file of FEDHDS_CONFIG is not read; give what it holds as flags")
     told = False
+    standing_by = []
     for target in addresses(server) if server else ():
         for finding in checks.coordinator(target, files):
             yield finding
             told |= finding.check == "clock"
+            standing_by.append(finding.message == checks.STANDS_BY)
+    if standing_by and all(standing_by):
+        yield Finding("server", State.WARNING, "none of them leads; give all addresses, or start another coordinator")
     if not told:
         yield Finding("clock", State.SKIPPED, "no coordinator that leads told its time")

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 _ANSWER_S = 10.0
+# A status names every site and every contribution.
+LARGE_ANSWERS = (("grpc.max_receive_message_length", -1),)
 
 Server = Annotated[str, typer.Option(help="The coordinator's HOST:PORT; with standbys theirs too, divided by commas.")]
 TlsCa = Annotated[Path | None, typer.Option(help="CA certificate.")]
@@ -38,7 +40,10 @@ def call(method: str, request: Message, server: str, ca: Path | None, cert: Path
     files = TlsFiles.from_settings(ca, cert, key)
     reasons = []
     for target in addresses(server):
-        channel = grpc.secure_channel(target, channel_credentials(files)) if files else grpc.insecure_channel(target)
+        if files:
+            channel = grpc.secure_channel(target, channel_credentials(files), options=LARGE_ANSWERS)
+        else:
+            channel = grpc.insecure_channel(target, options=LARGE_ANSWERS)
         with channel:
             try:
                 return getattr(rpc.OperationsStub(channel), method)(request, timeout=_ANSWER_S)

@@ -158,7 +158,7 @@ def _read_file(path: Path, model: type[BaseModel]) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError("--config", f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SettingsError("--config", f"{path} is not valid YAML: {error}") from error
     if content is None:
         return {}

@@ -96,9 +96,10 @@ def _watch(console: Console, ask: Callable[[int], pb.GetStatusResponse]) -> None
 
 
 def _print_line(console: Console, line: pb.JournalLine) -> None:
+    from rich.text import Text
+
     at = time.strftime("%H:%M:%S", time.localtime(line.at))
-    style = "yellow" if line.trouble else ""
-    console.print(f"{at} {line.message}", markup=False, highlight=False, soft_wrap=True, style=style)
+    console.print(Text(f"{at} {line.message}", "yellow" if line.trouble else ""), soft_wrap=True)
 
 
 def _picture(answer: pb.GetStatusResponse) -> RenderableType:

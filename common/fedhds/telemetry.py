@@ -84,11 +84,13 @@ class _TerminalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints a record; `logging.raiseExceptions` decides about a terminal that is gone."""
+        from rich.text import Text
+
         try:
-            self.console.print(
-                self.format(record), style=_STYLES.get(record.levelno), markup=False, highlight=False, soft_wrap=True
-            )
-        except OSError:
+            # As text, or what looks like markup or an emoji's name would be made one.
+            self.console.print(Text(self.format(record), _STYLES.get(record.levelno, "")), soft_wrap=True)
+        except (OSError, LookupError, TypeError, ValueError):
+            # As logging's own handlers do: a record that cannot be written is not its caller's end.
             self.handleError(record)
 
 
@@ -116,7 +118,7 @@ def _terminal() -> Console | None:
         return None
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, emoji=False)
 
 
 def _code(record: logging.LogRecord) -> str:
@@ -133,6 +135,6 @@ def _log_uncaught(kind: type[BaseException], error: BaseException, traceback: Tr
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Everything but that a caller gave a call up, which grpcio now and then logs as an error with a traceback."""
+    """Everything but that a caller gave a call up, which grpcio and uvicorn log as an error with a traceback."""
     given_up = record.exc_info is not None and isinstance(record.exc_info[1], CancelledError)
-    return not (given_up and record.name.startswith("grpc"))
+    return not (given_up and record.name.startswith(("grpc", "uvicorn")))

@@ -157,7 +157,7 @@ class Coordinator:
 
         Raises NotLeading when another coordinator has taken the lease.
         """
-        about(lambda: {"run": self.state.run_id, "round": self.state.round})
+        about(lambda: {"run": self.state.run_id})
         for instruction in self._machine.pending():
             self._work.put_nowait(instruction)
         self._settle()

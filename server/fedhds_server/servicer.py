@@ -191,7 +191,7 @@ class FederationServicer(rpc.FederationServicer):
         rows = state.sites[task.site].rows
         if fault := cells.check(report, state.spec, centres=state.centres_now, rows=rows):
             REJECTED.labels("cells").inc()
-            reason = f"the report is rejected: {fault}"
+            reason = _printable(f"the report is rejected: {fault}")
             await self._coordinator.post(ResultRejected(time.time(), task.id, reason))
             return pb.CompleteTaskResponse(reason=reason)
         await self._coordinator.post(ReportReceived(time.time(), task.id, report))
@@ -228,7 +228,7 @@ class FederationServicer(rpc.FederationServicer):
                 largest_norm=state.spec.max_update_norm,
             )
         except AdapterError as error:
-            kind, reason = "adapter", f"the update is rejected: {error}"
+            kind, reason = "adapter", _printable(f"the update is rejected: {error}")
         if reason:
             REJECTED.labels(kind).inc()
             await self._coordinator.post(ResultRejected(time.time(), task.id, reason))
@@ -243,7 +243,7 @@ class FederationServicer(rpc.FederationServicer):
         task = self._open_task(site, request.task_id)
         if task:
             count_failure(task.kind, request.kind)
-            reason = _printable(f"{request.kind}: {request.reason}"[:500])
+            reason = _printable(f"{request.kind}: {request.reason}")
             await self._coordinator.post(TaskFailed(time.time(), task.id, reason))
         return pb.FailTaskResponse()
 
@@ -336,8 +336,8 @@ class FederationServicer(rpc.FederationServicer):
 
 
 def _printable(text: str) -> str:
-    """A peer's words as one line that harms neither a log, nor a terminal, nor a database."""
-    return "".join(character if character.isprintable() else " " for character in text)
+    """A peer's words as one short line that harms neither a log, nor a terminal, nor a database."""
+    return "".join(character if character.isprintable() else " " for character in text[:500])
 
 
 def _evaluation(result: pb.EvaluationResult) -> Evaluation:

@@ -491,7 +491,7 @@ async def test_chunks_are_smaller_while_many_sites_transfer(world: World) -> Non
     link, path = world.link(), world.folder / "update"
     artifact = _file(path, CHUNK_SIZE)
     await link.upload(SESSION, path, artifact)
-    assert world.store.uploads == [number * CHUNK_SIZE // 4 for number in range(4)]
+    assert world.store.uploads == [number * CHUNK_SIZE // 8 for number in range(8)]
 
 
 async def test_a_coordinator_that_does_not_say_how_large_chunks_are_to_be_gets_them_of_512_kib(

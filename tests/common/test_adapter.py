@@ -90,7 +90,7 @@ def test_a_reference_whose_digest_is_none_is_refused(digest: str) -> None:
 
 @st.composite
 def manifests(draw: st.DrawFn) -> AdapterManifest:
-    stems = st.text(st.characters(codec="utf-8"), max_size=8)
+    stems = st.text(st.characters(codec="utf-8"), max_size=8).filter(str.isprintable)
     factors = st.sampled_from((".lora_A.weight", ".lora_B.weight"))
     names = draw(st.sets(st.builds(str.__add__, stems, factors), min_size=1, max_size=4))
     shapes = st.tuples(st.integers(1, 4), st.integers(1, 4))
@@ -110,6 +110,8 @@ def test_a_manifest_survives_the_wire(manifest: AdapterManifest) -> None:
         ((B, A), "sorted by name"),
         ((A, A), "each once"),
         ((TensorSpec("q.weight", (2, 3)),), "no LoRA factor"),
+        ((TensorSpec("q\n12:00:00 INFO all is well\x1b[2J.lora_A.weight", (2, 3)),), "unprintable"),
+        ((TensorSpec("q" * 500 + ".lora_A.weight", (2, 3)),), "more than 500"),
         ((TensorSpec("q.lora_A.weight", (6,)),), "not a matrix's"),
         ((TensorSpec("q.lora_A.weight", (2, 3, 1)),), "not a matrix's"),
         ((TensorSpec("q.lora_A.weight", (2, 0)),), "not a matrix's"),

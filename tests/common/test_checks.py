@@ -18,6 +18,7 @@ import pytest
 
 from fedhds import checks
 from fedhds.checks import Finding, State
+from fedhds.doctor_command import _findings
 from fedhds.security import pki
 from fedhds.security.credentials import TlsFiles, server_credentials
 from fedhds.security.identity import Role
@@ -347,3 +348,12 @@ async def test_a_port_where_nothing_listens_fails() -> None:
     finding = (await asked(f"localhost:{port}"))["server"]
     assert finding.state is State.FAILED
     assert re.search(r"nothing listens on localhost:\d+;.* \[FH52\]$", finding.message)
+
+
+def test_a_federation_that_nobody_leads_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def standing_by(target: str, _: object) -> Iterator[Finding]:
+        yield Finding(f"server {target}", State.OK, checks.STANDS_BY)
+
+    monkeypatch.setattr(checks, "coordinator", standing_by)
+    warned = next(found for found in _findings("a:1,b:2", None, None, None, None) if found.check == "server")
+    assert (warned.state, "none of them leads" in warned.message) == (State.WARNING, True)

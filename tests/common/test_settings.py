@@ -93,6 +93,9 @@ def test_mistakes_in_the_environment_and_the_file_name_them(tmp_path: Path) -> N
         "model: m\nruonds: 1\n": "run.yaml: ruonds: there is no such setting",
         "- model\n": "must hold settings",
         "model: [\n": "not valid YAML",
+        "model: 2026-13-45\n": "not valid YAML",
+        "rounds: 0b_\n": "not valid YAML",
+        "model: " + "[" * 5000: "not valid YAML",
     }.items():
         file.write_text(content)
         with pytest.raises(SettingsError, match=re.escape(words)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -10,9 +11,10 @@ from asyncio import CancelledError
 from collections.abc import Iterator
 
 import pytest
+from rich.console import Console
 
 from fedhds.errors import StorageError, TaskError
-from fedhds.telemetry import about, configure_logging
+from fedhds.telemetry import _TerminalHandler, about, configure_logging
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +62,19 @@ def test_a_line_about_an_error_ends_with_its_code(capsys: pytest.CaptureFixture[
     ]
     assert [line[9:] for line in lines[:4]] == ends
     assert lines[-1] == "fedhds.errors.StorageError: the disk is full"
+
+
+def test_a_terminal_shows_messages_as_they_are_and_no_record_ends_its_caller(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=40, emoji=False)
+    logger = logging.Logger("lib")
+    logger.addHandler(_TerminalHandler(console))
+    logger.error("bad %d %d", 1)
+    logger.error("a:key:b [bold]at[/bold] %s", "/data:key:1")
+    assert console.file.getvalue() == "a:key:b [bold]at[/bold] /data:key:1\n"  # type: ignore[attr-defined]
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_json_line_holds_whatever_is_logged(capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,3 +93,7 @@ def test_a_coordinators_clock_that_is_off_is_seen_from_a_site(federation: Federa
     ran = doctor(f"--server={federation.address()}")
     assert (states(ran)["server"], states(ran)["clock"]) == ("ok", state), ran.stdout
     assert ran.returncode == (state == "failed")
+
+
+def test_a_settings_file_is_not_passed_over_in_silence() -> None:
+    assert states(doctor(FEDHDS_CONFIG="site.yaml"))["config"] == "warning"

@@ -72,11 +72,10 @@ honest, sent = chunks.upload_message, 0
 def upload_message(chunk):
     global sent
     sent += 1
-    if sent > 8:
+    if sent > 2:
         time.sleep(3600)
     return honest(chunk)
 
-chunks.CHUNK_SIZE = 1 << 18
 chunks.upload_message = upload_message
 """
 

@@ -222,7 +222,16 @@ async def test_headers_keep_everything_foreign_out(host: Host, sqlite: Place) ->
         # A name that was pointed at the loopback address, by whoever made it.
         port = urlsplit(url).port
         for path in ("/", "/events", "/selection.json"):
-            assert (await answer(url, path, Host=f"evil.example.org:{port}"))[0] == 421
+            for name in (
+                "evil.example.org",
+                "{.evil.example.org",
+                'a".evil.org',
+                "`.evil.org",
+                "[::1",
+                "a@localhost",
+                "",
+            ):
+                assert (await answer(url, path, Host=f"{name}:{port}"))[0] in (400, 421)
         for name in (f"localhost:{port}", f"[::1]:{port}"):
             assert (await answer(url, "/", Host=name))[0] == 200
     async with page_of(host.coordinator, sqlite, loopback=False) as url:

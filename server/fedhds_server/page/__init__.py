@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import math
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.resources import files
@@ -33,6 +34,7 @@ MOST_STREAMS = 20
 _MOST_LISTED = 200
 _EVERY_S = 1.0
 _RETRY_S = 2
+_HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[a-zA-Z0-9.-]+)(:[0-9]+)?")
 _FILES = {"/": "index.html"} | {f"/{name}": name for name in ("page.css", "page.js", "drawing.js", "icon.svg")}
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _HEADERS = {
@@ -85,7 +87,9 @@ class StatusPage:
 
     def _guarded(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def guarded(request: Request) -> Response:
-            if self._loopback and not is_loopback(request.url.hostname or ""):
+            # The header itself: a URL made of it falls back to the socket's own address where it is odd.
+            named = _HOST.fullmatch(request.headers.get("host", ""))
+            if self._loopback and not (named and is_loopback(named[1].strip("[]"))):
                 return PlainTextResponse("ask for 127.0.0.1 or localhost\n", status_code=421)
             response = await endpoint(request)
             response.headers.update(_HEADERS)
