@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -118,11 +119,13 @@ class CoordinatorLink:
                     yield chunks.upload_message(chunk)
                     progress(offset / artifact.size)
 
+        breaks = itertools.count()
+
         async def attempt() -> None:
             request = pb.GetUploadRequest(session=session, artifact=artifact.to_proto())
             held = await self.federation.GetUpload(request, timeout=_ANSWER_S)
             # Also when all bytes are there: the link may have broken before they were checked and made durable.
-            chunk_size = min(held.chunk_size or _UNTOLD_CHUNK_SIZE, chunks.LARGEST_CHUNK)
+            chunk_size = chunks.smaller(held.chunk_size or _UNTOLD_CHUNK_SIZE, next(breaks))
             await self.federation.Upload(parts(held.offset, chunk_size))
 
         await self._transferred(attempt, lambda: sent)
@@ -135,6 +138,7 @@ class CoordinatorLink:
         `progress` hears the share that has come.
         """
         partial = path.with_name(path.name + ".partial")
+        breaks = itertools.count()
 
         async def attempt() -> None:
             offset = partial.stat().st_size if partial.exists() else 0
@@ -144,6 +148,7 @@ class CoordinatorLink:
                     offset = 0
                 digest = await asyncio.to_thread(_digest_of, partial)
                 request = pb.DownloadRequest(session=session, artifact=artifact.to_proto(), offset=offset)
+                request.chunk_size = chunks.smaller(chunks.LARGEST_CHUNK, next(breaks))
                 taking = Beside()
                 try:
                     async for message in self.federation.Download(request):

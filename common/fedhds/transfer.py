@@ -31,5 +31,8 @@ class Beside:
         if self._step is None:
             return None
         if not self._step.done():
-            await asyncio.wait([asyncio.wrap_future(self._step)])
+            waiting = asyncio.wrap_future(self._step)
+            # What it raises is read off the step, or nobody's to hear when the caller is cancelled.
+            waiting.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            await asyncio.wait([waiting])
         return self._step.result()

@@ -1257,10 +1257,15 @@ class DownloadRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     ARTIFACT_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
+    CHUNK_SIZE_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """The session of EnrollResponse."""
     offset: _builtins.int
     """First byte wanted."""
+    chunk_size: _builtins.int
+    """Most bytes of a chunk; a site whose link broke asks for less, as what does not arrive whole comes again. 0: as many
+    as the coordinator likes.
+    """
     @_builtins.property
     def artifact(self) -> Global___ArtifactRef:
         """The artifact, as a task named it."""
@@ -1271,10 +1276,11 @@ class DownloadRequest(_message.Message):
         session: _builtins.str = ...,
         artifact: Global___ArtifactRef | None = ...,
         offset: _builtins.int = ...,
+        chunk_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "offset", b"offset", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "chunk_size", b"chunk_size", "offset", b"offset", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
