@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,6 +67,10 @@ def run(tmp_path: Path, large_model: Path) -> Iterator[Run]:
     made.network.close()
 
 
+# What grpcio prints by itself, at the end of the process, for a call whose broken link it has not noticed yet.
+_CALL_LEFT_OVER = re.compile(r"Traceback .*\n  File .*_schedule_rpc_coro\nasyncio\.exceptions\.CancelledError\n")
+
+
 def shard(federation: Federation, name: str) -> Path:
     return write_rows(federation.folder / f"{name}.jsonl", {name: 8})
 
@@ -76,7 +81,7 @@ def outcome(federation: Federation, server: Daemon, sites: list[Daemon]) -> byte
     assert not any(statuses), server.text + "".join(site.text for site in sites)
     assert server.text.count("closed with 2 updates") == ROUNDS, server.text
     assert "is lost" not in server.text
-    assert "Traceback" not in server.text + "".join(site.text for site in sites)
+    assert "Traceback" not in _CALL_LEFT_OVER.sub("", server.text) + "".join(site.text for site in sites)
     final = (federation.folder / "run" / "checkpoint" / "adapter_model.safetensors").read_bytes()
     for name in SITES:
         assert (federation.folder / "out" / name / "adapter_model.safetensors").read_bytes() == final
