@@ -22,7 +22,7 @@ _DOWNLOAD_TAG = pb.DownloadResponse.CHUNK_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
 
 def smaller(size: int, breaks: int) -> int:
     """Bytes of a chunk on a link that has broken so often in this transfer: what does not arrive whole comes again."""
-    return max(min(size, LARGEST_CHUNK) >> min(breaks, 10), SMALLEST_CHUNK)
+    return max(min(size, LARGEST_CHUNK) >> min(breaks, 10), min(size, SMALLEST_CHUNK))
 
 
 def chunk_size(transfers: int) -> int:

@@ -294,7 +294,7 @@ class FederationServicer(rpc.FederationServicer):
             artifact = Artifact.from_proto(request.artifact)
             if artifact not in self._coordinator.state.adapters.values():
                 raise ArtifactError("there is no such global adapter (any more); ask for the task again")
-            size = min(self._chunk_size, chunks.smaller(request.chunk_size or chunks.LARGEST_CHUNK, 0))
+            size = min(self._chunk_size, max(request.chunk_size or chunks.LARGEST_CHUNK, chunks.SMALLEST_CHUNK))
             pieces = self._artifacts.open_chunks(artifact, request.offset, size)
             messages = map(chunks.download_message, pieces)
             reading = Beside()
