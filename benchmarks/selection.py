@@ -34,7 +34,7 @@ from benchmarks import selection_cost
 from fedhds.runspec import Fusion
 from fedhds_client import features, fusion, prompts, shard_features, space
 from fedhds_client.features import extract_features
-from fedhds_client.modeling import load_base_model
+from fedhds_client.models.loading import load_base_model
 from fedhds_client.partition import partition
 from fedhds_client.prompts import Encoded, Prompter
 from fedhds_client.shard import Shard

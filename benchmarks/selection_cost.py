@@ -49,7 +49,7 @@ def main() -> None:
     import sklearn.decomposition
     import sklearn.manifold  # noqa: F401
 
-    from fedhds_client.modeling import load_base_model
+    from fedhds_client.models.loading import load_base_model
     from fedhds_client.prompts import Prompter
     from fedhds_client.shard import Shard
 

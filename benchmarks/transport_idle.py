@@ -20,8 +20,8 @@ from sqlalchemy import URL
 
 from benchmarks import transport
 from benchmarks.transport_load import FINGERPRINT, manifest_of
-from fedhds.adapter import Artifact
 from fedhds.runspec import RunSpec
+from fedhds.tensors.artifact import Artifact
 from fedhds_server.aggregation import AGGREGATORS
 from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.coordinator import Coordinator

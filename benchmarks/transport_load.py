@@ -24,8 +24,10 @@ from typing import Any
 import grpc
 import numpy as np
 
-from fedhds.adapter import AdapterManifest, Artifact, TensorSpec, write_adapter
 from fedhds.security.credentials import TlsFiles, channel_credentials, server_credentials
+from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.manifest import AdapterManifest, Initial, TensorSpec
+from fedhds.tensors.safetensors import write_adapter
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_client import link as links
 from fedhds_client.link import CoordinatorLink
@@ -46,7 +48,9 @@ def manifest_of(size: int) -> AdapterManifest:
     """64 tensors that make `size` bytes of float32."""
     rows = size // (4 * _COLUMNS * TENSORS)
     names = sorted(f"layer.{n // 2}.lora_{'AB'[n % 2]}.weight" for n in range(TENSORS))
-    return AdapterManifest(tuple(TensorSpec(name, (rows, _COLUMNS)) for name in names), ("layer",))
+    return AdapterManifest(
+        tuple(TensorSpec(name, (rows, _COLUMNS), "lora", Initial.zeros(), None) for name in names), "{}"
+    )
 
 
 def say(**line: Any) -> None:

@@ -32,7 +32,8 @@ def evaluate(
     from rich.table import Table
 
     from fedhds_client.evaluation import evaluate as measure
-    from fedhds_client.modeling import InferenceModel, load_base_model
+    from fedhds_client.models.adapter import InferenceModel
+    from fedhds_client.models.loading import load_base_model
     from fedhds_client.prompts import Prompter
     from fedhds_client.shard import Shard
 
@@ -76,11 +77,15 @@ def export(
         raise UsageError(f"--out: {out} is not empty; name a new folder")
     if merged:
         _no_telemetry()
-        from fedhds_client.modeling import InferenceModel, load_base_model
+        from fedhds_client.models.adapter import InferenceModel
+        from fedhds_client.models.loading import load_base_model
 
         base = load_base_model(model or _base_model_of(adapter), device="cpu")
         # In float32, rounded once to the type that the base model is stored in.
-        whole = InferenceModel.with_adapter(base, adapter).module.merge_and_unload().to(base.stored_dtype)
+        try:
+            whole = InferenceModel.with_adapter(base, adapter).module.merge_and_unload().to(base.stored_dtype)
+        except (AttributeError, NotImplementedError) as error:
+            raise UsageError("--merged: PEFT cannot merge this kind of adapter; export it without --merged") from error
     try:
         out.mkdir(parents=True, exist_ok=True)
         if merged:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from fedhds.errors import StorageError, TaskError
+from fedhds.runtime.files import replace_file
 from fedhds.v1 import federation_pb2 as pb
-from fedhds_client.durable import write_private
 from fedhds_client.link import file_key
 
 
@@ -49,7 +49,7 @@ def save_clusters(
     Call it before the report leaves, so that picks resolve however the process ends. Raises StorageError.
     """
     kept = {"rows": rows, "members": [list(cluster) for cluster in members], "unclustered": list(unclustered)}
-    write_private(_file(folder, run_id, task_id), json.dumps(kept).encode())
+    replace_file(_file(folder, run_id, task_id), json.dumps(kept), private=True)
 
 
 def _picked(picks: pb.ClusterPicks, members: list[list[int]], unclustered: list[int]) -> tuple[int, ...]:

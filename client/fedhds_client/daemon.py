@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,15 +27,14 @@ from fedhds.security.credentials import TlsFiles
 from fedhds.signals import on_signal
 from fedhds.telemetry import about
 from fedhds.v1 import federation_pb2 as pb
-from fedhds_client.assistant import assist
+from fedhds_client.computation import Cancelled, Control
 from fedhds_client.counted import TASK_FAILURES, TASK_SECONDS, Activity
 from fedhds_client.delivery import write_adapter_folder
+from fedhds_client.distributed.process_group import ProcessGroup
 from fedhds_client.link import CoordinatorLink
 from fedhds_client.progress import Shown
 from fedhds_client.settings import ClientSettings
 from fedhds_client.site import Site, open_sites
-from fedhds_client.team import Team
-from fedhds_client.training import Cancelled
 from fedhds_client.workbench import Workbench
 
 logger = logging.getLogger(__name__)
@@ -51,40 +48,20 @@ _STORAGE_RETRY_S = 5.0
 _ENDS = (SessionLost, CoordinatorUnreachable, EnrolmentRefused)
 
 
-@dataclass
-class Control:
-    """What the event loop and a computation in the worker thread tell each other."""
-
-    progress: float = 0.0
-    show: Callable[[float], None] = lambda share: None
-    _cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def report(self, share: float) -> None:
-        """Notes the share that is done, 0 to 1."""
-        self.progress = share
-        self.show(share)
-
-    def cancel(self) -> None:
-        """Asks the computation to stop at its next step."""
-        self._cancelled.set()
-
-    def cancelled(self) -> bool:
-        """Whether the computation is to stop."""
-        return self._cancelled.is_set()
-
-
 async def run_sites(chosen: ClientSettings) -> int:
     """Runs all sites of this process to the end of the run; returns the exit status."""
     tls = TlsFiles.from_settings(chosen.tls_ca, chosen.tls_cert, chosen.tls_key)
-    team = Team.joined(chosen.device)
-    if not team.leads:
-        return await asyncio.to_thread(assist, chosen, team)
+    group = ProcessGroup.join(chosen.device)
+    if not group.is_leader:
+        from fedhds_client.distributed.worker import run_worker
+
+        return await asyncio.to_thread(run_worker, chosen, group)
     with ExitStack() as stack:
         sites = open_sites(chosen, tls, stack)
         link = CoordinatorLink(chosen.server, tls, patience=chosen.patience)
         # One thread: all sites share one model, and their computations take turns.
         worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
-        workbench = Workbench(chosen, sites, team)
+        workbench = Workbench(chosen, sites, group)
         shown = Shown()
         loops = [SiteLoop(site, link, workbench, worker, chosen, shown) for site in sites]
         tasks = [asyncio.create_task(loop.run()) for loop in loops]

@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
-from fedhds.errors import StorageError
+from fedhds.runtime.files import replace_file, replacing
 
 
 def write_adapter_folder(folder: Path, adapter: Path, config: str, card: str) -> None:
-    """Writes adapter_model.safetensors, adapter_config.json and README.md, each whole or not at all, the tensors last.
+    """Writes adapter_config.json, README.md and adapter_model.safetensors, each whole or not at all, the tensors last.
 
     Several sites of one process write the same content, so order does not matter. Raises StorageError.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _place(folder / "adapter_config.json", config)
-        _place(folder / "README.md", card)
-        _place(folder / "adapter_model.safetensors", adapter)
-    except OSError as error:
-        raise StorageError(f"cannot write the adapter to {folder}: {error.strerror}; make room there") from error
-
-
-def _place(path: Path, content: str | Path) -> None:
-    # A name of its own: sites of one process deliver to the same folder at the same time.
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    partial = Path(name)
-    try:
-        partial.chmod(0o644)
-        if isinstance(content, Path):
-            shutil.copyfile(content, partial)
-        else:
-            partial.write_text(content, encoding="utf-8")
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        # Only a failure leaves it: half an adapter on a full disk.
-        partial.unlink(missing_ok=True)
+    replace_file(folder / "adapter_config.json", config, shared=True)
+    replace_file(folder / "README.md", card, shared=True)
+    with replacing(folder / "adapter_model.safetensors", shared=True) as file, adapter.open("rb") as source:
+        shutil.copyfileobj(source, file)

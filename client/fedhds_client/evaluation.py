@@ -13,12 +13,12 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import GenerationConfig
 
 from fedhds.errors import TaskError
-from fedhds_client.modeling import InferenceModel
+from fedhds_client.computation import Cancelled
+from fedhds_client.models.adapter import InferenceModel
 from fedhds_client.prompts import Prompter
 from fedhds_client.response_loss import ResponseLoss
 from fedhds_client.row_formats import Row
 from fedhds_client.shard import Shard
-from fedhds_client.training import Cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +126,8 @@ def generate(model: InferenceModel, prompter: Prompter, rows: Sequence[Row], max
     pad = int(model.tokenizer.pad_token_id)
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    # PEFT's wrapper hands out the base model with the adapter's layers in it.
-    inner = getattr(model.module, "get_base_model", None)
-    core = inner() if inner else model.module
-    own = core.generation_config
+    inner = model.base.model
+    own = inner.generation_config
     ends = {model.tokenizer.eos_token_id}
     if own is not None and own.eos_token_id is not None:
         ends |= set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id])
@@ -139,11 +137,11 @@ def generate(model: InferenceModel, prompter: Prompter, rows: Sequence[Row], max
         max_new_tokens=room, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=sorted(ends)
     )
     # Of the model's own defaults its stop tokens count; penalties, beams and the like, which transformers would take
-    # over where `config` is silent, must not decide what is measured.
-    core.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    # over where `config` is silent, must not decide what is measured. PEFT's wrapper takes the inner model's, too.
+    inner.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:
-        out = core.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        out = model.module.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     finally:
-        core.generation_config = own
+        inner.generation_config = own
     texts: list[str] = model.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     return texts

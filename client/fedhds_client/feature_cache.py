@@ -7,21 +7,21 @@ folder's secret, so that whoever holds a file alone cannot find out whether a ro
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import hmac
 import os
 import secrets
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from fedhds.errors import StorageError
+from fedhds.runtime.files import locked, make_folder, replace_file, replacing
 from fedhds_client.features import Features
 
 # A run needs the present adapter's features; the ones before serve a site that is asked again for an earlier pass.
@@ -58,8 +58,8 @@ def cached_features(
     """
     try:
         secret = _secret(folder, note)
-    except OSError as error:
-        note(f"features are taken without a cache: cannot use {folder}: {error.strerror}")
+    except (OSError, StorageError) as error:
+        note(f"features are taken without a cache: cannot use {folder} ({error})")
         return _checked(extract(ids), ids, dimension)
     hashes = [hmac.digest(secret, np.asarray(encode(row), dtype="<i8").tobytes(), "sha256") for row in ids]
     places: dict[bytes, int] = {}
@@ -90,14 +90,15 @@ def cached_features(
             values[place] = values[places[row_hash]]
 
     try:
-        with _locked(folder):
+        with locked(folder / "lock", wait=True):
             _make_room(file)
             if held != places.keys() or not file.exists():
-                _replace(file, _content(_mac(secret, file), places, values))
+                with replacing(file, private=True) as stream:
+                    stream.writelines(_content(_mac(secret, file), places, values))
             # The file system's own clock is too coarse to tell which of two files was used last.
             os.utime(file, ns=(time.time_ns(),) * 2)
-    except OSError as error:
-        note(f"cannot keep features in {file}: {error.strerror}; the next selection takes them anew")
+    except (OSError, StorageError) as error:
+        note(f"cannot keep features in {file} ({error}); the next selection takes them anew")
     return Features(np.asarray(ids, dtype=np.int64), values)
 
 
@@ -179,55 +180,25 @@ def _exactly(stream: BinaryIO, size: int) -> bytes:
 
 
 def _secret(folder: Path, note: Callable[[str], None]) -> bytes:
-    """The folder's secret, drawn when there is none; raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """The folder's secret, drawn when there is none; raises OSError or StorageError."""
+    make_folder(folder, private=True)
     file = folder / "secret"
-    with _locked(folder):
+    with locked(folder / "lock", wait=True):
         found = file.read_bytes() if file.exists() else None
         if found is not None and len(found) == _HASH_BYTES:
             return found
         if found is not None:
             note(f"the secret of the cached features in {file} is damaged; it is drawn anew")
         drawn = secrets.token_bytes(_HASH_BYTES)
-        _replace(file, [drawn])
+        replace_file(file, drawn, private=True)
         return drawn
 
 
 def _make_room(used: Path) -> None:
-    """Deletes the files of all keys but the one `used` and those used last before it."""
+    """Deletes what crashes left, and the files of all keys but the one `used` and those used last before it."""
+    for partial in used.parent.glob("*.partial"):
+        partial.unlink()
     others = [file for file in used.parent.glob(f"*{_SUFFIX}") if file != used]
     others.sort(key=lambda file: file.stat().st_mtime_ns, reverse=True)
     for file in others[_KEPT_FILES - 1 :]:
         file.unlink()
-
-
-def _replace(file: Path, pieces: Iterable[bytes]) -> None:
-    """Durably gives `file` this content; at any moment it has the old or the new one. The folder must be locked."""
-    # One name for all: what a crash leaves of it, the next writer overwrites.
-    partial = file.with_name("partial")
-    try:
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
-            for piece in pieces:
-                stream.write(piece)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    descriptor = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Held while something in `folder` is written; readers need no lock, as files are replaced as a whole."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -14,11 +14,11 @@ from typing import Any, BinaryIO, TypeVar
 import grpc
 
 from fedhds import chunks
-from fedhds.adapter import Artifact
 from fedhds.errors import ArtifactError, CoordinatorUnreachable, FedhdsError, NotLeading, StorageError
 from fedhds.security.credentials import TlsFiles, channel_credentials, diagnose_handshake
 from fedhds.settings import addresses
 from fedhds.status import error_of
+from fedhds.tensors.artifact import Artifact
 from fedhds.transfer import Beside
 from fedhds.v1 import federation_pb2 as pb
 from fedhds.v1 import federation_pb2_grpc as rpc

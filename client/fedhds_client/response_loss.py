@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from fedhds_client.modeling import InferenceModel
+from fedhds_client.models.adapter import InferenceModel
 from fedhds_client.prompts import Encoded
 
 
@@ -18,13 +18,14 @@ class ResponseLoss:
 
     With a vocabulary of 150,000 the logits of a whole batch are the peak of memory, and most of them belong to prompts.
     So the body runs on all positions and the head on the response's alone. Models that do more between the two
-    (scaling, soft capping) give other values that way; they are found out once on real rows and run as a whole.
+    (scaling, soft capping) and adapters outside of both (prompts) give other values that way. So the first rows are
+    run both ways, and a model whose values differ is run as a whole from then on.
     """
 
     def __init__(self, model: InferenceModel) -> None:
-        # PEFT's wrapper hands out the base model with the adapter's layers in it.
-        inner = getattr(model.module, "get_base_model", None)
-        self._model: Any = inner() if inner else model.module
+        self._module = model.module
+        # With the layers of adapters that have any.
+        self._inner: Any = model.base.model
         self._pad = int(model.tokenizer.pad_token_id)
         self._device = model.device
         self._split: bool | None = None
@@ -57,27 +58,28 @@ class ResponseLoss:
     ) -> torch.Tensor:
         if split:
             hidden = self._body()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            logits: torch.Tensor = self._model.get_output_embeddings()(hidden[before])
+            logits: torch.Tensor = self._inner.get_output_embeddings()(hidden[before])
             return logits
-        whole: torch.Tensor = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return whole[before]
+        whole: torch.Tensor = self._module(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        # Prompt methods put positions of their own in front.
+        return whole[:, -ids.shape[1] :][before]
 
     def _body(self) -> Any:
-        return getattr(self._model, self._model.base_model_prefix, None)
+        return getattr(self._inner, self._inner.base_model_prefix, None)
 
     def _can_split(self, ids: torch.Tensor, mask: torch.Tensor, before: torch.Tensor) -> bool:
-        if self._body() is None or self._model.get_output_embeddings() is None:
+        if self._body() is None or self._inner.get_output_embeddings() is None:
             return False
-        training = self._model.training
-        self._model.eval()
+        training = self._module.training
+        self._module.eval()
         with torch.no_grad(), self._precision():
             one = ids[:1], mask[:1], before[:1]
             split = self._response_logits(*one, split=True)
             whole = self._response_logits(*one, split=False)
-        self._model.train(training)
-        return bool(torch.allclose(split.float(), whole.float(), rtol=1e-3, atol=1e-3))
+        self._module.train(training)
+        return split.shape == whole.shape and torch.allclose(split.float(), whole.float(), rtol=1e-3, atol=1e-3)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self._device.type == "cuda" and self._model.dtype == torch.bfloat16:
+        if self._device.type == "cuda" and self._inner.dtype == torch.bfloat16:
             return torch.autocast("cuda", dtype=torch.bfloat16)
         return contextlib.nullcontext()

@@ -115,10 +115,10 @@ class ClientSettings(BaseModel):
         description="Serve /metrics, /healthz and /readyz over HTTP at this HOST:PORT; port 0 takes a free one.",
         json_schema_extra={"group": "Metrics"},
     )
-    http_open: bool = Field(
+    insecure: bool = Field(
         False,
-        description="Let --http listen beyond loopback: it has neither TLS nor passwords, and whoever reaches the port "
-        "can read it.",
+        description="Listen beyond loopback with --http although it has neither TLS nor passwords: anybody who reaches "
+        "the port can read it.",
         json_schema_extra={"group": "Metrics"},
     )
 
@@ -130,7 +130,7 @@ class ClientSettings(BaseModel):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise ValueError(f"data: two shards are called {twice}; sites are named after them, rename one")
-        check_http(self.http, self.http_open)
+        check_http(self.http, self.insecure)
         for address in addresses(self.server):
             host, _, port = address.rpartition(":")
             if not host or not re.fullmatch("[0-9]+", port) or not 0 < int(port) <= 65535:

@@ -1,4 +1,4 @@
-"""Features of a site's shard under the run's model: from memory, from the cache, or taken by all of the site's team."""
+"""Features of a site's shard under the run's model: from memory, the cache, or the extraction by its process group."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fedhds.errors import TaskError
+from fedhds_client.computation import Cancelled, Control
+from fedhds_client.distributed.process_group import Extract, ProcessGroup
 from fedhds_client.feature_cache import cached_features
 from fedhds_client.features import Features, extract_features
-from fedhds_client.modeling import AdapterModel, fingerprint, load_base_model
+from fedhds_client.models.adapter import AdapterModel
+from fedhds_client.models.fingerprint import fingerprint
+from fedhds_client.models.loading import load_base_model
 from fedhds_client.prompts import Prompter
 from fedhds_client.shard import Shard
 from fedhds_client.space import FeatureSpace
-from fedhds_client.team import Extract, Team
-from fedhds_client.training import Cancelled
 
 if TYPE_CHECKING:
     from fedhds.runspec import RunSpec
     from fedhds_client.settings import ClientSettings
     from fedhds_client.site import Site
-    from fedhds_client.workbench import Control
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +34,9 @@ class ShardFeatures:
     """Takes features with the run's feature model, or with the base model under the adapter of the task."""
 
     def __init__(
-        self, chosen: ClientSettings, spec: RunSpec, model: AdapterModel, prompter: Prompter, team: Team
+        self, chosen: ClientSettings, spec: RunSpec, model: AdapterModel, prompter: Prompter, group: ProcessGroup
     ) -> None:
-        self._model, self._prompter, self._team = model, prompter, team
+        self._model, self._prompter, self._group = model, prompter, group
         self._space = FeatureSpace.of(spec)
         self._batch_size = chosen.inference_batch_size
         self._body = model.base
@@ -76,15 +79,14 @@ class ShardFeatures:
 
             def progress(share: float) -> None:
                 control.report(share)
-                # A team goes on to its end: the others would not hear of it.
-                if control.cancelled() and self._team.size == 1:
+                # With workers it runs to its end: they would not learn of it.
+                if control.cancelled() and self._group.size == 1:
                     raise Cancelled("the extraction of features was stopped")
 
-            order = Extract(number, tuple(rows), b"" if self._own else adapter.read_bytes())
-            self._team.order(order)
-            found = self._team.gathered(self.part(shard, rows, adapter, progress))
-            assert found is not None, "the leader gets the whole"
-            return found
+            content = b"" if self._own else adapter.read_bytes()
+            self._group.broadcast(Extract(number, tuple(rows), content))
+            values = self._group.gather(rows, lambda share: self.extract(shard, share, adapter, progress).values)
+            return Features(np.asarray(rows, dtype=np.int64), values)
 
         found = cached_features(
             site.folder / "features",
@@ -102,27 +104,25 @@ class ShardFeatures:
         """Frees the memory that a site's features take."""
         self._held.pop(site, None)
 
-    def part(
-        self, shard: Shard, rows: Sequence[int], adapter: Path, progress: Callable[[float], None]
-    ) -> Features | Exception:
-        """This process's share of the features of `rows`, or what went wrong with it."""
-        try:
-            if not self._own:
-                self._model.load(adapter)
-            return extract_features(
-                self._body.model if self._own else self._model.module,
-                lambda row: self._encode(shard, row),
-                self._team.share(rows),
-                self._space,
-                pad_id=int(self._body.tokenizer.pad_token_id or 0),
-                batch_size=self._batch_size,
-                progress=progress,
-            )
-        except Exception as error:
-            if self._team.size == 1:
-                raise
-            # The others wait for this part: they get the error in its place.
-            return error
+    def extract(
+        self,
+        shard: Shard,
+        rows: Sequence[int],
+        adapter: Path,
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> Features:
+        """Extracts the features of `rows` in this process; raises TaskError, AdapterError and ModelError."""
+        if not self._own:
+            self._model.load(adapter)
+        return extract_features(
+            self._body.model if self._own else self._model.module,
+            lambda row: self._encode(shard, row),
+            rows,
+            self._space,
+            pad_id=int(self._body.tokenizer.pad_token_id or 0),
+            batch_size=self._batch_size,
+            progress=progress,
+        )
 
     def _encode(self, shard: Shard, row: int) -> list[int]:
         encoded = self._prompter.encode(shard[row])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-import os
 import secrets
 import socket
 from contextlib import ExitStack
@@ -14,8 +12,8 @@ from pathlib import Path
 
 from fedhds.errors import SettingsError, StorageError
 from fedhds.privacy.ledger import Ledger
+from fedhds.runtime.files import locked, make_folder, replace_file
 from fedhds.security.credentials import TlsFiles, own_identity
-from fedhds_client.durable import write_private
 from fedhds_client.link import file_key
 from fedhds_client.settings import ClientSettings
 from fedhds_client.shard import Shard
@@ -56,7 +54,7 @@ class Site:
         """
         path = self.folder / "session.next"
         if not path.exists():
-            write_private(path, secrets.token_hex(32).encode())
+            replace_file(path, secrets.token_hex(32), private=True)
         return path.read_text(encoding="ascii")
 
     def keep_session(self) -> None:
@@ -108,20 +106,17 @@ def _opened(path: Path, chosen: ClientSettings, folder: Path, stack: ExitStack) 
 
 def _held_folder(folder: Path, name: str, stack: ExitStack) -> Path:
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        make_folder(folder, private=True)
+        stack.enter_context(locked(folder / "lock"))
         (folder / "name").write_text(name + "\n", encoding="utf-8")
+    except BlockingIOError as error:
+        raise SettingsError(
+            "--state", f"another process on this machine runs the site {name!r} on {folder}; stop it first"
+        ) from error
     except OSError as error:
         raise StorageError(
             f"cannot write to the site's state folder {folder}: {error.strerror}; make room there, or choose another "
             "with --state"
-        ) from error
-    stack.callback(os.close, descriptor)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise SettingsError(
-            "--state", f"another process on this machine runs the site {name!r} on {folder}; stop it first"
         ) from error
     return folder
 

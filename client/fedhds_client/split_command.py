@@ -101,13 +101,14 @@ def _write(
     arguments: dict[str, object],
     inputs: dict[str, str],
 ) -> None:
-    """Writes everything beside `out` and puts it in place by renames, the manifest last."""
+    """Writes the shards, each whole or not at all, the manifest last."""
     import hashlib
     import json
     from collections import Counter
 
     from fedhds import __version__
-    from fedhds.errors import UsageError
+    from fedhds.errors import StorageError, UsageError
+    from fedhds.runtime.files import replace_file, replacing
 
     manifest = out / "manifest.json"
     if out.exists() and not out.is_dir():
@@ -123,15 +124,13 @@ def _write(
         described = {}
         for name, rows in files.items():
             digest = hashlib.sha256()
-            partial = out / f"{name}.partial"
-            with partial.open("wb") as file:
+            with replacing(out / name) as file:
                 for index in rows:
                     shard, number = pool[index]
                     source = shard[number].as_source(names[index])
                     line = (json.dumps(source, ensure_ascii=False) + "\n").encode()
                     digest.update(line)
                     file.write(line)
-            partial.replace(out / name)
             counts = Counter(names[index] for index in rows)
             described[name] = {
                 "rows": len(rows),
@@ -139,11 +138,9 @@ def _write(
                 "categories": dict(sorted(counts.items())),
             }
         document = {"fedhds": __version__, "arguments": arguments, "inputs": inputs, "files": described}
-        partial = out / "manifest.json.partial"
-        partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        partial.replace(manifest)
-    except OSError as error:
-        raise UsageError(f"--out: cannot write to {out}: {error.strerror}") from error
+        replace_file(manifest, json.dumps(document, indent=2) + "\n")
+    except (OSError, StorageError) as error:
+        raise UsageError(f"--out: cannot write to {out} ({error})") from error
 
 
 def _earlier_files(manifest: Path) -> list[str]:

@@ -9,16 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from fedhds.errors import FedhdsError, TaskError
+from fedhds.errors import TaskError
 from fedhds.runspec import RunSpec
-from fedhds_client.modeling import AdapterModel
+from fedhds_client.computation import Cancelled
+from fedhds_client.models.adapter import AdapterModel
 from fedhds_client.prompts import Encoded, Prompter
 from fedhds_client.response_loss import ResponseLoss
 from fedhds_client.shard import Shard
-
-
-class Cancelled(FedhdsError):
-    """The computation was stopped on request."""
 
 
 @dataclass(frozen=True, slots=True)

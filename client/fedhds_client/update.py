@@ -1,4 +1,4 @@
-"""A finished update on the site's disk, and what quantisation rounded away of it until the next one makes up for it."""
+"""A finished update on the site's disk, and what quantization rounded away of it until the next one makes up for it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedhds.adapter import AdapterReader, Artifact, FloatArray, TensorSpec, write_adapter, write_difference
 from fedhds.errors import StorageError
+from fedhds.runtime.files import make_folder, replace_file
+from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.manifest import FloatArray, TensorSpec
+from fedhds.tensors.safetensors import AdapterReader, write_adapter
 from fedhds.v1 import federation_pb2 as pb
-from fedhds_client.durable import write_private
 
 if TYPE_CHECKING:
-    from fedhds_client.modeling import AdapterModel
+    from fedhds_client.models.adapter import AdapterModel
     from fedhds_client.training import TrainOutcome
 
 logger = logging.getLogger(__name__)
@@ -81,19 +83,19 @@ class Trained:
 def keep_update(path: Path, model: AdapterModel, adapter: Path, outcome: TrainOutcome, *, number: int) -> Trained:
     """Writes what training made of the global adapter `adapter` in round `number` to `path`, in the run's wire type.
 
-    In int8 it is the difference to `adapter` plus what was rounded away of the site's update before; what is rounded
-    away of this one lies beside it. It is finished, and earlier ones go, once its note is durable. Raises StorageError.
+    A difference (int8) is to `adapter`, plus what was rounded away of the site's update before; what is rounded away of
+    this one lies beside it. It is finished, and earlier ones go, once its note is durable. Raises StorageError.
     """
     folder = path.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for old in folder.glob("update-*.safetensors"):
             old.unlink()
         residual = ""
-        if model.wire_dtype == "int8":
-            artifact, residual = _write_quantised(path, model, adapter, _carried(path, number))
+        if model.codec.is_difference:
+            artifact, residual = _write_difference(path, model, adapter, _carried(path, number))
         else:
-            artifact = write_adapter(path, model.manifest(), model.values(), model.wire_dtype)
+            artifact = model.codec.write(path, model.manifest(), model.values())
         facts = Facts(
             digest=artifact.digest,
             size=artifact.size,
@@ -104,7 +106,7 @@ def keep_update(path: Path, model: AdapterModel, adapter: Path, outcome: TrainOu
             round=number,
             residual=residual,
         )
-        write_private(path.with_suffix(".json"), json.dumps(asdict(facts)).encode())
+        replace_file(path.with_suffix(".json"), json.dumps(asdict(facts)), private=True)
         for old in folder.glob("update-*"):
             if old.stem != path.stem:
                 old.unlink()
@@ -134,11 +136,11 @@ def _carried(path: Path, number: int) -> Path | None:
     return residual
 
 
-def _write_quantised(path: Path, model: AdapterModel, adapter: Path, carried: Path | None) -> tuple[Artifact, str]:
+def _write_difference(path: Path, model: AdapterModel, adapter: Path, carried: Path | None) -> tuple[Artifact, str]:
     """Writes the update and what was rounded away of it; the update, and the digest of the other."""
     manifest = model.manifest()
     with _difference(model, adapter, carried) as difference:
-        artifact = write_difference(path, manifest, difference)
+        artifact = model.codec.write(path, manifest, difference)
         with AdapterReader(path, manifest, differences=True) as sent:
             rest = write_adapter(
                 path.with_suffix(".residual"), manifest, lambda spec: difference(spec) - sent.tensor(spec), "float32"

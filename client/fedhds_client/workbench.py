@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from fedhds.adapter import AdapterManifest, Artifact
 from fedhds.errors import StorageError, TaskError
 from fedhds.runspec import RunSpec
+from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.manifest import AdapterManifest
 from fedhds.v1 import federation_pb2 as pb
+from fedhds_client.computation import Control
 from fedhds_client.coreset import coreset_rows
+from fedhds_client.distributed.process_group import Prepare, ProcessGroup, Stop
 from fedhds_client.link import CoordinatorLink, file_key
 from fedhds_client.settings import ClientSettings
 from fedhds_client.site import Site
-from fedhds_client.team import Prepare, Stop, Team
 from fedhds_client.update import Trained, keep_update
 
 if TYPE_CHECKING:
@@ -25,21 +27,11 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from fedhds_client.features import Features
-    from fedhds_client.modeling import AdapterModel, BaseModel
+    from fedhds_client.models.adapter import AdapterModel
     from fedhds_client.prompts import Prompter
     from fedhds_client.shard_features import ShardFeatures
 
 logger = logging.getLogger(__name__)
-
-
-class Control(Protocol):
-    """How a computation reports its progress and learns that it is to stop."""
-
-    def report(self, share: float) -> None:
-        """Notes the share that is done, 0 to 1."""
-
-    def cancelled(self) -> bool:
-        """Whether the computation is to stop."""
 
 
 class Workbench:
@@ -48,9 +40,9 @@ class Workbench:
     `prepare` must have returned before any other computation. All but `fetch` run in the process's one worker thread.
     """
 
-    def __init__(self, chosen: ClientSettings, sites: Sequence[Site], team: Team) -> None:
+    def __init__(self, chosen: ClientSettings, sites: Sequence[Site], group: ProcessGroup) -> None:
         self._chosen = chosen
-        self._team = team
+        self._group = group
         self._numbers = {site.name: number for number, site in enumerate(sites)}
         self._spec: RunSpec | None = None
         self._model: AdapterModel
@@ -63,13 +55,14 @@ class Workbench:
 
     def prepare(self, spec: RunSpec) -> tuple[pb.ModelFingerprint, AdapterManifest]:
         """Loads the run's base model, or takes the one that another site of this process loaded."""
-        from fedhds_client.modeling import fingerprint
+        from fedhds_client.models.fingerprint import fingerprint
+        from fedhds_client.run_models import load_models
         from fedhds_client.shard_features import ShardFeatures
 
         if self._spec is None:
-            self._team.order(Prepare(spec.to_proto().SerializeToString()))
+            self._group.broadcast(Prepare(spec.to_proto().SerializeToString()))
             base, self._model, self._prompter = load_models(self._chosen, spec)
-            self._features = ShardFeatures(self._chosen, spec, self._model, self._prompter, self._team)
+            self._features = ShardFeatures(self._chosen, spec, self._model, self._prompter, self._group)
             proof = fingerprint(base, self._prompter.fingerprint)
             proof.feature_model = self._features.proof
             self._proof = proof, self._model.manifest()
@@ -80,9 +73,9 @@ class Workbench:
         return self._proof
 
     def close(self) -> None:
-        """Lets the other processes of the team go; nothing may be computed after it."""
-        self._team.order(Stop())
-        self._team.dissolved()
+        """Stops the workers of this site's process group; nothing may be computed after it."""
+        self._group.broadcast(Stop())
+        self._group.close()
 
     async def fetch(
         self, link: CoordinatorLink, session: str, reference: pb.ArtifactRef, progress: Callable[[float], None]
@@ -134,7 +127,7 @@ class Workbench:
         labels: npt.NDArray[np.int64],
     ) -> None:
         """Keeps the map of a selection, for the report that is written once the picks are known."""
-        from fedhds_client.local_report import cluster_map, save_map
+        from fedhds_client.report.cluster_map import cluster_map, save_map
 
         folder = _report_folder(site, run_id, task_id)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -143,7 +136,8 @@ class Workbench:
 
     def _report(self, site: Site, run_id: str, task_id: str, rows: Sequence[int]) -> None:
         """Writes the site's own report on a selection, once."""
-        from fedhds_client.local_report import load_map, write_local_report
+        from fedhds_client.report.cluster_map import load_map
+        from fedhds_client.report.page import write_local_report
 
         folder = _report_folder(site, run_id, task_id)
         if not (folder / "map.npz").exists() or (folder / "report.html").exists():
@@ -232,20 +226,6 @@ class Workbench:
         if self._spec is None:
             raise TaskError("the base model is not loaded yet")
         return self._spec
-
-
-def load_models(chosen: ClientSettings, spec: RunSpec) -> tuple[BaseModel, AdapterModel, Prompter]:
-    """The run's base model, the adapter on it, and how rows become tokens; raises ModelError."""
-    from fedhds_client.modeling import AdapterModel, load_base_model
-    from fedhds_client.prompts import Prompter
-
-    name = chosen.model or spec.model
-    revision = "" if chosen.model else spec.model_revision
-    logger.info("loading the base model %s", name)
-    base = load_base_model(name, revision=revision, device=chosen.device, cache_dir=chosen.state)
-    length = min(spec.max_length, base.max_length)
-    prompter = Prompter(base.tokenizer, max_length=length, prompt_format=spec.prompt_format)
-    return base, AdapterModel(base, spec), prompter
 
 
 def _report_folder(site: Site, run_id: str, task_id: str) -> Path:

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal, Self
 from google.protobuf import json_format
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedhds.tensors.codecs import CODECS
+from fedhds.tensors.safetensors import AdapterDtype
 from fedhds.v1 import runspec_pb2
 
-AdapterDtype = Literal["float32", "bfloat16", "float16"]
 WireDtype = Literal[AdapterDtype, "int8"]
 PromptFormat = Literal["auto", "chat", "alpaca"]
 Strategy = Literal["full", "random", "fedhds", "fedhds-aligned", "global"]
@@ -329,9 +330,8 @@ class RunSpec(BaseModel):
 
     @property
     def adapter_dtype(self) -> AdapterDtype:
-        """Tensor type of the global adapter: the wire type, but float32 where only updates are quantised."""
-        # Nobody would make up for what is rounded away of it in every round.
-        return "float32" if self.wire_dtype == "int8" else self.wire_dtype
+        """Tensor type of the global adapter: the wire type, but float32 where only updates are quantized."""
+        return CODECS[self.wire_dtype].adapter_dtype
 
     @property
     def noised(self) -> bool:

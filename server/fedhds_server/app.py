@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import fcntl
 import gc
 import logging
 import os
@@ -22,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from fedhds import __version__
 from fedhds.errors import NotLeading, SettingsError, StorageError
 from fedhds.liveness import watch_loop
+from fedhds.runtime.files import locked, make_folder, replace_file
 from fedhds.security.credentials import TlsFiles, server_credentials
 from fedhds.settings import is_loopback
 from fedhds.signals import on_signal
@@ -74,10 +74,7 @@ async def serve(chosen: ServerSettings) -> int:
         leadership = Leadership(store, holder, f"{socket.gethostname()}:{port}")
         await term.stand_by()
         await server.start()
-        try:
-            (folder / "address").write_text(f"{host}:{port}\n")
-        except OSError as error:
-            raise StorageError(f"cannot write {folder / 'address'}: {error.strerror}") from error
+        replace_file(folder / "address", f"{host}:{port}\n")
         logger.info(
             "fedhds-server %s listens on %s:%d (%s)", __version__, host, port, "mutual TLS" if tls else "no TLS"
         )
@@ -225,16 +222,10 @@ def _named(state: RunState) -> set[str]:
 @contextlib.contextmanager
 def _run_folder(folder: Path) -> Iterator[tuple[Path, str]]:
     """The run folder, made if need be and held against a second coordinator, and the name that is its own for good."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write to the run folder {folder}: {error.strerror}; choose another with --run-folder"
-        ) from error
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            make_folder(folder)
+            descriptor = stack.enter_context(locked(folder / "lock"))
             holder = os.read(descriptor, 64).decode()
             if not holder:
                 holder = secrets.token_hex(16)
@@ -244,7 +235,7 @@ def _run_folder(folder: Path) -> Iterator[tuple[Path, str]]:
                 "--run-folder", f"{folder} is in use by another coordinator; stop it or choose another folder"
             ) from error
         except OSError as error:
-            raise StorageError(f"cannot write {folder / 'lock'}: {error.strerror}; make room there") from error
+            raise StorageError(
+                f"cannot write to the run folder {folder}: {error.strerror}; choose another with --run-folder"
+            ) from error
         yield folder.resolve(), holder
-    finally:
-        os.close(descriptor)

@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
-from fedhds.adapter import Artifact
 from fedhds.errors import ArtifactError, DamagedArtifact, StorageError
+from fedhds.runtime.files import sync
+from fedhds.tensors.artifact import Artifact
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full; make room there",
@@ -176,7 +177,7 @@ class ArtifactStore:
             partial.replace(kept)
             # Where both were names of one file already, the rename did nothing.
             partial.unlink(missing_ok=True)
-            _sync(kept.parent)
+            sync(kept.parent)
 
     def delete(self, artifact: Artifact) -> None:
         """Removes an artifact and what is held of its upload; nothing happens when there is neither."""
@@ -230,9 +231,9 @@ class ArtifactStore:
 
     def _place(self, path: Path, artifact: Artifact) -> None:
         """Makes a file complete and durable that is known to hold the artifact's bytes; it is gone from `path` then."""
-        _sync(path)
+        sync(path)
         self._put(path, artifact)
-        _sync(self._folder)
+        sync(self._folder)
 
     def _put(self, path: Path, artifact: Artifact) -> None:
         path.replace(self.path(artifact))
@@ -258,11 +259,3 @@ def kept_name(number: int, site: str) -> str:
     if len(name) > _LONGEST_NAME:
         name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(site.encode()).hexdigest()[:16]}"
     return f"updates/round-{number}/{name}.safetensors"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from fedhds.adapter import AdapterManifest, peft_config
 from fedhds.errors import StorageError
 from fedhds.runspec import RunSpec
+from fedhds.runtime.files import sync
 
 # No dot first: ../model is a path.
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -42,7 +42,7 @@ class RunFacts:
     evaluations: tuple[EvaluationFacts, ...]
 
 
-def write_checkpoint(folder: Path, adapter: Path, manifest: AdapterManifest, spec: RunSpec, card: str) -> None:
+def write_checkpoint(folder: Path, adapter: Path, config: str, card: str) -> None:
     """Makes `folder/checkpoint` a link to a new complete folder and removes the one before; raises StorageError.
 
     The link is swapped by a rename, so that a reader, or a crash at any instant, finds one whole version.
@@ -55,32 +55,24 @@ def write_checkpoint(folder: Path, adapter: Path, manifest: AdapterManifest, spe
         version = versions / ("b" if current.endswith("a") else "a")
         shutil.rmtree(version, ignore_errors=True)
         version.mkdir()
-        (version / "adapter_config.json").write_text(peft_config(spec, manifest), encoding="utf-8")
+        (version / "adapter_config.json").write_text(config, encoding="utf-8")
         (version / "README.md").write_text(card, encoding="utf-8")
         shutil.copyfile(adapter, version / "adapter_model.safetensors")
         for file in version.iterdir():
-            _sync(file)
-        _sync(version)
-        _sync(versions)
+            sync(file)
+        sync(version)
+        sync(versions)
         partial = folder / "checkpoint.partial"
         partial.unlink(missing_ok=True)
         partial.symlink_to(Path("checkpoints") / version.name)
         partial.replace(link)
-        _sync(folder)
+        sync(folder)
         if current:
             shutil.rmtree(folder / current, ignore_errors=True)
     except OSError as error:
         raise StorageError(
             f"cannot write the checkpoint to {folder}: {error.strerror or error}; make room there"
         ) from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def model_card(spec: RunSpec, facts: RunFacts) -> str:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
-from fedhds import adapter as adapters
-from fedhds.adapter import Artifact
 from fedhds.errors import DamagedArtifact, Evicted, FedhdsError, SessionLost, StorageError
+from fedhds.runtime.files import replace_file
 from fedhds.telemetry import about
+from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.safetensors import write_adapter
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.aggregation.base import Aggregator, Update
 from fedhds_server.aggregation.weights import bounded_shares
@@ -412,9 +413,7 @@ class Coordinator:
     def _draw_adapter(self) -> Artifact:
         manifest, spec = self.state.adapter_manifest, self.state.spec
         path = self._artifacts.scratch(f"initial-{self._scratch}")
-        artifact = adapters.write_adapter(
-            path, manifest, lambda tensor: adapters.initial_tensor(tensor, spec.seed), spec.adapter_dtype
-        )
+        artifact = write_adapter(path, manifest, lambda tensor: tensor.initial_value(spec.seed), spec.adapter_dtype)
         self._artifacts.adopt(path, artifact)
         return artifact
 
@@ -467,17 +466,14 @@ class Coordinator:
     def _write_checkpoint(self) -> None:
         state = self.state
         newest = state.adapters[max(state.adapters)]
-        write_checkpoint(
-            self._folder, self._artifacts.verified(newest), state.adapter_manifest, state.spec, run_card(state)
-        )
+        config = state.adapter_manifest.config
+        write_checkpoint(self._folder, self._artifacts.verified(newest), config, run_card(state))
         report = json_format.MessageToJson(
             run_status(state, self.checkpoint),
             preserving_proto_field_name=True,
             always_print_fields_with_no_presence=True,
         )
-        partial = self._folder / "report.json.partial"
-        partial.write_text(report, encoding="utf-8")
-        partial.replace(self._folder / "report.json")
+        replace_file(self._folder / "report.json", report)
 
 
 @SELECTION_SECONDS.time()

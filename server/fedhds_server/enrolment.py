@@ -8,9 +8,9 @@ import re
 import secrets
 
 from fedhds import PROTOCOL_VERSIONS
-from fedhds.adapter import AdapterManifest
 from fedhds.errors import EnrolmentRefused, Evicted, NameInUse
 from fedhds.security.identity import PeerIdentity, Role
+from fedhds.tensors.manifest import AdapterManifest
 from fedhds_server.state import RunState, SiteState
 
 # Beyond any instruction data, a mistake or an attack; and NumPy draws from a pool of fewer than 10^9 rows.
@@ -101,6 +101,9 @@ def check_attestation(
     needed = {part for part in _PARTS if part != "feature_model" or state.spec.feature_model}
     if set(fingerprint) != set(_PARTS) or not all(fingerprint[part] for part in needed):
         raise EnrolmentRefused("the site sent no complete fingerprint of its base model")
+    model = manifest.parsed_config().get("base_model_name_or_path", state.spec.model)
+    if model != state.spec.model:
+        raise EnrolmentRefused(f"the site's adapter names another base model than the run's ({state.spec.model})")
     if not state.fingerprint:
         return
     differing = [label for part, label in _PARTS.items() if fingerprint[part] != state.fingerprint[part]]
@@ -109,5 +112,8 @@ def check_attestation(
             f"the site's base model is not the run's ({state.spec.model}): {', '.join(differing)} "
             f"differ{'s' if len(differing) == 1 else ''}; load the same files at the same revision"
         )
-    if manifest != state.adapter_manifest:
-        raise EnrolmentRefused("the site's adapter has other tensors than the run's; install the same peft version")
+    if not manifest.agrees_with(state.adapter_manifest):
+        raise EnrolmentRefused(
+            "the site's adapter has other tensors than the run's, or another configuration; install the same peft "
+            "version"
+        )

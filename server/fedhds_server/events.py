@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedhds.adapter import AdapterManifest, Artifact
+from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.manifest import AdapterManifest
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.state import Evaluation
 

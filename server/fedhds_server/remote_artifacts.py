@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from fedhds.adapter import Artifact
 from fedhds.errors import DamagedArtifact, FedhdsError, SettingsError, StorageError
+from fedhds.tensors.artifact import Artifact
 from fedhds_server import artifacts
 from fedhds_server.artifacts import ArtifactStore, kept_name
 

@@ -13,7 +13,6 @@ from typing import Any
 import grpc
 
 from fedhds import chunks
-from fedhds.adapter import AdapterManifest, Artifact, peft_config
 from fedhds.errors import (
     AdapterError,
     ArtifactError,
@@ -25,6 +24,8 @@ from fedhds.errors import (
 )
 from fedhds.security.identity import identity_of
 from fedhds.status import abort, answers
+from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.manifest import AdapterManifest
 from fedhds.transfer import Beside
 from fedhds.v1 import federation_pb2 as pb
 from fedhds.v1 import federation_pb2_grpc as rpc
@@ -376,6 +377,6 @@ def _done_task(state: RunState) -> pb.DoneTask:
     done = pb.DoneTask(outcome=outcome, message=state.message)
     if state.adapters:
         done.adapter.CopyFrom(state.adapters[max(state.adapters)].to_proto())
-        done.adapter_config = peft_config(state.spec, state.adapter_manifest)
+        done.adapter_config = state.adapter_manifest.config
         done.model_card = run_card(state)
     return done

@@ -66,19 +66,15 @@ class ServerSettings(RunSpec):
     )
     insecure: bool = Field(
         False,
-        description="Listen beyond loopback without TLS: anybody who reaches the port can join.",
+        description="Listen beyond loopback without TLS: for gRPC, where anybody who reaches the port can join, and "
+        "for --http, which has no TLS or passwords, so that anybody who reaches its port can read the sites' names, "
+        "errors and results. With --tls-ca, --tls-cert and --tls-key gRPC uses TLS all the same.",
         json_schema_extra={"group": "Server"},
     )
     http: str = Field(
         "",
         description="Serve the status page, which names sites, /metrics, /healthz and /readyz over HTTP at this "
         "HOST:PORT; port 0 takes a free one.",
-        json_schema_extra={"group": "Server"},
-    )
-    http_open: bool = Field(
-        False,
-        description="Let --http listen beyond loopback: it has neither TLS nor passwords, and whoever reaches the port "
-        "can read it, with the sites' names, errors and results.",
         json_schema_extra={"group": "Server"},
     )
     log_level: LogLevel = Field("INFO", description="Least level to log.", json_schema_extra={"group": "Server"})
@@ -98,7 +94,7 @@ class ServerSettings(RunSpec):
                 f"listen: {host} is reachable from other machines and there is no TLS; give --tls-ca, --tls-cert and "
                 "--tls-key (see fedhds certs), or say --insecure"
             )
-        check_http(self.http, self.http_open)
+        check_http(self.http, self.insecure)
         if self.epsilon is not None and self.noise_multiplier:
             raise ValueError("epsilon: it sets the noise itself; drop --noise-multiplier")
         if self.epsilon is not None and not self.clip_norm:

@@ -7,8 +7,9 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedhds.adapter import AdapterManifest, Artifact
 from fedhds.runspec import RunSpec
+from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.manifest import AdapterManifest
 from fedhds.v1 import federation_pb2 as pb
 
 

@@ -16,11 +16,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from fedhds.adapter import initial_tensor, peft_config, write_adapter
 from fedhds.errors import DataError, ModelError, UsageError
 from fedhds.runspec import RunSpec
+from fedhds.tensors.safetensors import write_adapter
 from fedhds_client import commands
-from fedhds_client.modeling import AdapterModel, load_base_model
+from fedhds_client.models.adapter import AdapterModel
+from fedhds_client.models.loading import load_base_model
 from tests.tiny import make_model, write_rows
 
 app = typer.Typer()
@@ -50,9 +51,9 @@ def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = RunSpec.model_validate({"model": str(llama), "rounds": 1, "lora_rank": 4})
     manifest = AdapterModel(load_base_model(str(llama), device="cpu"), spec).manifest()
     write_adapter(
-        folder / "adapter_model.safetensors", manifest, lambda tensor: initial_tensor(tensor, 3) + 0.05, "float32"
+        folder / "adapter_model.safetensors", manifest, lambda tensor: tensor.initial_value(3) + 0.05, "float32"
     )
-    (folder / "adapter_config.json").write_text(peft_config(spec, manifest))
+    (folder / "adapter_config.json").write_text(manifest.config)
     (folder / "README.md").write_text("# A model card\n")
     (folder / "notes.txt").write_text("not the adapter's")
     return folder

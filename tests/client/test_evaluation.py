@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,15 +17,17 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from fedhds.adapter import initial_tensor, write_adapter
 from fedhds.errors import TaskError
 from fedhds.runspec import RunSpec
+from fedhds.tensors.safetensors import write_adapter
+from fedhds_client.computation import Cancelled
 from fedhds_client.evaluation import EvaluationSums, evaluate, generate, rouge_l
-from fedhds_client.modeling import AdapterModel, InferenceModel, load_base_model
+from fedhds_client.models.adapter import AdapterModel, InferenceModel
+from fedhds_client.models.loading import load_base_model
 from fedhds_client.prompts import Prompter
 from fedhds_client.response_loss import ResponseLoss
 from fedhds_client.shard import Shard
-from fedhds_client.training import Cancelled, train
+from fedhds_client.training import train
 from tests.shared import shared
 from tests.tiny import make_model, write_rows
 
@@ -224,7 +227,7 @@ def test_it_reports_progress_and_stops_between_batches(llama: Path, shard: Shard
 
 def test_a_loss_that_is_not_finite_is_not_reported(tmp_path: Path, llama: Path, shard: Shard) -> None:
     adapter = AdapterModel(load_base_model(str(llama), device="cpu"), SPEC)
-    write_adapter(tmp_path / "huge", adapter.manifest(), lambda spec: initial_tensor(spec, 1) * 0 + 3e38, "float32")
+    write_adapter(tmp_path / "huge", adapter.manifest(), lambda spec: np.full(spec.shape, 3e38, np.float32), "float32")
     adapter.load(tmp_path / "huge")
     with pytest.raises(TaskError, match="not finite"):
         evaluate(adapter, shard, Prompter(adapter.tokenizer, max_length=256), max_new_tokens=2, batch_size=4)

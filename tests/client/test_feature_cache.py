@@ -318,7 +318,7 @@ for note in [*desk.notes, *fresh.notes]:
     first, second = run(script).splitlines()
     assert "cannot keep features" in first
     assert "cannot keep features" in second
-    assert not list(tmp_path.rglob("partial"))
+    assert not list(tmp_path.rglob("*.partial"))
     survived = Desk(tmp_path, SHARD).take_right()
     assert not survived.asked
     assert not survived.notes
@@ -326,11 +326,13 @@ for note in [*desk.notes, *fresh.notes]:
 
 def test_what_a_crash_leaves_of_a_write_does_no_harm(tmp_path: Path) -> None:
     Desk(tmp_path, SHARD).take_right()
-    (tmp_path / "partial").write_bytes(b"\1" * 10_000)
+    left = [tmp_path / f"{name}.partial" for name in (only_file(tmp_path).name, "another key's.features")]
+    for partial in left:
+        partial.write_bytes(b"\1" * 10_000)
     more = Desk(tmp_path, [*SHARD, (77,)]).take_right()
     assert more.asked == [(77,)]
     assert not more.notes
-    assert not (tmp_path / "partial").exists()
+    assert not any(partial.exists() for partial in left)
     assert not Desk(tmp_path, [*SHARD, (77,)]).take_right().notes
 
 

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from fedhds import chunks, status
-from fedhds.adapter import Artifact
 from fedhds.errors import (
     ArtifactError,
     CoordinatorUnreachable,
@@ -34,6 +33,7 @@ from fedhds.errors import (
 from fedhds.security.credentials import server_credentials
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
+from fedhds.tensors.artifact import Artifact
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_client.link import CoordinatorLink, file_key
 from fedhds_server.artifacts import ArtifactStore

@@ -14,11 +14,13 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GraniteConf
 
 from fedhds.errors import TaskError
 from fedhds.runspec import RunSpec
-from fedhds_client.modeling import AdapterModel, load_base_model
+from fedhds_client.computation import Cancelled
+from fedhds_client.models.adapter import AdapterModel
+from fedhds_client.models.loading import load_base_model
 from fedhds_client.prompts import Encoded, Prompter
 from fedhds_client.response_loss import ResponseLoss
 from fedhds_client.shard import Shard
-from fedhds_client.training import Cancelled, TrainOutcome, train
+from fedhds_client.training import TrainOutcome, train
 from tests.shared import shared
 from tests.tiny import make_model, write_rows
 

@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedhds.adapter import AdapterManifest, AdapterReader, FloatArray, TensorSpec, write_adapter
 from fedhds.errors import StorageError
 from fedhds.runspec import WireDtype
+from fedhds.tensors.codecs import CODECS
+from fedhds.tensors.manifest import AdapterManifest, FloatArray, TensorSpec
+from fedhds.tensors.safetensors import AdapterReader, write_adapter
 from fedhds_client.update import Trained, keep_update
 from fedhds_server.aggregation import AGGREGATORS, Update
+from tests.manifests import lora_manifest
 
-A, B = TensorSpec("q.lora_A.weight", (2, 3)), TensorSpec("q.lora_B.weight", (4, 2))
-MANIFEST = AdapterManifest((A, B), ("q",))
+MANIFEST = lora_manifest({"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)})
+A, B = MANIFEST.tensors
 OUTCOME: Any = SimpleNamespace(samples=5, loss=1.5, seconds=2.0, truncated_rows=1)
-# Of a rank with one large value the small ones are less than half a step: quantised each by itself they never count.
+# Of a rank with one large value the small ones are less than half a step: quantized each by itself they never count.
 LEARNED = {A.name: np.array([[1.0, 0.003, -0.001], [0.5, 0.001, 0.0]]), B.name: np.full((4, 2), 0.1)}
 LEARNED[B.name][0, 0] = 40.0
 
@@ -32,7 +35,7 @@ class Model:
     """What an update is made of: the tensors of a model that has been trained."""
 
     def __init__(self, wire_dtype: WireDtype, start: Start) -> None:
-        self.wire_dtype = wire_dtype
+        self.codec = CODECS[wire_dtype]
         self._start = start
 
     def manifest(self) -> AdapterManifest:

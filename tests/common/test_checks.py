@@ -15,10 +15,11 @@ from pathlib import Path
 
 import grpc
 import pytest
+from packaging.requirements import Requirement
 
-from fedhds import checks
-from fedhds.checks import Finding, State
-from fedhds.doctor_command import _findings
+from fedhds.cli import checks
+from fedhds.cli.checks import Finding, State
+from fedhds.cli.doctor import _findings
 from fedhds.security import pki
 from fedhds.security.credentials import TlsFiles, server_credentials
 from fedhds.security.identity import Role
@@ -149,11 +150,31 @@ def test_what_is_installed_here_is_as_required() -> None:
     assert {finding.state for finding in versions().values()} == {State.OK}
 
 
-def test_every_requirement_is_read() -> None:
+def test_every_requirement_of_a_program_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the packages that tell of a program are here, and they are too old."""
+    anchors = {"server": "sqlalchemy", "client": "torch"}
+
+    def version(package: str) -> str:
+        if package not in anchors.values():
+            raise metadata.PackageNotFoundError(package)
+        return "0.1"
+
+    monkeypatch.setattr(metadata, "version", version)
+    expected: dict[str, set[str]] = {"versions": set(), "fedhds-server": set(), "fedhds-client": set()}
     for line in metadata.requires("fedhds") or []:
-        parts = checks._REQUIREMENT.fullmatch(line)
-        assert parts, line
-        assert ",".join(bound[0] for bound in checks._BOUND.finditer(parts["bounds"])) == parts["bounds"].strip(), line
+        requirement = Requirement(line)
+        check = "versions"
+        if extra := re.search("extra == [\"'](\\w+)", line):
+            check = f"fedhds-{extra[1]}"
+        if check in expected:
+            old = f"is 0.1, where {requirement.specifier} is required"
+            problem = old if requirement.name in anchors.values() else "is missing"
+            expected[check].add(f"{requirement.name} {problem}")
+    found = {
+        check: set(re.findall(r"[\w-]+ is (?:missing|0\.1, where \S+ is required)", finding.message))
+        for check, finding in versions().items()
+    }
+    assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -168,8 +189,12 @@ def test_every_requirement_is_read() -> None:
         ("1.0", "", True),
     ],
 )
-def test_versions_are_compared_by_their_numbers(version: str, bounds: str, meets: bool) -> None:
-    assert checks._meets(version, bounds) is meets
+def test_versions_are_compared_by_their_numbers(
+    monkeypatch: pytest.MonkeyPatch, version: str, bounds: str, meets: bool
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda _: version)
+    expected = [] if meets else [f"package is {version}, where {Requirement(f'package{bounds}').specifier} is required"]
+    assert checks._unmet([Requirement(f"package{bounds}")]) == expected
 
 
 def test_a_package_of_another_version_fails_for_the_program_that_needs_it(

@@ -71,7 +71,7 @@ def plugins(tmp_path: Path) -> Path:
 def _fedhds(*arguments: str, cwd: Path, plugins: Path | None = None) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(str(folder) for folder in (plugins, COMMON) if folder is not None)
     return subprocess.run(
-        [sys.executable, "-m", "fedhds.cli", *arguments],
+        [sys.executable, "-m", "fedhds.cli.toolbox", *arguments],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": path, "COLUMNS": "120"},
         capture_output=True,
@@ -174,7 +174,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     heavy = ("torch", "transformers", "numpy", "grpc", "cryptography", "sklearn", "sqlalchemy", "google.protobuf")
     script = f"""
         import sys
-        from fedhds.cli import app
+        from fedhds.cli.toolbox import app
         try:
             app(["--help"])
         except SystemExit as exit:

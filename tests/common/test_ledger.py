@@ -208,7 +208,8 @@ def test_bytes_and_entry_are_on_disk_in_that_order_before_it_answers(
 
     monkeypatch.setattr(os, "fsync", noted)
     record(Ledger(path), "a")
-    payload, *rest = synced
+    made, payload, *rest = synced
+    assert made == path.parent.name
     assert payload.endswith(".partial")
     assert rest == ["ledger.releases", "ledger.jsonl", path.parent.name]
 

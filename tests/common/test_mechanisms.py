@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from scipy import integrate, special
+from scipy import integrate
 
 from fedhds.privacy import mechanisms
 from fedhds.privacy.mechanisms import (
@@ -128,9 +128,38 @@ def test_no_release_costs_nothing_and_no_noise_costs_all() -> None:
     assert gaussian_epsilon(noise_multiplier=0.0, delta=1e-5) == math.inf
 
 
-def test_scaled_erfc_matches_scipy() -> None:
-    for x in np.concatenate([np.linspace(0, 30, 3001), np.geomspace(30, 1e6, 50)]):
-        assert mechanisms._erfcx(float(x)) == pytest.approx(float(special.erfcx(x)), rel=2e-14)
+@pytest.mark.parametrize(
+    ("epsilon", "mu", "log_delta"),
+    [
+        # With mpmath at 60 digits; both sides of a = 0, far tails, and terms that nearly cancel.
+        (0.0, 1e-3, -7.8266938538534757),
+        (1e-3, 1e-3, -9.3923763840394127),
+        (1e-2, 1e-3, -62.45587743776409),
+        (1.0, 1.0, -2.0640664465003905),
+        (4.0, 1.0, -9.9627618313077081),
+        (3.0, 6.0, -0.010941788920298525),
+        (40.0, 2.0, -186.72223106671727),
+        (1000.0, 30.0, -172.36463913749145),
+        (5e5, 1e3, -0.69394538280153281),
+        (504e3, 1e3, -10.3643191362015),
+    ],
+)
+def test_delta_matches_reference_values(epsilon: float, mu: float, log_delta: float) -> None:
+    assert mechanisms._log_delta(epsilon, mu) == pytest.approx(log_delta, rel=1e-12)
+
+
+@given(MULTIPLIERS, DELTAS)
+def test_epsilon_is_rounded_upwards(multiplier: float, delta: float) -> None:
+    mu, target = 1 / multiplier, math.log(delta)
+    epsilon = gaussian_epsilon(noise_multiplier=multiplier, delta=delta)
+    assert mechanisms._log_delta(epsilon, mu) <= target
+    assert epsilon == 0 or mechanisms._log_delta(math.nextafter(epsilon, 0), mu) > target
+
+
+@given(st.floats(0, 1e300))
+def test_bisection_ends_at_the_last_double_inside(bound: float) -> None:
+    assert mechanisms._bisect(lambda value: value >= bound, inside=1e300, outside=-1.0) == bound
+    assert mechanisms._bisect(lambda value: value <= bound, inside=0.0, outside=1e301) == bound
 
 
 @pytest.mark.parametrize("delta", [0.0, 1.0, -1.0, math.nan])

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import pytest
+from pydantic import Field, model_validator
 
 from docs.generate import TARGET, configuration
 from fedhds import settings
 from fedhds.errors import SettingsError
 from fedhds.runspec import RunSpec, Strategy, budget_rows
+from fedhds.settings import Parameters, Variants, parameter
 from fedhds.v1 import runspec_pb2
 from fedhds_client.settings import ClientSettings
 from fedhds_server.settings import ServerSettings
@@ -75,6 +77,7 @@ def test_flags_win_over_environment_and_environment_over_the_file(tmp_path: Path
         ([*BASE, "--listen", "0.0.0.0:1"], "--listen", "--insecure"),
         ([*BASE, "--listen", "example.org:1"], "--listen", "--insecure"),
         ([*BASE, "--listen", "here"], "--listen", "HOST:PORT"),
+        ([*BASE, "--http", "0.0.0.0:1"], "--http", "--insecure"),
         ([*BASE, "--config", "/nowhere.yaml"], "--config", "/nowhere.yaml"),
     ],
 )
@@ -116,6 +119,9 @@ def test_a_site_needs_some_data_and_shards_of_different_names() -> None:
         client("--data", "x/a.jsonl", "y/a.jsonl")
     with pytest.raises(SettingsError, match="HOST:PORT"):
         client("--data", "a.jsonl", "--server", "host")
+    with pytest.raises(SettingsError, match=r"--http: .* --insecure"):
+        client("--data", "a.jsonl", "--http", "0.0.0.0:1")
+    assert client("--data", "a.jsonl", "--http", "0.0.0.0:1", "--insecure").http == "0.0.0.0:1"
     assert client("--data", "a.jsonl", "b.jsonl").data == (Path("a.jsonl"), Path("b.jsonl"))
 
 
@@ -169,3 +175,163 @@ def test_only_full_and_the_papers_own_rule_have_no_budget() -> None:
 def test_loopback() -> None:
     assert all(settings.is_loopback(host) for host in ("localhost", "127.0.0.1", "127.9.9.9", "[::1]"))
     assert not any(settings.is_loopback(host) for host in ("0.0.0.0", "[::]", "10.0.0.1", "host"))
+
+
+class Shape(Parameters):
+    summary: ClassVar[str]
+
+    kind: str = parameter(..., "What is drawn.", setting="shape")
+
+
+class Circle(Shape):
+    summary = "a circle"
+    kind: Literal["circle"] = "circle"
+    radius: float = parameter(1.0, "Its radius.", gt=0)
+    fill: str = parameter("", "Its color.")
+
+
+class Square(Shape):
+    summary = "a square"
+    kind: Literal["square"] = "square"
+    side: int = parameter(2, "Its side.", setting="side_length")
+    fill: str = parameter("", "Its color.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.fill == "plaid":
+            raise ValueError("no square is plaid")
+        return self
+
+
+SHAPES: dict[str, type[Shape]] = {"circle": Circle, "square": Square}
+VARIANTS = Variants(SHAPES, key="kind", default="circle", kind="shape")
+
+
+class Paper(Parameters):
+    width: int = parameter(..., "Width in cm.", setting="paper_width", ge=1)
+    holes: tuple[int, ...] = parameter((), "Where holes are.")
+
+
+class Drawing(Parameters):
+    """A nested model as the daemons have them."""
+
+    paper: Paper = Field(json_schema_extra={"group": "Paper"})
+    shape: Annotated[Shape, VARIANTS] = Field(
+        default_factory=VARIANTS.make_default, json_schema_extra={"group": "Shape"}
+    )
+    title: str = parameter("", "Written below.", group="Text")
+    revision: int = Field(1, description="For programs.", json_schema_extra={"setting": False})
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.title and self.paper.width < len(self.title):
+            raise ValueError("paper_width: the title is wider")
+        return self
+
+
+def drawing(*arguments: str, environment: dict[str, str] | None = None) -> Drawing:
+    return settings.load(Drawing, program="p", description="d", arguments=arguments, environment=environment or {})
+
+
+def test_nested_values_have_flat_names(tmp_path: Path) -> None:
+    file = tmp_path / "drawing.yaml"
+    file.write_text("paper-width: 9\nholes: 1,2\nshape: square\nside_length: 5\n")
+    expected = Drawing(paper=Paper(width=9, holes=(1, 2)), shape=Square(side=5))
+    assert drawing("--config", str(file)) == expected
+    assert drawing("--paper-width", "9", "--holes", "1", "2", "--shape", "square", "--side-length", "5") == expected
+    variables = {"PAPER_WIDTH": "9", "HOLES": "1,2", "SHAPE": "square", "SIDE_LENGTH": "5"}
+    assert drawing(environment={f"FEDHDS_{name}": value for name, value in variables.items()}) == expected
+    assert Drawing.of(paper_width=9, holes=(1, 2), shape="square", side_length=5) == expected
+
+
+def test_settings_know_their_path_group_and_owners() -> None:
+    found = [(each.name, each.path, each.group, each.owners) for each in settings.settings_of(Drawing)]
+    assert found == [
+        ("paper_width", ("paper", "width"), "Paper", ()),
+        ("holes", ("paper", "holes"), "Paper", ()),
+        ("shape", ("shape", "kind"), "Shape", ()),
+        ("radius", ("shape", "radius"), "Shape", ("circle",)),
+        ("fill", ("shape", "fill"), "Shape", ("circle", "square")),
+        ("side_length", ("shape", "side"), "Shape", ("square",)),
+        ("title", ("title",), "Text", ()),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "setting", "words"),
+    [
+        ([], "--paper-width", "is required (or set FEDHDS_PAPER_WIDTH)"),
+        (["--paper-width", "0"], "--paper-width", "'0' is not valid"),
+        (["--paper-width", "9", "--holes", "1", "x"], "--holes", "'x' is not valid"),
+        (["--paper-width", "2", "--title", "long"], "--paper-width", "the title is wider"),
+        (["--paper-width", "9", "--side-length", "3"], "--side-length", "the shape circle has no such parameter"),
+        (["--paper-width", "9", "--radius", "0"], "--radius", "'0' is not valid"),
+        (["--paper-width", "9", "--shape", "square", "--fill", "plaid"], "--shape", "no square is plaid"),
+    ],
+)
+def test_mistakes_in_nested_values_name_the_flag(arguments: list[str], setting: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(words)) as caught:
+        drawing(*arguments)
+    assert caught.value.setting == setting
+
+
+def test_an_unknown_variant_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "FEDHDS_SHAPE: 'star' is not a known shape; choose one of circle, square"
+    with pytest.raises(SettingsError, match=words):
+        drawing(environment={"FEDHDS_PAPER_WIDTH": "9", "FEDHDS_SHAPE": "star", "FEDHDS_RADIUS": "3"})
+    with pytest.raises(SystemExit):
+        drawing("--paper-width", "9", "--shape", "star")
+    assert re.search(r"--shape: invalid choice: 'star' \(choose from .*circle", capsys.readouterr().err)
+
+
+def test_an_added_variant_has_its_flags_and_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Star(Shape):
+        summary = "a star"
+        kind: Literal["star"] = "star"
+        # The attribute is another variant's, too; the flag is its own.
+        side: int = parameter(5, "Its points.", setting="points", ge=3)
+
+    monkeypatch.setitem(SHAPES, "star", Star)
+    arguments = ["--paper-width", "9", "--shape", "star", "--points", "7"]
+    found = drawing(*arguments)
+    assert found.shape == Star(side=7)
+    assert Drawing.model_validate_json(found.model_dump_json()) == found
+    for wrong in (["--shape", "square", "--points", "7"], ["--shape", "star", "--side-length", "7"]):
+        with pytest.raises(SettingsError, match="has no such parameter"):
+            drawing("--paper-width", "9", *wrong)
+    with pytest.raises(SettingsError, match="--points: '2'"):
+        drawing("--paper-width", "9", "--shape", "star", "--points", "2")
+    with pytest.raises(SystemExit):
+        drawing("--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "star: Its points. (default 5) [FEDHDS_POINTS]" in shown
+    assert "circle: a circle; square: a square; star: a star" in shown
+
+
+def test_the_reference_has_a_table_for_each_group_and_says_whose_a_parameter_is() -> None:
+    text = settings.reference(Drawing)
+    assert re.findall(r"^### (.*)$", text, re.MULTILINE) == ["Paper", "Shape", "Text"]
+    assert "| `--fill` | `FEDHDS_FILL` |  | circle, square: Its color. |" in text
+    assert "| `--shape` | `FEDHDS_SHAPE` | `circle` | What is drawn. circle: a circle; square: a square. |" in text
+    assert "revision" not in text
+
+
+@pytest.mark.parametrize(
+    "clash",
+    [
+        {"title": parameter(3, "Of another kind.")},
+        {"fill": parameter("", "Its color, in other words.")},
+        {"fill": parameter("red", "Its color.")},
+        {"color": parameter("", "Its color.", setting="fill")},
+        {"angle": parameter(0, "Tilt.", setting="radius")},
+    ],
+)
+def test_two_parameters_never_share_a_name(monkeypatch: pytest.MonkeyPatch, clash: dict[str, Any]) -> None:
+    [name] = clash
+    annotations = {"kind": Literal["star"], name: str}
+    star = type("Star", (Shape,), {"summary": "a star", "kind": "star", "__annotations__": annotations, **clash})
+    monkeypatch.setitem(SHAPES, "star", star)
+    with pytest.raises(ValueError, match="two parameters never share a name"):
+        settings.settings_of(Drawing)

@@ -62,6 +62,8 @@ def test_settings_exist_and_are_accepted(files: tuple[str, ...]) -> None:
         if "data" in given:
             given["data"] = given["data"].split(",")
         model.model_validate(given)
+        # It is for --http alone: gRPC keeps its TLS.
+        assert "insecure" not in given or {"http", "tls_ca", "tls_cert", "tls_key"} <= set(given)
 
 
 @pytest.mark.parametrize("files", STACKS, ids=" ".join)

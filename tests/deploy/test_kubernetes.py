@@ -182,6 +182,8 @@ def test_settings_exist_and_are_accepted(manifests: list[Manifest]) -> None:
         if "data" in given:
             given["data"] = given["data"].split(",")
         model.model_validate(given)
+        # It is for --http alone: gRPC keeps its TLS.
+        assert "insecure" not in given or {"http", "tls_ca", "tls_cert", "tls_key"} <= set(given)
 
 
 def test_pods_meet_the_restricted_profile_and_hold_no_token(manifests: list[Manifest]) -> None:

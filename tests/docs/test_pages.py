@@ -10,7 +10,8 @@ import pytest
 import typer
 from pydantic import BaseModel
 
-from fedhds import cli, settings
+from fedhds import settings
+from fedhds.cli import toolbox
 from fedhds_client.settings import ClientSettings
 from fedhds_server.settings import ServerSettings
 from tests.docs.pages import PAGES, ROOT, anchors, commands, prose
@@ -26,7 +27,7 @@ def of(page: str, *programs: str) -> list[list[str]]:
 
 def toolbox_command(words: list[str]) -> tuple[Any, list[str]]:
     """The command of `fedhds` that the words name, and its arguments."""
-    command: Any = typer.main.get_command(cli.app)
+    command: Any = typer.main.get_command(toolbox.app)
     arguments = words[1:]
     while hasattr(command, "commands"):
         assert arguments, words
@@ -77,7 +78,7 @@ def test_options_that_the_text_gives_to_programs_exist(page: str) -> None:
         elif words[1].isupper():
             continue
         else:
-            context: Any = typer.main.get_command(cli.app)
+            context: Any = typer.main.get_command(toolbox.app)
             for word in words[1:]:
                 if not hasattr(context, "commands"):
                     break

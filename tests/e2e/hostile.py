@@ -10,7 +10,9 @@ from pathlib import Path
 
 import grpc
 
-from fedhds.adapter import AdapterManifest, Artifact, FloatArray, TensorSpec, write_adapter
+from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.manifest import AdapterManifest, FloatArray, TensorSpec
+from fedhds.tensors.safetensors import write_adapter
 from fedhds.v1 import federation_pb2 as pb
 from fedhds.v1 import federation_pb2_grpc as rpc
 from fedhds_server.state import RunState

@@ -71,7 +71,8 @@ def in_coordinator(points: Points) -> None:
     """Points of fedhds-server: every event and every change of phase around its commit, files, folds, answers."""
     import sqlalchemy as sa
 
-    from fedhds import adapter, chunks
+    from fedhds import chunks
+    from fedhds.tensors.manifest import TensorSpec
     from fedhds_server import checkpoint, coordinator
     from fedhds_server.aggregation.fedavg import FedAvg
     from fedhds_server.artifacts import ArtifactStore
@@ -135,21 +136,21 @@ def in_coordinator(points: Points) -> None:
     points.after(FedAvg, "aggregate")
     points.after(coordinator, "write_checkpoint")
     points.at_call(checkpoint, "_sync", 2, "write_checkpoint underway")
-    points.at_call(adapter, "initial_tensor", 3, "initial adapter underway")
+    points.at_call(TensorSpec, "initial_value", 3, "initial adapter underway")
     points.at_call(FedAvg, "fold", 3, "fold underway")
 
 
 def in_site(points: Points) -> None:
     """Points of fedhds-client: enrolment, transfers, every kind of task, delivery."""
     from fedhds.privacy.ledger import Ledger
-    from fedhds_client import daemon, delivery, link, release, workbench
-    from fedhds_client.modeling import AdapterModel
+    from fedhds_client import computation, daemon, delivery, link, release, run_models, workbench
+    from fedhds_client.models.adapter import AdapterModel
     from fedhds_client.site import Site
 
     computing = ""
-    report, call, create = daemon.Control.report, link.CoordinatorLink.call, link.CoordinatorLink.__init__
+    report, call, create = computation.Control.report, link.CoordinatorLink.call, link.CoordinatorLink.__init__
 
-    def noted_report(control: daemon.Control, share: float) -> None:
+    def noted_report(control: computation.Control, share: float) -> None:
         if share < 1:
             points.reached(f"{computing} underway")
         report(control, share)
@@ -192,7 +193,7 @@ def in_site(points: Points) -> None:
         self.federation.Upload = cut(self.federation.Upload, "upload underway")
         self.federation.Download = cut(self.federation.Download, "download underway")
 
-    daemon.Control.report = noted_report  # type: ignore[assignment, method-assign]
+    computation.Control.report = noted_report  # type: ignore[assignment, method-assign]
     link.CoordinatorLink.call = noted_call  # type: ignore[method-assign]
     link.CoordinatorLink.__init__ = noted_create  # type: ignore[method-assign]
     # For a coordinator that comes back within a second, dozens of times.
@@ -201,7 +202,7 @@ def in_site(points: Points) -> None:
         computed(kind)
     points.after(Site, "next_session")
     points.after(Site, "keep_session")
-    points.at_call(workbench, "load_models", 1, "model load begins")
+    points.at_call(run_models, "load_models", 1, "model load begins")
     points.after(release, "save_clusters")
     points.after(Ledger, "record", "ledger entry made")
     points.after(AdapterModel, "save", "update saved")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedhds.adapter import Artifact
+    from fedhds.tensors.artifact import Artifact
     from fedhds_client.link import CoordinatorLink
 
 # Small against the adapter of this run, so that an upload has a middle.

@@ -16,8 +16,8 @@ import grpc
 import numpy as np
 import pytest
 
-from fedhds.adapter import AdapterManifest, Artifact, TensorSpec
 from fedhds.runspec import RunSpec
+from fedhds.tensors.artifact import Artifact
 from fedhds.v1 import federation_pb2 as pb
 from fedhds.v1 import federation_pb2_grpc as rpc
 from fedhds_server.state import RunState, packed
@@ -25,6 +25,7 @@ from fedhds_server.store.sql import SqlStore
 from tests.e2e.federation import Federation
 from tests.e2e.test_faults import free_port
 from tests.e2e.test_run import logits
+from tests.manifests import lora_manifest
 from tests.s3 import Bucket, s3_server
 from tests.tiny import write_rows
 
@@ -149,7 +150,7 @@ async def test_an_artifact_of_three_gib_goes_both_ways_in_bounded_memory(federat
     os.truncate(sparse, SIZE)
     adapter = Artifact.of_file(sparse)
     sparse.rename(folder / "artifacts" / adapter.digest)
-    manifest = AdapterManifest((TensorSpec("q.lora_B.weight", (4, 2)),), ("q",))
+    manifest = lora_manifest({"q.lora_B.weight": (4, 2)})
     spec = RunSpec(model=str(federation.model), rounds=1, max_length=256, max_new_tokens=4, lora_rank=2)
     fingerprint = pb.ModelFingerprint(weights="w", config="c", tokenizer="t", template="p")
     known = {"weights": "w", "config": "c", "tokenizer": "t", "template": "p", "feature_model": ""}

@@ -159,7 +159,7 @@ def test_an_occupied_or_open_http_port_is_refused(federation: Federation) -> Non
     federation.server("--rounds=1", run="one")
     for flag, words in (
         (f"--http={federation.address('one')}", "--http: cannot listen on"),
-        ("--http=0.0.0.0:0", "--http-open"),
+        ("--http=0.0.0.0:0", "--insecure"),
         ("--http=9470", "not HOST:PORT"),
     ):
         second = federation.start("two", "fedhds-server", *federation.server_flags("--rounds=1", flag, run="two"))

@@ -16,9 +16,10 @@ import grpc
 import numpy as np
 import pytest
 
-from fedhds.adapter import AdapterManifest, AdapterReader, TensorSpec
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
+from fedhds.tensors.manifest import AdapterManifest, TensorSpec
+from fedhds.tensors.safetensors import AdapterReader
 from fedhds_server.state import Phase
 from tests.e2e.federation import Daemon, Federation
 from tests.e2e.hostile import Forgery, Hostile, state_of, until
@@ -35,13 +36,14 @@ WAITING = """
 import time
 from pathlib import Path
 import fedhds_client.training as training
+from fedhds_client.computation import Cancelled
 
 honest = training.train
 
 def train(*arguments, cancelled, **options):
     while not Path({gate!r}).exists():
         if cancelled():
-            raise training.Cancelled("training was stopped")
+            raise Cancelled("training was stopped")
         time.sleep(0.05)
     return honest(*arguments, cancelled=cancelled, **options)
 
@@ -294,7 +296,7 @@ def not_numbers(spec: TensorSpec) -> np.ndarray:
 
 def wider(manifest: AdapterManifest) -> AdapterManifest:
     first, *others = manifest.tensors
-    return replace(manifest, tensors=(TensorSpec(first.name, (first.shape[0] + 1, first.shape[1])), *others))
+    return replace(manifest, tensors=(replace(first, shape=(first.shape[0] + 1, first.shape[1])), *others))
 
 
 @pytest.mark.parametrize(

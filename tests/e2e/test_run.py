@@ -11,7 +11,7 @@ import pytest
 from fedhds.runspec import Strategy
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
-from tests.client.test_team import launched
+from tests.client.test_process_group import launched
 from tests.e2e.federation import BIN, Federation
 from tests.tiny import make_model, write_rows
 

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from fedhds.checks import State, coordinator
+from fedhds.cli.checks import State, coordinator
 from fedhds.errors import NotLeading
 from fedhds.status import error_of
 from fedhds.v1 import federation_pb2 as pb

@@ -42,6 +42,8 @@ def test_the_wheel_holds_both_daemons_and_nothing_else(wheel: Path) -> None:
         "fedhds/v1/federation_pb2_grpc.py",
         "fedhds_server/cli.py",
         "fedhds_client/cli.py",
+        "fedhds_client/report/page.css",
+        "fedhds_client/report/page.html.j2",
         "fedhds/py.typed",
         "fedhds_server/page/index.html",
         "fedhds_server/page/page.css",

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedhds.adapter import AdapterManifest, Artifact, TensorSpec
 from fedhds.privacy.ledger import Ledger
 from fedhds.runspec import RunSpec
+from fedhds.tensors.artifact import Artifact
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_client.coreset import coreset_rows
 from fedhds_client.features import Features
@@ -33,8 +33,9 @@ from fedhds_server.events import (
 from fedhds_server.rounds import RunMachine
 from fedhds_server.selection import STRATEGIES, Selection, cells
 from fedhds_server.state import RunState, Task, TaskKind
+from tests.manifests import lora_manifest
 
-MANIFEST = AdapterManifest((TensorSpec("q.lora_A.weight", (2, 4)), TensorSpec("q.lora_B.weight", (4, 2))), ("q",))
+MANIFEST = lora_manifest({"q.lora_A.weight": (2, 4), "q.lora_B.weight": (4, 2)})
 Shards = Mapping[str, npt.NDArray[np.float32]]
 
 

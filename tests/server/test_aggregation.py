@@ -16,14 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedhds.adapter import AdapterManifest, AdapterReader, Artifact, FloatArray, TensorSpec, write_adapter
 from fedhds.errors import AdapterError, StorageError
-from fedhds.runspec import AdapterDtype
+from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.manifest import AdapterManifest, FloatArray, TensorSpec
+from fedhds.tensors.safetensors import AdapterDtype, AdapterReader, write_adapter
 from fedhds_server.aggregation import AGGREGATORS, Aggregator, Update, validate_update
 from fedhds_server.aggregation.weights import bounded_shares
+from tests.manifests import lora_manifest
 
-A, B = TensorSpec("q.lora_A.weight", (2, 3)), TensorSpec("q.lora_B.weight", (4, 2))
-MANIFEST = AdapterManifest((A, B), ("q",))
+MANIFEST = lora_manifest({"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)})
+A, B = MANIFEST.tensors
 DTYPES: tuple[AdapterDtype, ...] = get_args(AdapterDtype)
 
 
@@ -138,7 +140,7 @@ def test_any_cohort_gives_the_same_bytes_in_any_order(
 
 def test_memory_does_not_grow_with_the_cohort(aggregator: Aggregator, tmp_path: Path) -> None:
     side = 256
-    manifest = AdapterManifest(tuple(TensorSpec(f"{n}.lora_A.weight", (side, side)) for n in range(4)), ())
+    manifest = lora_manifest({f"{n}.lora_A.weight": (side, side) for n in range(4)})
     path = tmp_path / "update"
     write_adapter(path, manifest, lambda spec: np.ones(spec.shape, np.float32), "float32")
     updates = [Update(f"{number:02}", path, 1) for number in range(40)]
@@ -156,7 +158,7 @@ def test_an_update_that_does_not_fit_is_refused_by_name_and_gives_no_file(
     aggregator: Aggregator, tmp_path: Path
 ) -> None:
     current = written(tmp_path / "current", 0)
-    odd = AdapterManifest((TensorSpec(A.name, (3, 2)), B), ("q",))
+    odd = lora_manifest({A.name: (3, 2), B.name: B.shape})
     write_adapter(tmp_path / "odd", odd, lambda spec: np.zeros(spec.shape, np.float32), "float32")
     nan = filled(tmp_path / "nan", float("nan"))
     for path, words in ((tmp_path / "odd", r"q\.lora_A\.weight has shape \(3, 2\)"), (nan, "not finite")):
@@ -171,6 +173,7 @@ def test_a_file_that_cannot_be_written_is_a_named_error(
     aggregator: Aggregator, tmp_path: Path, weights: dict[str, float]
 ) -> None:
     current = written(tmp_path / "current", 0)
+    (tmp_path / "absent").write_text("a file where a folder is needed")
     with pytest.raises(StorageError, match="absent"):
         aggregator.aggregate(MANIFEST, current, updates_of(tmp_path, weights), tmp_path / "absent" / "out", "float32")
 
@@ -270,7 +273,7 @@ def test_an_update_that_is_not_finite_is_refused_though_only_its_last_value_is_n
 def test_an_update_of_other_tensors_is_refused(tmp_path: Path) -> None:
     path = filled(tmp_path / "update", 1.0)
     with pytest.raises(AdapterError, match=r"the first is 'q\.lora_B\.weight'"):
-        validate_update(path, AdapterManifest((A,), ("q",)), current=path, largest_norm=0)
+        validate_update(path, AdapterManifest((A,), "{}"), current=path, largest_norm=0)
 
 
 # How much updates count.

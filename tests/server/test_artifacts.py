@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedhds.adapter import Artifact
 from fedhds.errors import ArtifactError, DamagedArtifact, StorageError
+from fedhds.tensors.artifact import Artifact
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server import artifacts
 from fedhds_server.artifacts import ArtifactStore

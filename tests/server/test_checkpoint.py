@@ -15,16 +15,19 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from fedhds.adapter import AdapterManifest, TensorSpec, initial_tensor, write_adapter
 from fedhds.errors import StorageError
 from fedhds.runspec import RunSpec
+from fedhds.tensors.safetensors import write_adapter
+from fedhds_client.models.adapter import AdapterModel
+from fedhds_client.models.loading import load_base_model
 from fedhds_server.checkpoint import EvaluationFacts, RunFacts, model_card, write_checkpoint
+from tests.manifests import lora_manifest
 from tests.tiny import make_model
 
-MANIFEST = AdapterManifest((TensorSpec("q.lora_A.weight", (2, 3)), TensorSpec("q.lora_B.weight", (4, 2))), ("q",))
+MANIFEST = lora_manifest({"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)})
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 FACTS = RunFacts(
     rounds=3,
@@ -45,7 +48,7 @@ def write(folder: Path, number: int) -> None:
     """Writes a checkpoint whose every file tells its number."""
     adapter = folder / "adapter"
     write_adapter(adapter, MANIFEST, lambda tensor: np.full(tensor.shape, number, np.float32), "float32")
-    write_checkpoint(folder, adapter, MANIFEST, spec(lora_rank=number), f"card {number}")
+    write_checkpoint(folder, adapter, json.dumps({"r": number}), f"card {number}")
 
 
 def number_of(folder: Path) -> int:
@@ -69,14 +72,11 @@ def test_peft_loads_the_checkpoint_with_the_runs_values(tmp_path: Path) -> None:
     ids = torch.tensor([[5, 9, 40]])
     with torch.no_grad():
         plain = base(input_ids=ids).logits
-    run = spec(model=model, lora_rank=3, lora_alpha=6.0, lora_dropout=0.5)
-    targets = ("q_proj", "up_proj")
-    config = LoraConfig(r=3, target_modules=list(targets), task_type="CAUSAL_LM")
-    shapes = {name: tuple(at.shape) for name, at in get_peft_model_state_dict(get_peft_model(base, config)).items()}
-    manifest = AdapterManifest(tuple(TensorSpec(name, shapes[name]) for name in sorted(shapes)), targets)
-    values = {tensor.name: initial_tensor(tensor, 1) + np.float32(0.1) for tensor in manifest.tensors}
+    run = spec(model=model, lora_rank=3, lora_alpha=6.0, lora_dropout=0.5, lora_targets=("q_proj", "up_proj"))
+    manifest = AdapterModel(load_base_model(model, device="cpu"), run).manifest()
+    values = {tensor.name: tensor.initial_value(1) + np.float32(0.1) for tensor in manifest.tensors}
     write_adapter(tmp_path / "adapter", manifest, lambda tensor: values[tensor.name], "float32")
-    write_checkpoint(tmp_path, tmp_path / "adapter", manifest, run, "card")
+    write_checkpoint(tmp_path, tmp_path / "adapter", manifest.config, "card")
 
     fresh: Any = AutoModelForCausalLM.from_pretrained(model)
     loaded: Any = PeftModel.from_pretrained(fresh, str(tmp_path / "checkpoint"))
@@ -153,10 +153,10 @@ def test_a_crash_at_any_step_leaves_a_whole_version_and_the_next_write_mends_the
 def test_a_failed_write_is_a_named_error_and_the_version_before_stays(tmp_path: Path) -> None:
     write(tmp_path, 1)
     with pytest.raises(StorageError, match=r"cannot write the checkpoint to .*No such file"):
-        write_checkpoint(tmp_path, tmp_path / "vanished", MANIFEST, spec(), "card")
+        write_checkpoint(tmp_path, tmp_path / "vanished", "{}", "card")
     assert number_of(tmp_path) == 1
     with pytest.raises(StorageError, match="absent"):
-        write_checkpoint(tmp_path / "absent", tmp_path / "adapter", MANIFEST, spec(), "card")
+        write_checkpoint(tmp_path / "absent", tmp_path / "adapter", "{}", "card")
 
 
 # The model card.

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedhds.adapter import AdapterReader
 from fedhds.errors import ArtifactError, StorageError
+from fedhds.tensors.safetensors import AdapterReader
 from fedhds_server import coordinator
 from fedhds_server.state import Phase
 from tests.server.test_service import MANIFEST, Host, complete, enrol, refused, send, start, task_of, written

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 
-from fedhds.adapter import AdapterManifest, TensorSpec
 from fedhds.errors import EnrolmentRefused, NameInUse
 from fedhds.runspec import RunSpec
 from fedhds.security.identity import PeerIdentity, Role
 from fedhds_server.enrolment import admit, check_attestation, drawn_session, negotiate, session_digest
 from fedhds_server.state import Phase, RunState, Site, SiteState, packed
+from tests.manifests import lora_manifest
 
-MANIFEST = AdapterManifest((TensorSpec("q.lora_A.weight", (2, 4)),), ("q",))
+MANIFEST = lora_manifest({"q.lora_A.weight": (2, 4)})
 FINGERPRINT = {"weights": "1", "config": "2", "tokenizer": "3", "template": "4", "feature_model": ""}
 SITE_A = PeerIdentity("a", Role.SITE, "k" * 64)
 
@@ -92,8 +95,27 @@ def test_another_base_model_is_refused_saying_what_differs() -> None:
     check_attestation(state, FINGERPRINT, MANIFEST, 1, False)
     with pytest.raises(EnrolmentRefused, match="the weights, the tokenizer differ;"):
         check_attestation(state, FINGERPRINT | {"weights": "x", "tokenizer": "y"}, MANIFEST, 1, False)
-    other = AdapterManifest((TensorSpec("k.lora_A.weight", (2, 4)),), ("k",))
+    other = lora_manifest({"k.lora_A.weight": (2, 4)})
     with pytest.raises(EnrolmentRefused, match="other tensors"):
+        check_attestation(state, FINGERPRINT, other, 1, False)
+
+
+def test_another_configuration_of_the_adapter_is_refused_but_not_another_version_of_peft() -> None:
+    state = state_with()
+    shapes = {"q.lora_A.weight": (2, 4)}
+    state.fingerprint = FINGERPRINT
+    state.manifest = packed(lora_manifest(shapes, '{"r": 2, "peft_version": "1"}').to_proto())
+    check_attestation(state, FINGERPRINT, lora_manifest(shapes, '{"peft_version": "2", "r": 2}'), 1, False)
+    with pytest.raises(EnrolmentRefused, match="another configuration"):
+        check_attestation(state, FINGERPRINT, lora_manifest(shapes, '{"r": 2, "use_dora": true}'), 1, False)
+
+
+def test_an_adapter_that_names_another_base_model_is_refused_from_the_first_site_on() -> None:
+    state = state_with()
+    named = lora_manifest({"q.lora_A.weight": (2, 4)}, json.dumps({"base_model_name_or_path": state.spec.model}))
+    check_attestation(state, FINGERPRINT, named, 1, False)
+    other = replace(named, config='{"base_model_name_or_path": "/home/somebody/model"}')
+    with pytest.raises(EnrolmentRefused, match="another base model"):
         check_attestation(state, FINGERPRINT, other, 1, False)
 
 

@@ -21,11 +21,14 @@ from grpc_reflection.v1alpha import reflection
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from fedhds.adapter import AdapterManifest, AdapterReader, Artifact, TensorSpec, write_adapter
+from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.manifest import AdapterManifest
+from fedhds.tensors.safetensors import AdapterReader, write_adapter
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server import servicer, wire
 from fedhds_server.state import RunState
 from fedhds_server.store.sql import SqlStore
+from tests.manifests import lora_manifest
 from tests.server.test_service import FINGERPRINT, MANIFEST, Host, enrol, send, start, task_of
 
 METHODS = {
@@ -236,7 +239,7 @@ async def prepared(host: Host) -> Known:
     }
 
 
-OTHER = AdapterManifest((TensorSpec("q.lora_A.weight", (3, 4)), MANIFEST.tensors[1]), ("q",))
+OTHER = lora_manifest({"q.lora_A.weight": (3, 4), "q.lora_B.weight": (4, 2)})
 
 
 def upload(host: Host, manifest: AdapterManifest, value: float) -> tuple[Path, Artifact]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedhds.adapter import Artifact
 from fedhds.runspec import RunSpec
+from fedhds.tensors.artifact import Artifact
 from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.coordinator import Coordinator
 from fedhds_server.counted import FAILED, count_failure

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedhds.adapter import AdapterManifest, Artifact, TensorSpec
 from fedhds.runspec import RunSpec
+from fedhds.tensors.artifact import Artifact
 from fedhds.v1 import federation_pb2 as pb
 from fedhds_server.collection import cohort_size, draw
 from fedhds_server.events import (
@@ -34,8 +34,9 @@ from fedhds_server.events import (
 )
 from fedhds_server.rounds import RunMachine
 from fedhds_server.state import Evaluation, Phase, RunState, SiteState, TaskKind
+from tests.manifests import lora_manifest
 
-MANIFEST = AdapterManifest((TensorSpec("q.lora_A.weight", (2, 4)), TensorSpec("q.lora_B.weight", (4, 2))), ("q",))
+MANIFEST = lora_manifest({"q.lora_A.weight": (2, 4), "q.lora_B.weight": (4, 2)})
 ALL_ROWS = pb.Coreset(all=pb.AllRows())
 
 

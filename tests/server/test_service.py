@@ -13,10 +13,11 @@ import grpc
 import numpy as np
 import pytest
 
-from fedhds.adapter import AdapterManifest, AdapterReader, Artifact, TensorSpec, write_adapter
 from fedhds.errors import AdapterError, ArtifactError, EnrolmentRefused, NameInUse, RequestError, SessionLost, TaskError
 from fedhds.runspec import RunSpec
 from fedhds.status import error_of
+from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.safetensors import AdapterReader, write_adapter
 from fedhds.v1 import federation_pb2 as pb
 from fedhds.v1 import federation_pb2_grpc as rpc
 from fedhds_server.aggregation import AGGREGATORS
@@ -28,8 +29,9 @@ from fedhds_server.servicer import FederationServicer
 from fedhds_server.state import Phase, RunState
 from fedhds_server.store.sql import SqlStore
 from fedhds_server.wire import new_server
+from tests.manifests import lora_manifest
 
-MANIFEST = AdapterManifest((TensorSpec("q.lora_A.weight", (2, 4)), TensorSpec("q.lora_B.weight", (4, 2))), ("q",))
+MANIFEST = lora_manifest({"q.lora_A.weight": (2, 4), "q.lora_B.weight": (4, 2)})
 FINGERPRINT = pb.ModelFingerprint(weights="w", config="c", tokenizer="t", template="p")
 
 
@@ -223,7 +225,7 @@ async def test_an_update_of_other_shapes_is_rejected(host: Host) -> None:
     session = await enrol(host)
     task = await task_of(host, session)
     path = host.folder / "other"
-    manifest = AdapterManifest((TensorSpec("q.lora_A.weight", (3, 4)), MANIFEST.tensors[1]), ("q",))
+    manifest = lora_manifest({"q.lora_A.weight": (3, 4), "q.lora_B.weight": (4, 2)})
     artifact = write_adapter(path, manifest, lambda t: np.zeros(t.shape, np.float32), "float32")
     await send(host, session, path.read_bytes(), artifact)
     assert "q.lora_A.weight has shape (3, 4)" in (await complete(host, session, task.task_id, artifact)).reason
@@ -309,8 +311,8 @@ async def test_a_manifest_that_is_none_is_refused(host: Host) -> None:
     session = (await host.federation.Enroll(pb.EnrollRequest(site="b", protocol_versions=[1]))).session
     for manifest in (
         pb.AdapterManifest(),
-        pb.AdapterManifest(tensors=[pb.TensorSpec(name="q.weight", shape=[1, 1])]),
-        pb.AdapterManifest(tensors=[pb.TensorSpec(name="q.lora_A.weight", shape=[1])]),
+        pb.AdapterManifest(tensors=[pb.TensorSpec(name="q.lora_A.weight", shape=[1, 1])], config="{}"),
+        pb.AdapterManifest(tensors=MANIFEST.to_proto().tensors, config="[]"),
     ):
         request = pb.AttestRequest(session=session, fingerprint=FINGERPRINT, manifest=manifest, rows=1)
         assert isinstance(await refused(host.federation.Attest(request)), (AdapterError, ArtifactError))

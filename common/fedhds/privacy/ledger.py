@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedhds.errors import PrivacyError, StorageError
 from fedhds.privacy.mechanisms import composed_multiplier, gaussian_epsilon
+from fedhds.runtime.files import replace_file, sync
 
 Unit = Literal["client", "example"]
 
@@ -129,8 +130,8 @@ class Ledger:
             epsilon=epsilon if math.isfinite(epsilon) else None,
             digest=hashlib.sha256(payload).hexdigest(),
         )
+        replace_file(self._payload_file(run_id, task_id), payload, private=True)
         try:
-            self._write_payload(self._payload_file(run_id, task_id), payload)
             self._append(entry.model_dump_json().encode() + b"\n")
         except OSError as error:
             raise StorageError(f"cannot write to the ledger {self._path}: {error.strerror}; make room there") from error
@@ -190,17 +191,6 @@ class Ledger:
                 raise StorageError(f"line {number} of the ledger {self._path} is damaged; {_ADVICE}") from error
         return entries, len(content) - len(torn)
 
-    def _write_payload(self, file: Path, payload: bytes) -> None:
-        self._payloads.mkdir(parents=True, exist_ok=True, mode=0o700)
-        partial = file.with_suffix(".partial")
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(payload)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-        _sync_folder(self._payloads)
-
     def _append(self, line: bytes) -> None:
         """Cuts off a torn tail and appends `line`, whole or not at all."""
         _, size = self._read()
@@ -218,18 +208,10 @@ class Ledger:
                 raise
         finally:
             os.close(descriptor)
-        _sync_folder(self._path.parent)
+        sync(self._path.parent)
 
 
 _ADVICE = (
     "what this site has spent cannot be told without it: restore the file from a backup, or move the site's state "
     "folder away and count its budget as spent"
 )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

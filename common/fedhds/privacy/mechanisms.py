@@ -5,7 +5,7 @@ upwards in the last bits. Releases compose without loss as Gaussian differential
 "Gaussian Differential Privacy", Cor. 2): a release with noise multiplier z is 1/z-GDP, and mu adds in squares.
 
 Not claimed: these are real-number mechanisms computed in floating point. Mironov 2012 ("On Significance of the Least
-Significant Bits for Differential Privacy") shows that the low bits of floating-point noise can tell neighbouring
+Significant Bits for Differential Privacy") shows that the low bits of floating-point noise can tell neighboring
 inputs apart. Releases are rounded to float32, which blunts that attack on doubles but is no proof against it.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,6 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 
 _SQRT2 = math.sqrt(2)
-# Halvings after which an interval of doubles cannot shrink any more, wherever it started.
-_MOST_HALVINGS = 1100
 
 
 def clip(vectors: npt.ArrayLike, norm: float) -> FloatArray:
@@ -86,7 +84,7 @@ def noised_centroids(
 def cell_sensitivity(*, clip_norm: float) -> float:
     """L2 sensitivity of all cells' sums and counts together, when one row of norm at most `clip_norm` is left out.
 
-    Centres are given from outside, so that a row is in one cell: it moves that cell's sum by its own norm at most and
+    Centers are given from outside, so that a row is in one cell: it moves that cell's sum by its own norm at most and
     its count by one. How many rows a shard has is public (zero-out adjacency).
     """
     return math.hypot(clip_norm, 1.0)
@@ -98,7 +96,7 @@ def noised_cells(
     """Sums (k, d) and counts (k,) under Gaussian noise of deviation `noise_multiplier * cell_sensitivity(...)`.
 
     Unit: one row, left out (zero-out adjacency); local, as the site itself adds the noise. `sums` must be over rows
-    of norm at most `clip_norm`, and the cells those of centres that do not depend on this shard but through earlier
+    of norm at most `clip_norm`, and the cells those of centers that do not depend on this shard but through earlier
     releases. Lapses when `rng` is not `site_rng()`, or when one release is drawn twice and both draws are sent.
     """
     std = noise_multiplier * cell_sensitivity(clip_norm=clip_norm)
@@ -140,13 +138,7 @@ def gaussian_epsilon(*, noise_multiplier: float, delta: float, releases: int = 1
         return 0.0
     # At this epsilon even the Chernoff bound on the normal tail, exp(-a^2 / 2) with a = mu/2 - epsilon/mu, is delta.
     high = mu * mu / 2 + mu * math.sqrt(-2 * target)
-    low = 0.0
-    for _ in range(_MOST_HALVINGS):
-        middle = (low + high) / 2
-        if not low < middle < high:
-            break
-        low, high = (low, middle) if _log_delta(middle, mu) <= target else (middle, high)
-    return high
+    return _bisect(lambda epsilon: _log_delta(epsilon, mu) <= target, inside=high, outside=0.0)
 
 
 def calibrate_noise(*, epsilon: float, delta: float, releases: int = 1) -> float:
@@ -164,12 +156,20 @@ def calibrate_noise(*, epsilon: float, delta: float, releases: int = 1) -> float
     high = 2 * low
     while _log_delta(epsilon, high) <= target:
         low, high = high, 2 * high
-    for _ in range(_MOST_HALVINGS):
-        middle = (low + high) / 2
-        if not low < middle < high:
-            break
-        low, high = (middle, high) if _log_delta(epsilon, middle) <= target else (low, middle)
-    return math.sqrt(releases) / low
+    return math.sqrt(releases) / _bisect(lambda mu: _log_delta(epsilon, mu) <= target, inside=low, outside=high)
+
+
+def _bisect(within: Callable[[float], bool], *, inside: float, outside: float) -> float:
+    """The last double that is `within` on the way from `inside` to `outside`.
+
+    Not scipy's brentq: it returns a double on either side of the root, so that the guarantee could be missed.
+    """
+    while (middle := (inside + outside) / 2) not in (inside, outside):
+        if within(middle):
+            inside = middle
+        else:
+            outside = middle
+    return inside
 
 
 def _log_delta(epsilon: float, mu: float) -> float:
@@ -178,23 +178,15 @@ def _log_delta(epsilon: float, mu: float) -> float:
     delta = Phi(a) - e^epsilon Phi(-x) with a = mu/2 - epsilon/mu and x = mu/2 + epsilon/mu. As x^2 = a^2 + 2 epsilon,
     the second term is exp(-a^2 / 2) erfcx(x / sqrt 2) / 2, which neither overflows nor underflows early.
     """
+    # Here, as scipy takes longer to import than --help may take.
+    from scipy.special import erfcx
+
     a, x = mu / 2 - epsilon / mu, mu / 2 + epsilon / mu
     if a >= 0:
-        delta = (math.erfc(-a / _SQRT2) - math.exp(-a * a / 2) * _erfcx(x / _SQRT2)) / 2
+        delta = (math.erfc(-a / _SQRT2) - math.exp(-a * a / 2) * float(erfcx(x / _SQRT2))) / 2
         return math.log(delta) if delta > 0 else -math.inf
-    difference = _erfcx(-a / _SQRT2) - _erfcx(x / _SQRT2)
+    difference = float(erfcx(-a / _SQRT2) - erfcx(x / _SQRT2))
     return math.log(difference / 2) - a * a / 2 if difference > 0 else -math.inf
-
-
-def _erfcx(x: float) -> float:
-    """Scaled complementary error function exp(x^2) erfc(x) for x >= 0."""
-    if x < 5:
-        return math.exp(x * x) * math.erfc(x)
-    # Continued fraction (Abramowitz & Stegun 7.1.14), evaluated from its tail; at x >= 5 forty terms fix every bit.
-    fraction = x
-    for term in range(40, 0, -1):
-        fraction = x + term / 2 / fraction
-    return 1 / (math.sqrt(math.pi) * fraction)
 
 
 def _check_delta(delta: float) -> None:

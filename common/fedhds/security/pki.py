@@ -7,9 +7,7 @@ Keys are ECDSA P-256, unencrypted PKCS #8 with mode 0600. Certificates follow RF
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
-import secrets
 import socket
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -20,7 +18,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedhds.errors import EnrolmentRefused, UsageError
+from fedhds.errors import EnrolmentRefused, StorageError, UsageError
+from fedhds.runtime.files import make_folder, replace_file
 from fedhds.security.credentials import TlsFiles
 from fedhds.security.identity import URN_PREFIX, Role, check_name, identity_from_certificate
 
@@ -65,8 +64,8 @@ def init_authority(folder: Path, *, name: str = "fedhds federation", days: int =
         x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False
     )
     _make_folder(folder)
-    _write(key_path, _key_pem(key), mode=0o600)
-    _write(certificate_path, _certificate_pem(builder.sign(key, hashes.SHA256())), mode=0o644)
+    _write(key_path, _key_pem(key), private=True)
+    _write(certificate_path, _certificate_pem(builder.sign(key, hashes.SHA256())))
     return certificate_path
 
 
@@ -126,8 +125,8 @@ def issue(
     _make_folder(out)
     authority_copy = _copy_authority(folder, out)
     if not renew:
-        _write(key_path, _key_pem(key), mode=0o600)
-    _write(certificate_path, _certificate_pem(certificate), mode=0o644)
+        _write(key_path, _key_pem(key), private=True)
+    _write(certificate_path, _certificate_pem(certificate))
     return TlsFiles(ca=authority_copy, cert=certificate_path, key=key_path)
 
 
@@ -285,7 +284,7 @@ def _copy_authority(folder: Path, out: Path) -> Path:
     source, copy = folder / f"{AUTHORITY}.crt", out / f"{AUTHORITY}.crt"
     pem = _read(source)
     if not copy.exists():
-        _write(copy, pem, mode=0o644)
+        _write(copy, pem)
     elif _read(copy) != pem:
         raise UsageError(f"{copy} is another authority's certificate; choose another folder with --out")
     return copy
@@ -307,7 +306,7 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def _make_folder(folder: Path) -> None:
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(folder, private=True)
     except OSError as error:
         raise UsageError(f"{folder} cannot be made: {error.strerror}") from error
 
@@ -321,19 +320,8 @@ def _read(path: Path, *, missing: str = "") -> bytes:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _write(path: Path, content: bytes, *, mode: int) -> None:
-    """Puts `content` at `path` in one step; at no instant do the bytes have a wider mode than `mode`."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+def _write(path: Path, content: bytes, *, private: bool = False) -> None:
     try:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        except OSError:
-            draft.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+        replace_file(path, content, private=private, shared=True)
+    except StorageError as error:
+        raise UsageError(str(error)) from error

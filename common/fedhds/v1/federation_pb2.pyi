@@ -10,6 +10,7 @@ from fedhds.v1 import runspec_pb2 as _runspec_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -20,6 +21,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _InitialKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _InitialKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_InitialKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    INITIAL_KIND_UNSPECIFIED: _InitialKind.ValueType  # 0
+    """Refused."""
+    INITIAL_KIND_ZEROS: _InitialKind.ValueType  # 1
+    """All zeros."""
+    INITIAL_KIND_ONES: _InitialKind.ValueType  # 2
+    """All ones."""
+    INITIAL_KIND_UNIFORM: _InitialKind.ValueType  # 3
+    """Uniform within bound of 0, drawn from the run's seed and the tensor's name."""
+
+class InitialKind(_InitialKind, metaclass=_InitialKindEnumTypeWrapper):
+    """How the coordinator makes the first value of a tensor."""
+
+INITIAL_KIND_UNSPECIFIED: InitialKind.ValueType  # 0
+"""Refused."""
+INITIAL_KIND_ZEROS: InitialKind.ValueType  # 1
+"""All zeros."""
+INITIAL_KIND_ONES: InitialKind.ValueType  # 2
+"""All ones."""
+INITIAL_KIND_UNIFORM: InitialKind.ValueType  # 3
+"""Uniform within bound of 0, drawn from the run's seed and the tensor's name."""
+Global___InitialKind: _TypeAlias = InitialKind  # noqa: Y015
 
 @_typing.final
 class ArtifactRef(_message.Message):
@@ -175,51 +204,67 @@ class TensorSpec(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    INITIAL_FIELD_NUMBER: _builtins.int
+    BOUND_FIELD_NUMBER: _builtins.int
+    SCALE_AXIS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name as PEFT saves it."""
+    """Name as PEFT saves it; 1 to 500 printable characters."""
+    role: _builtins.str
+    """What the tensor is to its PEFT method, such as lora_A; 1 to 32 letters, digits and underscores."""
+    initial: Global___InitialKind.ValueType
+    """How its first value is made."""
+    bound: _builtins.float
+    """Largest absolute first value of INITIAL_KIND_UNIFORM; 0 for the others."""
+    scale_axis: _builtins.int
+    """The axis along which int8 keeps one scale per index; absent: one scale for the whole tensor."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Shape, outermost dimension first."""
+        """Shape, outermost dimension first; 1 to 8 dimensions."""
 
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
+        role: _builtins.str = ...,
+        initial: Global___InitialKind.ValueType = ...,
+        bound: _builtins.float = ...,
+        scale_axis: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale_axis", b"_scale_axis", "scale_axis", b"scale_axis"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale_axis", b"_scale_axis", "bound", b"bound", "initial", b"initial", "name", b"name", "role", b"role", "scale_axis", b"scale_axis", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__scale_axis: _TypeAlias = _typing.Literal["scale_axis"]  # noqa: Y015
+    _WhichOneofArgType__scale_axis: _TypeAlias = _typing.Literal["_scale_axis", b"_scale_axis"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale_axis) -> _WhichOneofReturnType__scale_axis | None: ...
 
 Global___TensorSpec: _TypeAlias = TensorSpec  # noqa: Y015
 
 @_typing.final
 class AdapterManifest(_message.Message):
-    """The names and shapes of an adapter, in the order in which they are stored."""
+    """The tensors of an adapter and its configuration, equal at every site."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TENSORS_FIELD_NUMBER: _builtins.int
-    TARGET_MODULES_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    config: _builtins.str
+    """adapter_config.json as PEFT writes it: a JSON object of at most 64 KiB. Sites may differ in peft_version."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
-        """All tensors, sorted by name."""
-
-    @_builtins.property
-    def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Module names that carry the adapter, resolved from the run's lora_targets on the real model."""
+        """All tensors, sorted by name, in the order in which they are stored."""
 
     def __init__(
         self,
         *,
         tensors: _abc.Iterable[Global___TensorSpec] | None = ...,
-        target_modules: _abc.Iterable[_builtins.str] | None = ...,
+        config: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["target_modules", b"target_modules", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedhds.adapter import AdapterManifest, AdapterReader, Artifact, FloatArray, TensorSpec, write_adapter
 from fedhds.errors import AdapterError, StorageError
-from fedhds.runspec import AdapterDtype
+from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.manifest import AdapterManifest, FloatArray, TensorSpec
+from fedhds.tensors.safetensors import AdapterDtype, AdapterReader, write_adapter
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fedhds.adapter import FloatArray
+from fedhds.tensors.manifest import FloatArray
 from fedhds_server.aggregation.base import Aggregator
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedhds.errors import StorageError
+from fedhds.runtime.files import replace_file
 from fedhds_server.selection.base import Selection
 
 # A browser draws and lists as many at once; whoever wants all of a larger selection reads the file.
@@ -43,13 +44,7 @@ def write_selection(folder: Path, selection: Selection, *, run_id: str, number: 
         ],
         "dropped": told(sorted(selection.places.keys() - grouped)),
     }
-    path = _path(folder, number)
-    partial = path.with_suffix(".partial")
-    try:
-        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}; make room there") from error
+    replace_file(_path(folder, number), json.dumps(content, indent=1))
 
 
 def newest_selection(folder: Path) -> int | None:

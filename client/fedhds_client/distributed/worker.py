@@ -1,0 +1,52 @@
+"""What a worker process of a site does: load the run's models and extract features of its share of the rows."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from fedhds.errors import StorageError
+from fedhds.runspec import RunSpec
+from fedhds.v1 import runspec_pb2
+from fedhds_client.distributed.process_group import Extract, Matrix, Prepare, ProcessGroup, Stop
+from fedhds_client.run_models import load_models
+from fedhds_client.settings import ClientSettings
+from fedhds_client.shard import Shard
+from fedhds_client.shard_features import ShardFeatures
+
+
+def run_worker(settings: ClientSettings, group: ProcessGroup) -> int:
+    """Executes the leader's commands until it says stop; returns the exit status."""
+    features: ShardFeatures | None = None
+    with ExitStack() as stack:
+        # The state folder belongs to the leader. What this process writes is gone when it ends.
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedhds-")))
+        shards = [
+            stack.enter_context(Shard.open(path, skip_bad_rows=settings.skip_bad_rows, spool_dir=folder))
+            for path in settings.data
+        ]
+        while True:
+            match group.receive():
+                case Prepare(spec=content):
+                    spec = RunSpec.from_proto(runspec_pb2.RunSpec.FromString(content))
+                    _, model, prompter = load_models(settings, spec)
+                    features = ShardFeatures(settings, spec, model, prompter, group)
+                case Extract() as command if features:
+                    group.contribute(command.rows, partial(_extract, command, features, shards[command.shard], folder))
+                case Stop():
+                    group.close()
+                    return 0
+                case other:
+                    raise RuntimeError(f"the leader sent {type(other).__name__} before Prepare")
+
+
+def _extract(command: Extract, features: ShardFeatures, shard: Shard, folder: Path, rows: Sequence[int]) -> Matrix:
+    adapter = folder / "adapter"
+    try:
+        adapter.write_bytes(command.adapter)
+    except OSError as error:
+        raise StorageError(f"cannot write the adapter to {folder}: {error.strerror}; free some space") from error
+    return features.extract(shard, rows, adapter).values

@@ -1,0 +1,1 @@
+"""The language models of a site: loading, fingerprints, and adapters on them."""

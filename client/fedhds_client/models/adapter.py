@@ -1,0 +1,141 @@
+"""The base model with an adapter on it: the run's own, or one from a PEFT folder."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, XLoraConfig, get_peft_model, set_peft_model_state_dict
+
+from fedhds.errors import AdapterError, ModelError
+from fedhds.runspec import RunSpec
+from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.codecs import CODECS, Codec
+from fedhds.tensors.manifest import AdapterManifest, FloatArray, Initial, TensorSpec
+from fedhds.tensors.safetensors import AdapterReader, write_adapter
+from fedhds_client.models.loading import BaseModel, first_line
+from fedhds_client.peft_methods import PEFT_METHODS
+from fedhds_client.peft_methods.base import adapter_state
+
+
+@dataclass
+class InferenceModel:
+    """A module to measure: the base model itself, or PEFT's wrapper around the base model with an adapter on it.
+
+    `module` is what is called. `base.model` is the base model; some methods put the adapter's layers into it, others
+    leave it as it is.
+    """
+
+    base: BaseModel
+    module: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base model's."""
+        return self.base.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.base.device
+
+    @classmethod
+    def with_adapter(cls, base: BaseModel, folder: Path) -> InferenceModel:
+        """The base model with the adapter of a PEFT folder; raises ModelError when the two do not fit."""
+        # Read here and not by PEFT, which only warns of missing tensors and asks the hub for missing files.
+        module = _wrapped(base, _folder_config(folder))
+        shapes = {name: tuple(tensor.shape) for name, tensor in adapter_state(module).items()}
+        # Only names and shapes count for reading.
+        tensors = tuple(TensorSpec(name, shapes[name], "any", Initial.zeros(), None) for name in sorted(shapes))
+        try:
+            _set_adapter(module, AdapterManifest(tensors, "{}"), folder / "adapter_model.safetensors")
+        except (AdapterError, OSError) as error:
+            raise ModelError(f"the adapter {folder} does not fit the base model {base.name}: {error}") from error
+        return cls(base, module)
+
+
+class AdapterModel(InferenceModel):
+    """The base model with one adapter in float32, put into `base.model` itself; the base weights are frozen."""
+
+    def __init__(self, base: BaseModel, spec: RunSpec) -> None:
+        """A new adapter as the run wants it; raises ModelError when the model cannot carry it."""
+        method = PEFT_METHODS["lora"]
+        self._spec = spec
+        super().__init__(base, _wrapped(base, method.config(spec, base)))
+        self._manifest = method.manifest(spec, self.module)
+
+    def manifest(self) -> AdapterManifest:
+        """The adapter's tensors, named as PEFT saves them, and its configuration."""
+        return self._manifest
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The adapter's tensors."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def load(self, path: Path) -> None:
+        """Sets the adapter from a safetensors file; raises AdapterError when it does not fit."""
+        _set_adapter(self.module, self._manifest, path)
+
+    @property
+    def codec(self) -> Codec:
+        """How the run's updates are written."""
+        return CODECS[self._spec.wire_dtype]
+
+    def values(self) -> Callable[[TensorSpec], FloatArray]:
+        """The adapter's tensors, float32 on the CPU."""
+        state = adapter_state(self.module)
+        return lambda spec: state[spec.name].detach().cpu().numpy()
+
+    def save(self, path: Path) -> Artifact:
+        """Writes the adapter in the run's type of global adapters."""
+        return write_adapter(path, self._manifest, self.values(), self._spec.adapter_dtype)
+
+
+def _folder_config(folder: Path) -> PeftConfig:
+    """The configuration of a PEFT folder, read by PEFT's class for its `peft_type`; raises ModelError."""
+    file = folder / "adapter_config.json"
+    try:
+        # PEFT would ask the hub for a missing file.
+        if not file.is_file():
+            raise FileNotFoundError(file)
+        config: PeftConfig = PeftConfig.from_pretrained(str(folder))
+        if config.peft_type is None:
+            raise ValueError("it names no kind of adapter")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{file} does not describe an adapter that the installed PEFT knows") from error
+    if isinstance(config, XLoraConfig):
+        raise ModelError(f"{file} describes a mixture of other adapters (X-LoRA); use one adapter alone")
+    # What a folder holds is used, not trained; and PEFT would load a tokenizer from the hub to start a new prompt.
+    config.inference_mode = True
+    return config
+
+
+def _wrapped(base: BaseModel, config: PeftConfig) -> Any:
+    """PEFT's wrapper around the base model, with the adapter in float32 and dropout off."""
+    # PEFT warns when it replaces another name.
+    config.base_model_name_or_path = None
+    own = {id(parameter) for parameter in base.model.parameters()}
+    try:
+        with warnings.catch_warnings():
+            # GPT-2's Conv1D keeps its weights transposed. PEFT sees that at every module, whatever the configuration
+            # says (so a checkpoint's may say False), and warns.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            # PEFT 0.21 asks transformers 5 for a name that it is about to rename.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            module: Any = get_peft_model(base.model, config, autocast_adapter_dtype=False)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise ModelError(f"the adapter does not fit the base model {base.name}: {first_line(error)}") from error
+    for parameter in module.parameters():
+        if id(parameter) not in own:
+            parameter.data = parameter.data.float()
+    return module.eval()
+
+
+def _set_adapter(module: Any, manifest: AdapterManifest, path: Path) -> None:
+    with AdapterReader(path, manifest) as reader:
+        state = {spec.name: torch.from_numpy(reader.tensor(spec)) for spec in manifest.tensors}
+    set_peft_model_state_dict(module, state)

@@ -1,0 +1,208 @@
+"""The base model of a site, loaded by path or hub id, with its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.utils
+import torch
+import transformers
+from huggingface_hub.utils.tqdm import disable_progress_bars
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils.hub import cached_file
+
+from fedhds.errors import ModelError
+from fedhds_client.models.fingerprint import weights_digest
+
+logger = logging.getLogger(__name__)
+
+# In the order in which transformers looks for them.
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass
+class BaseModel:
+    """A loaded model, a causal LM but for a model of features.
+
+    `max_length` is its longest row in tokens, `weight_files` are what it was loaded from.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    max_length: int
+    stored_dtype: torch.dtype
+    weight_files: tuple[Path, ...]
+    cache_dir: Path | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return torch.device(self.model.device)
+
+    @cached_property
+    def weights(self) -> str:
+        """SHA-256 over all tensors as stored, whatever the files' layout; taken when first asked for."""
+        return weights_digest(self.name, self.weight_files, self.cache_dir)
+
+
+def load_base_model(
+    name: str,
+    *,
+    revision: str = "",
+    device: str = "auto",
+    dtype: str = "auto",
+    cache_dir: Path | None = None,
+    body_only: bool = False,
+) -> BaseModel:
+    """Loads a causal LM and its tokenizer; a local path makes no network call and takes no revision.
+
+    With `body_only` it may be an encoder, too, and comes without a head: enough to take features.
+
+    `device` is auto (a GPU when there is one), cpu or cuda. `dtype` is a floating type's name, or auto: bfloat16
+    on a GPU that has it, else float32 (half precision is slow and coarse on a CPU). `cache_dir` remembers digests of
+    weight files by path, size and time. Code that comes with a model is never run. Raises ModelError.
+    """
+    _quieten()
+    local = Path(name).expanduser()
+    if not local.is_dir() and (name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
+        raise ModelError(f"there is no model folder {name}; give a folder with a model or a hub id like org/name")
+    source = str(local) if local.is_dir() else name
+    # Said aloud, or transformers would ask at the terminal.
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if revision and not local.is_dir():
+        options["revision"] = revision
+    where = _device(device)
+    config = _config(name, source, options, body_only)
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    tokenizer = _tokenizer(name, source, options, body_only)
+    model = _model(name, source, options | {"config": config, "dtype": _dtype(dtype, where)}, where, body_only)
+    limits = (getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None))
+    known = [limit for limit in (*limits, tokenizer.model_max_length) if isinstance(limit, int) and 0 < limit < 10**9]
+    files = tuple(_weight_files(source, options))
+    return BaseModel(name, model.eval(), tokenizer, min(known, default=2**31 - 1), stored, files, cache_dir)
+
+
+def _quieten() -> None:
+    """transformers and the hub's client neither chat on stderr nor start conversions of other people's models."""
+    talkers: tuple[Any, Any] = transformers.utils.logging, huggingface_hub.utils.logging
+    for talker in talkers:
+        talker.set_verbosity_error()
+        # Errors go where all else is logged, in its form; each has a handler of its own that writes to stderr.
+        library = logging.getLogger(talker.__name__.partition(".")[0])
+        library.handlers.clear()
+        library.propagate = True
+    talkers[0].disable_progress_bar()
+    disable_progress_bars()
+    # A hub model without safetensors would make transformers ask the hub for a conversion, in a thread.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ModelError("there is no CUDA device here; use --device auto or cpu")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _dtype(wanted: str, where: torch.device) -> torch.dtype:
+    if wanted == "auto":
+        return torch.bfloat16 if where.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    found = getattr(torch, wanted, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"{wanted!r} is not a floating type; use auto, float32, bfloat16 or float16")
+    return found
+
+
+def _config(name: str, source: str, options: dict[str, Any], body_only: bool) -> Any:
+    folder = Path(source)
+    # transformers would load an adapter folder's base model, from wherever the folder says.
+    if folder.is_dir() and (folder / "adapter_config.json").exists():
+        raise ModelError(f"{name} is an adapter; give the base model that it was trained on")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise ModelError(f"the folder {name} holds no model: it has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(f"{name} comes with code of its own, which is never run; use another model") from error
+        if folder.is_dir():
+            raise ModelError(f"the model {name} has an unusable config.json: {first_line(error)}") from error
+        raise ModelError(
+            f"there is no folder {name}, and no model of that name can be had from the hub ({first_line(error)}); "
+            "check the name, the network and, for a gated model, HF_TOKEN, or give a local folder"
+        ) from error
+    if body_only:
+        if config.is_encoder_decoder:
+            raise ModelError(f"{name} is an encoder-decoder; take features with an encoder or a causal language model")
+        return config
+    masked = any(kind.endswith("ForMaskedLM") for kind in config.architectures or ())
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or masked:
+        raise ModelError(f"{name} is a {config.model_type} model, not a causal language model; choose one that is")
+    return config
+
+
+def _tokenizer(name: str, source: str, options: dict[str, Any], body_only: bool) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:
+        # The Rust library behind it raises plain Exception for a damaged tokenizer.json.
+        raise ModelError(f"{name} has no usable tokenizer ({first_line(error)}); put its files there") from error
+    if not len(tokenizer) or (tokenizer.eos_token_id is None and not body_only):
+        raise ModelError(f"the tokenizer of {name} has no vocabulary or no end-of-text token; it cannot end an answer")
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+        logger.info("the tokenizer of %s has no padding token; it pads with %s", name, tokenizer.eos_token)
+    return tokenizer
+
+
+def _model(name: str, source: str, options: dict[str, Any], where: torch.device, body_only: bool) -> Any:
+    damaged = f"the weight files of {name} are missing or damaged"
+    auto: Any = AutoModel if body_only else AutoModelForCausalLM
+    try:
+        model, report = auto.from_pretrained(source, output_loading_info=True, **options)
+        # transformers fills gaps with random values.
+        # A pooler sits on top of the hidden states and is not used; many checkpoints of encoders lack it.
+        missing = sorted(key for key in report["missing_keys"] if not (body_only and "pooler" in key))
+        if missing:
+            raise ModelError(f"{damaged}: they hold no {missing[0]} ({len(missing)} lacking); download it again")
+        return model.to(where)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            advice = "use --device cpu" if where.type == "cuda" else "use a smaller one"
+            raise ModelError(f"the model {name} does not fit into memory on {where}; free some or {advice}") from error
+        reason = "shapes differ from config.json" if "mismatched" in str(error) else first_line(error)
+        raise ModelError(f"{damaged}: {reason}; download it again") from error
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        # ImportError: a quantized model without the package that reads it; the text names the package.
+        raise ModelError(f"{damaged}: {first_line(error)}; download it again") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line for a message of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300].rstrip(" .") if lines else type(error).__name__
+
+
+def _weight_files(source: str, options: dict[str, Any]) -> list[Path]:
+    """The files that a model just loaded was read from; for a hub model, in the hub's cache."""
+    where = {key: value for key, value in options.items() if key == "revision"}
+
+    def found(name: str) -> Path | None:
+        path = cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False, **where)
+        return Path(path) if path else None
+
+    names = (stem + ending for stem in _WEIGHT_FILES for ending in ("", ".index.json"))
+    first = next((path for name in names if (path := found(name))), None)
+    if first is None or first.suffix != ".json":
+        return [first] if first else []
+    parts = sorted(set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [path for name in parts if (path := found(name))]

@@ -1,0 +1,66 @@
+"""The interface of PEFT methods, and the manifest that PEFT's own state and configuration give."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftConfig, get_peft_model_state_dict
+
+from fedhds.tensors.manifest import AdapterManifest, Initial, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedhds.runspec import RunSpec
+    from fedhds_client.models.loading import BaseModel
+
+
+class PeftMethod(ABC):
+    """One method of PEFT as a run uses it.
+
+    Implementations MUST give the same manifest at every site that holds the same base model.
+    """
+
+    @abstractmethod
+    def config(self, spec: RunSpec, base: BaseModel) -> PeftConfig:
+        """The configuration that PEFT puts an adapter on `base` by; raises ModelError when the model cannot carry it.
+
+        Module names are resolved, so that the adapter fits the same modules wherever it is loaded.
+        """
+
+    @abstractmethod
+    def initial(self, role: str, shape: tuple[int, ...]) -> Initial:
+        """How the first value of a tensor is made."""
+
+    def role(self, name: str) -> str:
+        """What the tensor that PEFT saves under `name` is to the method: the last part of its name but `weight`."""
+        return name.removesuffix(".weight").rpartition(".")[2]
+
+    def scale_axis(self, role: str, shape: tuple[int, ...]) -> int | None:
+        """The axis along which int8 keeps one scale per index; None: one scale for the whole tensor."""
+        return None
+
+    def manifest(self, spec: RunSpec, module: Any) -> AdapterManifest:
+        """The manifest of the adapter that PEFT's wrapper `module` carries."""
+        tensors = []
+        for name, tensor in sorted(adapter_state(module).items()):
+            role, shape = self.role(name), tuple(tensor.shape)
+            tensors.append(TensorSpec(name, shape, role, self.initial(role, shape), self.scale_axis(role, shape)))
+        return AdapterManifest(tuple(tensors), _config_text(module.peft_config["default"], spec))
+
+
+def adapter_state(module: Any) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under the names that PEFT saves them by."""
+    return dict(get_peft_model_state_dict(module, save_embedding_layers=False))
+
+
+def _config_text(config: PeftConfig, spec: RunSpec) -> str:
+    """adapter_config.json as PEFT writes it, but the same at every site: no path of this machine, sets in order."""
+    values = config.to_dict() | {
+        "base_model_name_or_path": spec.model,
+        "revision": spec.model_revision or None,
+        "inference_mode": True,
+    }
+    return json.dumps(values, indent=2, sort_keys=True, default=sorted) + "\n"

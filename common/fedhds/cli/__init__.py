@@ -1,0 +1,1 @@
+"""The toolbox `fedhds`: its own commands, and those that the installed packages add."""

@@ -1,0 +1,68 @@
+"""`fedhds pause`, `resume`, `stop` and `evict`: what an operator may do to a run, and why, for the journal."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fedhds.cli.connection import DEFAULT_SERVER, Server, TlsCa, TlsCert, TlsKey, call
+
+Reason = Annotated[str, typer.Option(help="Why; it is kept in the run's journal.")]
+
+
+def pause(
+    reason: Reason,
+    server: Server = DEFAULT_SERVER,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+) -> None:
+    """Hand out no new task; what sites work on may still come in."""
+    from fedhds.v1 import federation_pb2 as pb
+
+    call("Pause", pb.PauseRequest(reason=reason), server, tls_ca, tls_cert, tls_key)
+    typer.echo("The run is paused; `fedhds resume` lets it go on.")
+
+
+def resume(
+    reason: Reason = "",
+    server: Server = DEFAULT_SERVER,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+) -> None:
+    """Let a paused run go on."""
+    from fedhds.v1 import federation_pb2 as pb
+
+    call("Resume", pb.ResumeRequest(reason=reason), server, tls_ca, tls_cert, tls_key)
+    typer.echo("The run goes on.")
+
+
+def stop(
+    reason: Reason,
+    server: Server = DEFAULT_SERVER,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+) -> None:
+    """End the run for good; every site gets the adapter as it is."""
+    from fedhds.v1 import federation_pb2 as pb
+
+    call("Stop", pb.StopRequest(reason=reason), server, tls_ca, tls_cert, tls_key)
+    typer.echo("The run is stopped; its sites are given the last adapter.")
+
+
+def evict(
+    site: Annotated[str, typer.Argument(help="The site's name, as `fedhds status` shows it.")],
+    reason: Reason,
+    server: Server = DEFAULT_SERVER,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+) -> None:
+    """Exclude a site from the run for good."""
+    from fedhds.v1 import federation_pb2 as pb
+
+    call("Evict", pb.EvictRequest(site=site, reason=reason), server, tls_ca, tls_cert, tls_key)
+    typer.echo(f"{site} is evicted.")

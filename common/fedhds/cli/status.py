@@ -1,0 +1,142 @@
+"""`fedhds status`: what a run is doing, asked of its coordinator once or again and again."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedhds.cli.connection import DEFAULT_SERVER, Server, TlsCa, TlsCert, TlsKey, call
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import Console, RenderableType
+
+    from fedhds.v1 import federation_pb2 as pb
+
+_WATCH_EVERY_S = 2.0
+_JOURNAL_LINES = 5
+_OVER = ("completed", "stopped", "failed")
+
+
+def status(
+    server: Server = DEFAULT_SERVER,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Keep looking until the run is over or Ctrl-C.")] = False,
+) -> None:
+    """Show a run: phase, rounds, sites, evaluations, the last lines of its journal."""
+    from fedhds.errors import UsageError
+    from fedhds.v1 import federation_pb2 as pb
+
+    def ask(journal_after: int = 0) -> pb.GetStatusResponse:
+        request = pb.GetStatusRequest(journal_after=journal_after)
+        answer: pb.GetStatusResponse = call("GetStatus", request, server, tls_ca, tls_cert, tls_key)
+        return answer
+
+    if json and watch:
+        raise UsageError("--json prints one object and --watch goes on; choose one of them")
+    if json:
+        from google.protobuf import json_format
+
+        typer.echo(
+            json_format.MessageToJson(
+                ask(), preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+            )
+        )
+        return
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        # Rich assumes 80 columns there, which breaks the table's lines.
+        console = Console(width=max(console.width, 120))
+    if not watch:
+        answer = ask()
+        console.print(_picture(answer))
+        for line in answer.journal[-_JOURNAL_LINES:]:
+            _print_line(console, line)
+        return
+    try:
+        _watch(console, ask)
+    except KeyboardInterrupt:
+        return
+
+
+def _watch(console: Console, ask: Callable[[int], pb.GetStatusResponse]) -> None:
+    """Prints the journal as it grows; in a terminal the run's picture stands below it."""
+    from rich.live import Live
+
+    from fedhds.errors import CoordinatorUnreachable
+
+    answer = ask(0)
+    seen = answer.journal[-1].number if answer.journal else 0
+    lost = ""
+    with Live(_picture(answer), console=console, auto_refresh=False) as live:
+        for line in answer.journal[-_JOURNAL_LINES:]:
+            _print_line(console, line)
+        while answer.phase not in _OVER:
+            time.sleep(_WATCH_EVERY_S)
+            try:
+                answer = ask(seen)
+            except CoordinatorUnreachable as error:
+                if str(error) != lost:
+                    lost = str(error)
+                    console.print(f"{lost}; asking again", markup=False, soft_wrap=True)
+                continue
+            lost = ""
+            for line in answer.journal:
+                _print_line(console, line)
+                seen = line.number
+            live.update(_picture(answer), refresh=True)
+
+
+def _print_line(console: Console, line: pb.JournalLine) -> None:
+    from rich.text import Text
+
+    at = time.strftime("%H:%M:%S", time.localtime(line.at))
+    console.print(Text(f"{at} {line.message}", "yellow" if line.trouble else ""), soft_wrap=True)
+
+
+def _picture(answer: pb.GetStatusResponse) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    spec = answer.run
+    parts: list[RenderableType] = [
+        Text.assemble(
+            f"run {answer.run_id}: ",
+            (answer.phase, "bold"),
+            f", round {answer.round} of {spec.rounds}, strategy {spec.strategy}, {answer.running_s:.0f} s",
+        )
+    ]
+    if answer.HasField("paused"):
+        parts.append(Text(f"paused: {answer.paused}", style="yellow"))
+    if answer.message:
+        parts.append(Text(answer.message))
+    sites = Table("site", "state", "rows", "evaluates", "task", "MB sent", "rejected", "last error")
+    for site in answer.sites:
+        sites.add_row(
+            Text(site.site),
+            f"{site.state}, has the adapter" if site.delivered else site.state,
+            str(site.rows),
+            "yes" if site.evaluates else "",
+            site.task,
+            f"{site.bytes_received / 1e6:.2f}",
+            str(site.rejections or ""),
+            Text(site.last_error),
+        )
+    parts.append(sites)
+    if answer.evaluations:
+        measured = Table("round", "held-out rows", "loss", "Rouge-L")
+        for line in answer.evaluations:
+            measured.add_row(str(line.round), str(line.rows), f"{line.loss:.4f}", f"{line.rouge_l:.4f}")
+        parts.append(measured)
+    if answer.checkpoint:
+        parts.append(Text(f"checkpoint: {answer.checkpoint}"))
+    return Group(*parts)

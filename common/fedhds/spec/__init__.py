@@ -1,0 +1,67 @@
+"""The specification of a run: a small frozen model for each part, and registries that others can add to."""
+
+from fedhds.spec.aggregation import (
+    AGGREGATOR_SPECS,
+    AggregationSpec,
+    AggregatorSpec,
+    FedAvgSpec,
+    WireDtype,
+)
+from fedhds.spec.amounts import budget_rows
+from fedhds.spec.evaluation import EvaluationSpec
+from fedhds.spec.features import FeaturePooling, FeatureSpec
+from fedhds.spec.model import ModelSpec, PromptFormat
+from fedhds.spec.optimizer import OPTIMIZER_SPECS, MomentumSpec, NoOptimizerSpec, OptimizerSpec
+from fedhds.spec.peft import PEFT_SPECS, LoraSpec, PeftSpec
+from fedhds.spec.privacy import PrivacySpec, SelectionPrivacySpec
+from fedhds.spec.rounds import RoundsSpec
+from fedhds.spec.run import SCHEMA_VERSION, RunSpec
+from fedhds.spec.selection import Schedule, SelectionSpec
+from fedhds.spec.strategies import (
+    STRATEGY_SPECS,
+    FederatedKMeansSpec,
+    FedHdsAlignedSpec,
+    FedHdsSpec,
+    FullSpec,
+    RandomSpec,
+    Reduction,
+    StrategySpec,
+)
+from fedhds.spec.training import TrainingSpec
+
+__all__ = [
+    "AGGREGATOR_SPECS",
+    "OPTIMIZER_SPECS",
+    "PEFT_SPECS",
+    "SCHEMA_VERSION",
+    "STRATEGY_SPECS",
+    "AggregationSpec",
+    "AggregatorSpec",
+    "EvaluationSpec",
+    "FeaturePooling",
+    "FeatureSpec",
+    "FedAvgSpec",
+    "FedHdsAlignedSpec",
+    "FedHdsSpec",
+    "FederatedKMeansSpec",
+    "FullSpec",
+    "LoraSpec",
+    "ModelSpec",
+    "MomentumSpec",
+    "NoOptimizerSpec",
+    "OptimizerSpec",
+    "PeftSpec",
+    "PrivacySpec",
+    "PromptFormat",
+    "RandomSpec",
+    "Reduction",
+    "RoundsSpec",
+    "RunSpec",
+    "Schedule",
+    "SelectionPrivacySpec",
+    "SelectionSpec",
+    "StrategySpec",
+    "TrainingSpec",
+    "WireDtype",
+    "budget_rows",
+]

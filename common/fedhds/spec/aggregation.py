@@ -1,0 +1,69 @@
+"""How the sites' updates become the next global adapter, and in which type they travel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from fedhds.settings import Parameters, Variants, parameter
+from fedhds.spec.optimizer import OPTIMIZERS, OptimizerSpec
+
+if TYPE_CHECKING:
+    from fedhds.tensors.safetensors import AdapterDtype
+
+WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
+"""The names of fedhds.tensors.codecs.CODECS, which is not imported here because `--help` must not need numpy."""
+
+
+class AggregatorSpec(Parameters):
+    """Base of the aggregators' parameters."""
+
+    summary: ClassVar[str]
+    """What the aggregator does, in a few words."""
+
+    name: str = parameter(..., "How the updates of a round are combined.", setting="aggregator")
+
+
+class FedAvgSpec(AggregatorSpec):
+    """Federated averaging (McMahan et al. 2017, Algorithm 1)."""
+
+    summary = "their mean, weighted by rows"
+
+    name: Literal["fedavg"] = "fedavg"
+
+
+AGGREGATOR_SPECS: dict[str, type[AggregatorSpec]] = {"fedavg": FedAvgSpec}
+AGGREGATORS = Variants(AGGREGATOR_SPECS, key="name", default="fedavg", kind="aggregator")
+
+
+class AggregationSpec(Parameters):
+    """Aggregation of a round's updates."""
+
+    aggregator: Annotated[AggregatorSpec, AGGREGATORS] = Field(default_factory=AGGREGATORS.make_default)
+    optimizer: Annotated[OptimizerSpec, OPTIMIZERS] = Field(default_factory=OPTIMIZERS.make_default)
+    wire_dtype: WireDtype = parameter(
+        "float32",
+        "Tensor type of adapters on the wire. int8: sites send the difference to the global adapter in 8 bits, and add "
+        "the rounding error to the next one; the global adapter itself is float32.",
+    )
+    max_weight_share: float = parameter(
+        0.5,
+        "Largest share of a round's weight that one site's update can have, however many rows the site declares; at "
+        "least 1 divided by the number of updates. The strategy random asks no site for a larger share of its budget "
+        "while others have rows left.",
+        gt=0,
+        le=1,
+    )
+    max_update_norm: float = parameter(
+        0.0,
+        "Reject updates that differ from the round's adapter by more than this L2 norm; 0: accept any finite update.",
+        ge=0,
+    )
+
+    @property
+    def adapter_dtype(self) -> AdapterDtype:
+        """Tensor type of the global adapter: the wire type, but float32 where only updates are quantized."""
+        from fedhds.tensors.codecs import CODECS
+
+        return CODECS[self.wire_dtype].adapter_dtype

@@ -1,0 +1,48 @@
+"""What rows are compared by: hidden states of a model, pooled and projected."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
+
+from fedhds.settings import Parameters, parameter
+
+FeaturePooling = Literal["auto", "last", "mean"]
+
+
+def _check_layers(layers: str) -> str:
+    if not re.fullmatch(r"all|last|-?[0-9]+(,-?[0-9]+)*", layers):
+        raise ValueError("give all, last, or numbers such as 0,6,-1")
+    return layers
+
+
+class FeatureSpec(Parameters):
+    """Features of rows, for selection."""
+
+    layers: Annotated[str, AfterValidator(_check_layers)] = parameter(
+        "all",
+        "Layers whose hidden states are a row's features: all, last, or numbers such as 0,6,-1, where 0 is the output "
+        "of the embeddings.",
+        setting="feature_layers",
+    )
+    pooling: FeaturePooling = parameter(
+        "auto",
+        "Hidden state of a row's last token, or the mean over its tokens. auto: last for fedhds, as published; mean "
+        "for strategies that compare rows of different sites, where it covers the data better.",
+        setting="feature_pooling",
+    )
+    dimension: int = parameter(
+        256,
+        "Values per row after a seeded random projection, which is the same at every site.",
+        setting="feature_dimension",
+        ge=2,
+        le=8192,
+    )
+    model: str = parameter(
+        "",
+        "Compute features with this model (hub id or path; any small causal model or encoder) instead of the model "
+        "that is tuned.",
+        setting="feature_model",
+    )

@@ -1,0 +1,29 @@
+"""What everybody knows of a selection strategy: parameters, privacy unit, what the model card says; one file each."""
+
+from fedhds.settings import Variants
+from fedhds.spec.strategies.base import StrategySpec
+from fedhds.spec.strategies.federated_kmeans import FederatedKMeansSpec
+from fedhds.spec.strategies.fedhds import FedHdsAlignedSpec, FedHdsSpec, Reduction
+from fedhds.spec.strategies.full import FullSpec
+from fedhds.spec.strategies.random import RandomSpec
+
+STRATEGY_SPECS: dict[str, type[StrategySpec]] = {
+    "full": FullSpec,
+    "random": RandomSpec,
+    "fedhds": FedHdsSpec,
+    "fedhds-aligned": FedHdsAlignedSpec,
+    "federated-kmeans": FederatedKMeansSpec,
+}
+STRATEGIES = Variants(STRATEGY_SPECS, key="name", default="fedhds-aligned", kind="selection strategy")
+
+__all__ = [
+    "STRATEGIES",
+    "STRATEGY_SPECS",
+    "FedHdsAlignedSpec",
+    "FedHdsSpec",
+    "FederatedKMeansSpec",
+    "FullSpec",
+    "RandomSpec",
+    "Reduction",
+    "StrategySpec",
+]

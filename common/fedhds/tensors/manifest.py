@@ -1,0 +1,191 @@
+"""The manifest of a run's adapter: its tensors, their first values, and the configuration that PEFT loads it by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from fedhds.errors import AdapterError
+from fedhds.v1 import federation_pb2 as pb
+
+FloatArray = npt.NDArray[np.float32]
+
+# Names stand in logs and journals.
+MAX_NAME_LENGTH = 500
+# The highest LoRA rank, 1024, times a million features, which no known model has.
+MAX_TENSOR_VALUES = 1 << 30
+# Beyond any adapter's; NumPy itself ends at 32 or 64.
+MAX_DIMENSIONS = 8
+# Far above any useful start, and float16 holds it.
+MAX_BOUND = 1000.0
+MAX_CONFIG_BYTES = 64 << 10
+# The header of a safetensors file keeps this name for itself.
+_RESERVED_NAME = "__metadata__"
+# The key of adapter_config.json in which sites may differ.
+_VERSION_KEY = "peft_version"
+
+
+class InitialKind(StrEnum):
+    """How a first value is made."""
+
+    ZEROS = "zeros"
+    ONES = "ones"
+    UNIFORM = "uniform"
+
+
+_TO_PROTO = {
+    InitialKind.ZEROS: pb.INITIAL_KIND_ZEROS,
+    InitialKind.ONES: pb.INITIAL_KIND_ONES,
+    InitialKind.UNIFORM: pb.INITIAL_KIND_UNIFORM,
+}
+_FROM_PROTO: dict[int, InitialKind] = {number: kind for kind, number in _TO_PROTO.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Initial:
+    """How a tensor's first value is made; `bound` is the largest absolute value of a uniform one, else 0."""
+
+    kind: InitialKind
+    bound: float = 0.0
+
+    @classmethod
+    def zeros(cls) -> Self:
+        """All values are 0."""
+        return cls(InitialKind.ZEROS)
+
+    @classmethod
+    def ones(cls) -> Self:
+        """All values are 1."""
+        return cls(InitialKind.ONES)
+
+    @classmethod
+    def uniform(cls, bound: float) -> Self:
+        """Values are uniform within `bound` of 0."""
+        return cls(InitialKind.UNIFORM, bound)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor, named as PEFT saves it.
+
+    `role` says what it is to its PEFT method, such as `lora_A`, `magnitude` or `bias`. `scale_axis` is the axis along
+    which int8 keeps one scale per index; None: one scale for the whole tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    initial: Initial
+    scale_axis: int | None
+
+    @property
+    def scales_name(self) -> str:
+        """The name under which the scales of an int8 difference are stored."""
+        return f"{self.name}.scales"
+
+    @property
+    def scales_shape(self) -> tuple[int]:
+        """The shape of these scales."""
+        return (1 if self.scale_axis is None else self.shape[self.scale_axis],)
+
+    def initial_value(self, seed: int) -> FloatArray:
+        """The first value, float32 of `shape`; a uniform one depends on `seed` and the name, not on order or process.
+
+        With the bound 1/sqrt(in) it is PEFT's Kaiming start of LoRA's A.
+        """
+        match self.initial.kind:
+            case InitialKind.ZEROS:
+                return np.zeros(self.shape, dtype=np.float32)
+            case InitialKind.ONES:
+                return np.ones(self.shape, dtype=np.float32)
+            case InitialKind.UNIFORM:
+                name = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "little")
+                generator = np.random.default_rng([seed, name])
+                return generator.uniform(-self.initial.bound, self.initial.bound, self.shape).astype(np.float32)
+
+    def to_proto(self) -> pb.TensorSpec:
+        """The same tensor as a wire message."""
+        return pb.TensorSpec(
+            name=self.name,
+            shape=self.shape,
+            role=self.role,
+            initial=_TO_PROTO[self.initial.kind],
+            bound=self.initial.bound,
+            scale_axis=self.scale_axis,
+        )
+
+    @classmethod
+    def from_proto(cls, message: pb.TensorSpec) -> Self:
+        """Reads a wire message; raises AdapterError, naming the tensor, for one that no adapter has."""
+        name, shape = message.name, tuple(message.shape)
+        if not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
+            raise AdapterError("the manifest names a tensor with no, more than 500 or unprintable characters")
+        if name == _RESERVED_NAME:
+            raise AdapterError(f"the manifest names a tensor {name!r}, which a safetensors file cannot hold")
+        if not 0 < len(shape) <= MAX_DIMENSIONS or not all(shape):
+            raise AdapterError(f"the manifest gives {name!r} the shape {shape[: MAX_DIMENSIONS + 1]}, not a tensor's")
+        if math.prod(shape) > MAX_TENSOR_VALUES:
+            raise AdapterError(f"the manifest gives {name!r} the shape {shape}, beyond any model's")
+        if not re.fullmatch("[A-Za-z0-9_]{1,32}", message.role):
+            raise AdapterError(f"the manifest gives {name!r} a role that is not 1 to 32 letters, digits or underscores")
+        kind = _FROM_PROTO.get(message.initial)
+        if kind is None:
+            raise AdapterError(f"the manifest does not say how the first value of {name!r} is made")
+        # Written so that NaN is refused, too.
+        uniform = kind is InitialKind.UNIFORM
+        if not (0 < message.bound <= MAX_BOUND if uniform else message.bound == 0):
+            needed = f"above 0 and at most {MAX_BOUND:g}" if uniform else "0"
+            raise AdapterError(f"the manifest gives {name!r}, {kind} at first, the bound {message.bound}, not {needed}")
+        axis = message.scale_axis if message.HasField("scale_axis") else None
+        if axis is not None and axis >= len(shape):
+            raise AdapterError(f"the manifest gives {name!r} scales along axis {axis}, which its shape {shape} lacks")
+        return cls(name, shape, message.role, Initial(kind, message.bound), axis)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterManifest:
+    """All tensors of a run's adapter, sorted by name, and the text of its adapter_config.json."""
+
+    tensors: tuple[TensorSpec, ...]
+    config: str
+
+    def parsed_config(self) -> dict[str, Any]:
+        """The configuration as JSON; raises AdapterError when it is not an object."""
+        try:
+            config = json.loads(self.config)
+        except (ValueError, RecursionError) as error:
+            raise AdapterError("the adapter's configuration is not JSON") from error
+        if not isinstance(config, dict):
+            raise AdapterError("the adapter's configuration is not a JSON object")
+        return config
+
+    def agrees_with(self, other: AdapterManifest) -> bool:
+        """Whether tensors are equal, and configurations are, as JSON and apart from `peft_version`."""
+        ours, theirs = ({**manifest.parsed_config(), _VERSION_KEY: None} for manifest in (self, other))
+        return self.tensors == other.tensors and ours == theirs
+
+    def to_proto(self) -> pb.AdapterManifest:
+        """The same manifest as a wire message."""
+        return pb.AdapterManifest(tensors=[tensor.to_proto() for tensor in self.tensors], config=self.config)
+
+    @classmethod
+    def from_proto(cls, message: pb.AdapterManifest) -> Self:
+        """Reads a wire message; raises AdapterError for a manifest that describes no adapter."""
+        names = [tensor.name for tensor in message.tensors]
+        if not names or names != sorted(set(names)):
+            raise AdapterError("the manifest must name at least one tensor, each once, sorted by name")
+        manifest = cls(tuple(TensorSpec.from_proto(tensor) for tensor in message.tensors), message.config)
+        if taken := {tensor.scales_name for tensor in manifest.tensors} & set(names):
+            raise AdapterError(f"the manifest names a tensor {min(taken)!r}, the name of another tensor's scales")
+        if len(manifest.config.encode()) > MAX_CONFIG_BYTES:
+            raise AdapterError(f"the adapter's configuration is longer than {MAX_CONFIG_BYTES >> 10} KiB")
+        manifest.parsed_config()
+        return manifest

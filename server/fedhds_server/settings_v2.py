@@ -1,0 +1,111 @@
+"""The coordinator's settings: the run's specification, and where and how it is served."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Self
+
+from pydantic import SecretStr, model_validator
+
+from fedhds.settings import Parameters, check_http, is_loopback, parameter
+from fedhds.spec import RunSpec
+from fedhds.telemetry import LogFormat, LogLevel
+
+
+class ServerSettings(Parameters):
+    """Settings of `fedhds-server`."""
+
+    run: RunSpec
+    selection_epsilon: float | None = parameter(
+        None,
+        "Choose the noise so that a site's releases for selection in the whole run cost at most this epsilon at "
+        "--selection-delta (federated-kmeans: example-level, else client-level), instead of "
+        "--selection-noise-multiplier.",
+        group="Privacy",
+        gt=0,
+    )
+    listen: str = parameter(
+        "127.0.0.1:8470",
+        "Address to listen on; port 0 takes a free one. Beyond loopback it needs TLS.",
+        group="Server",
+    )
+    run_folder: Path = parameter(
+        Path("fedhds-run"),
+        "Folder of the run: state, artifacts, checkpoint. The same folder continues the same run.",
+        group="Server",
+    )
+    artifacts: str = parameter(
+        "",
+        "Keep adapters and updates here instead of in the run folder: s3://BUCKET/PREFIX or any other URL that fsspec "
+        "knows, or a folder. Credentials come from the environment.",
+        group="Server",
+    )
+    keep_updates: bool = parameter(
+        False,
+        "Keep each site's updates after aggregation, as updates/round-N/SITE.safetensors among the artifacts.",
+        group="Server",
+    )
+    store: SecretStr | None = parameter(
+        None,
+        "Keep the run's state in this PostgreSQL database, postgresql://USER@HOST/DATABASE, instead of SQLite in the "
+        "run folder; coordinators with the same database stand by for each other. Flags are visible to everybody who "
+        "can list processes: put a password in the environment or ~/.pgpass.",
+        group="Server",
+    )
+    tls_ca: Path | None = parameter(
+        None, "CA certificate that must have issued the sites' certificates.", group="Server"
+    )
+    tls_cert: Path | None = parameter(None, "The coordinator's certificate.", group="Server")
+    tls_key: Path | None = parameter(None, "Key of the coordinator's certificate.", group="Server")
+    insecure: bool = parameter(
+        False,
+        "Listen beyond loopback without TLS: for gRPC, where anybody who reaches the port can join, and for --http, "
+        "which has no TLS or passwords, so that anybody who reaches its port can read the sites' names, errors and "
+        "results. With --tls-ca, --tls-cert and --tls-key gRPC uses TLS all the same.",
+        group="Server",
+    )
+    http: str = parameter(
+        "",
+        "Serve the status page, which names sites, /metrics, /healthz and /readyz over HTTP at this HOST:PORT; port 0 "
+        "takes a free one.",
+        group="Server",
+    )
+    log_level: LogLevel = parameter("INFO", "Lowest level to log.", group="Server")
+    log_format: LogFormat = parameter(
+        "plain", "Lines for people, with colors on a terminal, or JSON objects for machines.", group="Server"
+    )
+
+    @model_validator(mode="after")
+    def _check_address(self) -> Self:
+        host, _, port = self.listen.rpartition(":")
+        if not host or not re.fullmatch("[0-9]+", port) or int(port) > 65535:
+            raise ValueError(f"listen: {self.listen!r} is not HOST:PORT")
+        if not is_loopback(host) and not self.tls_cert and not self.insecure:
+            raise ValueError(
+                f"listen: {host} is reachable from other machines and there is no TLS; give --tls-ca, --tls-cert and "
+                "--tls-key (see fedhds certs), or --insecure"
+            )
+        check_http(self.http, self.insecure)
+        return self
+
+    @model_validator(mode="after")
+    def _check_epsilon(self) -> Self:
+        privacy = self.run.privacy.selection
+        if self.selection_epsilon is not None and privacy.noised:
+            raise ValueError("selection_epsilon: it sets the noise itself; drop --selection-noise-multiplier")
+        if self.selection_epsilon is not None and not privacy.clip_norm:
+            raise ValueError("selection_clip_norm: an epsilon needs a clipping norm; set it above 0")
+        return self
+
+    def run_spec(self) -> RunSpec:
+        """The part that every site gets, with the noise that `selection_epsilon` asks for."""
+        selections = 1 if self.run.selection.schedule == "one-shot" else self.run.rounds.count
+        releases = selections * self.run.selection.strategy.releases(self.run)
+        if self.selection_epsilon is None or not releases:
+            return self.run
+        from fedhds.privacy.mechanisms import calibrate_noise
+
+        delta = self.run.privacy.selection.delta
+        noise = calibrate_noise(epsilon=self.selection_epsilon, delta=delta, releases=releases)
+        return self.run.replace(selection_noise_multiplier=noise)
