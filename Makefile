@@ -56,13 +56,13 @@ format: $(STAMP)  ## let ruff format the code
 	$(PROTO_BIN)/pip install --quiet --disable-pip-version-check grpcio-tools==1.76.0 mypy-protobuf==5.1.0 'setuptools<81'
 	@touch $@
 
-proto: .venv-proto/.installed  ## regenerate common/fedhds/v1 from proto/
+proto: .venv-proto/.installed  ## regenerate common/fedhds/v2 from proto/
 	PATH="$(CURDIR)/$(PROTO_BIN):$$PATH" $(PROTO_BIN)/python -m grpc_tools.protoc -I proto --python_out=common \
 	  --grpc_python_out=common --mypy_out=quiet:common $$(find proto -name '*.proto' | sort)
 
 proto-check: proto  ## fail when the committed stubs are not what proto/ gives
-	@git diff --exit-code --stat -- common/fedhds/v1 && test -z "$$(git status --porcelain -- common/fedhds/v1)" \
-	  || { echo 'proto-check: common/fedhds/v1 is out of date; run `make proto` and commit'; exit 1; }
+	@git diff --exit-code --stat -- common/fedhds/v2 && test -z "$$(git status --porcelain -- common/fedhds/v2)" \
+	  || { echo 'proto-check: common/fedhds/v2 is out of date; run `make proto` and commit'; exit 1; }
 
 docs: $(STAMP)  ## regenerate the references of settings and metrics
 	$(BIN)/python docs/generate.py

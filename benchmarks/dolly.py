@@ -19,7 +19,7 @@ from pathlib import Path
 from google.protobuf import json_format
 
 from demo.run import BIN, Daemon, address
-from fedhds.v1 import federation_pb2 as pb
+from fedhds.v2 import status_pb2
 
 CLIENTS = 20
 # Decided on nano-llama; a model of billions of weights wants a hundredth of this learning rate.
@@ -94,7 +94,7 @@ def run(chosen: argparse.Namespace, method: str, seed: int, folder: Path) -> dic
     finally:
         for daemon in daemons:
             daemon.stop()
-    status = json_format.Parse((folder / "run" / "report.json").read_text(), pb.GetStatusResponse())
+    status = json_format.Parse((folder / "run" / "report.json").read_text(), status_pb2.GetStatusResponse())
     measured = {line.round: line for line in status.evaluations}
     before, after = measured[0], measured[chosen.rounds]
     return {

@@ -31,14 +31,14 @@ import torch
 
 import fedhds_client.selection.fedhds as intra
 from benchmarks import selection_cost
-from fedhds.runspec import Fusion
+from fedhds.spec import Fusion
 from fedhds_client import features, fusion, prompts, shard_features, space
-from fedhds_client.features import extract_features
+from fedhds_client.data.partition import partition
+from fedhds_client.data.prompts import Encoded, Prompter
+from fedhds_client.data.shard import Shard
+from fedhds_client.features.extraction import extract_features
+from fedhds_client.features.projection import FeatureSpace, Pooling
 from fedhds_client.models.loading import load_base_model
-from fedhds_client.partition import partition
-from fedhds_client.prompts import Encoded, Prompter
-from fedhds_client.shard import Shard
-from fedhds_client.space import FeatureSpace, Pooling
 from tests.selection.simulation import Outcome, select
 
 FloatArray = npt.NDArray[np.float32]
@@ -280,18 +280,18 @@ def _full(folder: Path) -> Line:
 def _ceiling(embedding: FloatArray, budget: str, seed: int) -> list[int]:
     from sklearn.cluster import KMeans
 
-    from fedhds.runspec import budget_rows
+    from fedhds.spec import budget_rows
 
     wanted = budget_rows(budget, len(embedding))
-    centres = KMeans(wanted, n_init=1, random_state=seed).fit(embedding).cluster_centers_
-    picks = {int(row) for row in (embedding @ (centres / np.linalg.norm(centres, axis=1, keepdims=True)).T).argmax(0)}
+    centers = KMeans(wanted, n_init=1, random_state=seed).fit(embedding).cluster_centers_
+    picks = {int(row) for row in (embedding @ (centers / np.linalg.norm(centers, axis=1, keepdims=True)).T).argmax(0)}
     return sorted(picks)
 
 
 def _traffic(outcome: Outcome) -> Line:
-    """Kilobytes per site: reports that it sent, centres that it got."""
+    """Kilobytes per site: reports that it sent, centers that it got."""
     sent = sum(len(report.SerializeToString()) for _, report in outcome.reports)
-    got = sum(centres.nbytes for centres in outcome.centres)
+    got = sum(centers.nbytes for centers in outcome.centers)
     return {"sent_kb": round(sent / CLIENTS / 1e3, 1), "received_kb": round(got / 1e3, 1)}
 
 
@@ -304,12 +304,12 @@ def _remembered_fusion(folder: Path) -> Any:
         key = hashlib.sha256(values.tobytes() + f"{values.shape}/{method}/{seed}/{made_by}".encode()).hexdigest()
         file = folder / f"{key}.npy"
         if not file.exists():
-            points, note = fusion.fuse(values, method, seed=seed)
+            points, note = fusion.reduce(values, method, seed=seed)
             np.save(file, points)
             return points, note
         return np.load(file), ""
 
-    return mock.patch.object(intra, "fuse", remembered)
+    return mock.patch.object(intra, "reduce", remembered)
 
 
 def _sources(*modules: ModuleType) -> str:

@@ -1,7 +1,7 @@
 """What selecting costs on one site's shard: this project's way against the paper's procedure written down plainly.
 
 `ours` takes features in batches, without the LM head, projected as they come; `plain` runs row by row through the whole
-model and keeps every layer in float64 (FedHDS, arXiv 2410.10926, as its released code does). Both then fuse by t-SNE
+model and keeps every layer in float64 (FedHDS, arXiv 2410.10926, as its released code does). Both then reduce by t-SNE
 and cluster by HDBSCAN. Each runs in a process of its own with the same number of threads; imports and loading of the
 model are not counted. Peak memory is the kernel's high-water mark of that process.
 """
@@ -49,9 +49,9 @@ def main() -> None:
     import sklearn.decomposition
     import sklearn.manifold  # noqa: F401
 
+    from fedhds_client.data.prompts import Prompter
+    from fedhds_client.data.shard import Shard
     from fedhds_client.models.loading import load_base_model
-    from fedhds_client.prompts import Prompter
-    from fedhds_client.shard import Shard
 
     with Shard.open(Path(data)) as shard:
         base = load_base_model(model, device="cpu")
@@ -77,10 +77,10 @@ def main() -> None:
 
 def ours(base: Any, encode: Callable[[int], list[int]], count: int) -> tuple[Line, np.ndarray]:
     """The project's own way, as its strategy `fedhds` does it; and the features."""
-    from fedhds_client.clustering import cluster
-    from fedhds_client.features import extract_features
-    from fedhds_client.fusion import fuse
-    from fedhds_client.space import FeatureSpace
+    from fedhds_client.features.clustering import cluster
+    from fedhds_client.features.extraction import extract_features
+    from fedhds_client.features.projection import FeatureSpace
+    from fedhds_client.features.reduction import reduce
 
     line: Line = {}
     with _timed(line, "features_s"):
@@ -89,7 +89,7 @@ def ours(base: Any, encode: Callable[[int], list[int]], count: int) -> tuple[Lin
             base.model, encode, range(count), space, pad_id=base.tokenizer.pad_token_id, batch_size=16
         )
     with _timed(line, "fusion_s"):
-        points, _ = fuse(found.values, "tsne", seed=42)
+        points, _ = reduce(found.values, "tsne", seed=42)
     with _timed(line, "clustering_s"):
         clusters = cluster(found.ids, points, min_cluster_size=2)
     return line | {"clusters": len(clusters.centroids)}, found.values
@@ -142,14 +142,14 @@ def arithmetic(base: Any, rows: Iterable[list[int]], seconds: float) -> Line:
 
 
 def cost_of_global(values: np.ndarray) -> Line:
-    """Seconds of one assignment to a fixed number of centres, and of a whole selection, sites and coordinator."""
-    from fedhds.lloyd import OVERSPLIT
-    from fedhds_client.cells import assign
-    from fedhds_client.features import Features
+    """Seconds of one assignment to a fixed number of centers, and of a whole selection, sites and coordinator."""
+    from fedhds.kmeans import OVERSPLIT
+    from fedhds_client.features.assignment import assign
+    from fedhds_client.features.extraction import Features
     from tests.selection.simulation import select
 
     values = values / np.linalg.norm(values, axis=1, keepdims=True)
-    line: Line = {"centres": OVERSPLIT * _WANTED}
+    line: Line = {"centers": OVERSPLIT * _WANTED}
     features = Features(np.arange(len(values)), values)
     with _timed(line, "assign_s"):
         assign(features, values[: OVERSPLIT * _WANTED])
@@ -188,7 +188,7 @@ def show(lines: list[Line], plot: Path) -> None:
             ratios = (f"{slow['seconds'] / line['seconds']:.2f}", f"{_over(slow) / _over(line):.2f}")
             row = [str(size), variant, *parts, ratios[0], f"{line['cpu_s']:.1f}", f"{_over(line):.0f}", ratios[1]]
             print("| " + " | ".join(row) + " |")
-    print(f"\nglobal, {_WANTED} rows wanted, {_SITES} sites, up to {latest['ours', sizes[0]]['centres']} centres\n")
+    print(f"\nglobal, {_WANTED} rows wanted, {_SITES} sites, up to {latest['ours', sizes[0]]['centers']} centers\n")
     print("| rows | one assignment s | µs per row | whole selection s | ms per row |")
     print("| --: | --: | --: | --: | --: |")
     for size in sizes:
@@ -220,7 +220,7 @@ def _plot(latest: dict[tuple[str, int], Line], sizes: list[int], plot: Path) -> 
     growth.plot(sizes, [first * size * np.log(size) for size in sizes], "k--", label="n log n")
     seconds.set_title("features, fusion and clusters: seconds")
     memory.set_title("the same: peak MB over the loaded model")
-    growth.set_title("global at a fixed number of centres: seconds")
+    growth.set_title("global at a fixed number of centers: seconds")
     for axis in (seconds, memory, growth):
         axis.set(xlabel="rows", xscale="log", yscale="log")
         axis.grid(alpha=0.3, which="both")

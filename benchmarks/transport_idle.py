@@ -20,15 +20,15 @@ from sqlalchemy import URL
 
 from benchmarks import transport
 from benchmarks.transport_load import FINGERPRINT, manifest_of
-from fedhds.runspec import RunSpec
+from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
 from fedhds_server.aggregation import AGGREGATORS
-from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.coordinator import Coordinator
-from fedhds_server.events import SiteAttested, SiteConnected, UpdateReceived
+from fedhds_server.run.events import SiteConnected, SiteRegistered, UpdateReceived
+from fedhds_server.run.state import RunState
 from fedhds_server.selection import STRATEGIES
-from fedhds_server.state import RunState
-from fedhds_server.store.sql import SqlStore
+from fedhds_server.storage.artifacts import ArtifactStore
+from fedhds_server.storage.sql import SqlStore
 
 Line = dict[str, Any]
 
@@ -63,7 +63,7 @@ def idle(count: int, own: bool, chosen: argparse.Namespace, certificates: Path) 
             sites = [_arguments(target, certificates, number, group, own) for number, group in enumerate(groups)]
             with transport.loads("idle", sites) as (lines, _):
                 _all(lines, "enrolled", count)
-                line: Line = {"enrol_s": round(time.monotonic() - started, 2)}
+                line: Line = {"enroll_s": round(time.monotonic() - started, 2)}
                 time.sleep(2)
                 used = transport.cpu_s(server)
                 time.sleep(60 * chosen.minutes)
@@ -106,7 +106,7 @@ class CountingStore(SqlStore):
 
 async def storm(folder: Path, count: int) -> Line:
     """Seconds until `count` sites that answer at the same instant have heard that their results are durable."""
-    spec = RunSpec(model="m", rounds=1, min_sites=count + 1, strategy="full", patience=3600)
+    spec = RunSpec.of(model="m", rounds=1, min_sites=count + 1, selection_strategy="full", heartbeat_timeout=3600)
     manifest = manifest_of(1 << 20)
     fingerprint = {field.name: getattr(FINGERPRINT, field.name) for field in FINGERPRINT.DESCRIPTOR.fields}
     state = RunState(run_id="r", spec=spec)
@@ -126,7 +126,7 @@ async def storm(folder: Path, count: int) -> Line:
         work = asyncio.create_task(coordinator.run())
         await asyncio.gather(*(coordinator.post(SiteConnected(name, "", name)) for name in names))
         await asyncio.gather(
-            *(coordinator.post(SiteAttested(0.0, name, 10, False, fingerprint, manifest)) for name in names)
+            *(coordinator.post(SiteRegistered(0.0, name, 10, False, fingerprint, manifest)) for name in names)
         )
         while len(coordinator.state.tasks) <= count:
             # What an event in this process waits for: the instructions of all those before it.
@@ -156,13 +156,13 @@ def show(lines: list[Line]) -> None:
     waiting = {(line["sites"], line["channels"]): line for line in lines if line["part"] == "idle"}
     if waiting:
         print(
-            "\n| idle sites | connections | CPU s/min | CPU ms per site-minute | MB | kB per site | enrol s | task s |"
+            "\n| idle sites | connections | CPU s/min | CPU ms per site-minute | MB | kB per site | enroll s | task s |"
         )
         print("| --: | --- | --: | --: | --: | --: | --: | --: |")
     for (sites, channels), line in sorted(waiting.items()):
         over = line["mb"] - line["empty_mb"]
         each = f"{line['cpu_s_per_minute'] / sites * 1e3:.2f} | {over:.1f} | {over / sites * 1e3:.0f}"
-        ends = f"{line['enrol_s']:.1f} | {line['task_s']:.2f}"
+        ends = f"{line['enroll_s']:.1f} | {line['task_s']:.2f}"
         print(f"| {sites} | {channels} | {line['cpu_s_per_minute']:.2f} | {each} | {ends} |")
     storms = {line["sites"]: line for line in lines if line["part"] == "storm"}
     if storms:

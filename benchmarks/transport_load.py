@@ -28,9 +28,9 @@ from fedhds.security.credentials import TlsFiles, channel_credentials, server_cr
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.manifest import AdapterManifest, Initial, TensorSpec
 from fedhds.tensors.safetensors import write_adapter
-from fedhds.v1 import federation_pb2 as pb
+from fedhds.v2 import federation_pb2 as pb
 from fedhds_client import link as links
-from fedhds_client.link import CoordinatorLink
+from fedhds_client.rpc_client import CoordinatorClient
 
 TENSORS = 64
 FINGERPRINT = pb.ModelFingerprint(weights="w", config="c", tokenizer="t", template="p")
@@ -74,13 +74,13 @@ def _written(path: Path, size: int, random: np.random.Generator) -> tuple[Path, 
     return path, artifact
 
 
-async def enrolled(link: CoordinatorLink, site: str, manifest: AdapterManifest) -> str:
+async def enrolled(link: CoordinatorClient, site: str, manifest: AdapterManifest) -> str:
     """The session of a site that brought ten rows."""
     answer = await link.call(link.federation.Enroll, pb.EnrollRequest(site=site, protocol_versions=[1]))
-    attestation = pb.AttestRequest(
+    attestation = pb.RegisterRequest(
         session=answer.session, fingerprint=FINGERPRINT, manifest=manifest.to_proto(), rows=10
     )
-    await link.call(link.federation.Attest, attestation)
+    await link.call(link.federation.Register, attestation)
     return str(answer.session)
 
 
@@ -88,7 +88,7 @@ async def ours(target: str, sites: list[str], folder: Path, size: int, tls: TlsF
     """Sites that upload what they prepared, through the client's own link."""
     updates = {site: prepared(folder, site, size) for site in sites}
     # A patience as long as the daemon's: waiting is the benchmark's to bound.
-    made = [CoordinatorLink(target, tls, patience=60) for _ in sites]
+    made = [CoordinatorClient(target, tls, patience=60) for _ in sites]
     await asyncio.gather(
         *(_site(link, site, updates[site], folder, size) for link, site in zip(made, sites, strict=True))
     )
@@ -96,7 +96,7 @@ async def ours(target: str, sites: list[str], folder: Path, size: int, tls: TlsF
 
 
 async def _site(
-    link: CoordinatorLink, site: str, updates: list[tuple[Path, Artifact]], folder: Path, size: int
+    link: CoordinatorClient, site: str, updates: list[tuple[Path, Artifact]], folder: Path, size: int
 ) -> None:
     session = await enrolled(link, site, manifest_of(size))
     adapter = folder / f"{site.replace('/', '-')}-global"
@@ -261,11 +261,11 @@ async def floor_aio(target: str, sites: list[str], size: int, rounds: int) -> No
 
 
 async def idle(target: str, sites: list[str], tls: TlsFiles | None, *, own_channels: bool) -> None:
-    """Sites that enrol and then wait for a task; says when each has one and ends when told so."""
-    shared = None if own_channels else CoordinatorLink(target, tls, patience=60)
-    made = [shared or CoordinatorLink(target, tls, patience=60) for _ in sites]
+    """Sites that enroll and then wait for a task; says when each has one and ends when told so."""
+    shared = None if own_channels else CoordinatorClient(target, tls, patience=60)
+    made = [shared or CoordinatorClient(target, tls, patience=60) for _ in sites]
 
-    async def site(link: CoordinatorLink, name: str) -> None:
+    async def site(link: CoordinatorClient, name: str) -> None:
         session = await enrolled(link, name, manifest_of(1 << 20))
         say(site=name, enrolled=time.time())
         while True:

@@ -22,10 +22,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fedhds.runspec import Strategy
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
-from fedhds.v1 import federation_pb2 as pb
+from fedhds.spec import Strategy
+from fedhds.v2 import status_pb2
 
 HERE = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent
@@ -34,7 +34,7 @@ EVALUATOR = "evaluator"
 # The loss on unseen tasks must fall by at least this share of what it was: far beyond the spread between seeds.
 CLEAR_MARGIN = 0.10
 START_S = 120.0
-COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
+COLORS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 
 console = Console(highlight=False)
 
@@ -42,15 +42,15 @@ console = Console(highlight=False)
 class Daemon:
     """One process whose output is shown line by line under its name."""
 
-    def __init__(self, name: str, colour: str, command: list[str], log: Path, *, quiet: bool = False) -> None:
+    def __init__(self, name: str, color: str, command: list[str], log: Path, *, quiet: bool = False) -> None:
         self.name = name
         self.log = log
         self._quiet = quiet
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        self._reader = threading.Thread(target=self._show, args=(colour,), daemon=True)
+        self._reader = threading.Thread(target=self._show, args=(color,), daemon=True)
         self._reader.start()
 
-    def _show(self, colour: str) -> None:
+    def _show(self, color: str) -> None:
         assert self.process.stdout is not None
         with self.log.open("w", encoding="utf-8") as file:
             for line in self.process.stdout:
@@ -58,7 +58,7 @@ class Daemon:
                 file.flush()
                 if self._quiet:
                     continue
-                console.print(f"[{colour}]{self.name:>12}[/] ", end="")
+                console.print(f"[{color}]{self.name:>12}[/] ", end="")
                 console.print(line.rstrip(), markup=False, soft_wrap=True)
 
     def wait(self) -> int:
@@ -113,13 +113,13 @@ def main() -> int:
 
 def federation(
     model: str, strategy: str, rounds: str, folder: Path, daemons: list[Daemon]
-) -> pb.GetStatusResponse | None:
+) -> status_pb2.GetStatusResponse | None:
     """Starts the daemons, waits for their end; the run's last status, None when a daemon failed."""
 
     def start(name: str, program: str, *flags: str) -> Daemon:
         files = [f"--tls-{kind}={folder / 'certs' / file}" for kind, file in _tls_files(name)]
-        colour = COLOURS[len(daemons) % len(COLOURS)]
-        daemon = Daemon(name, colour, [str(BIN / program), *files, *flags], folder / "logs" / f"{name}.log")
+        color = COLORS[len(daemons) % len(COLORS)]
+        daemon = Daemon(name, color, [str(BIN / program), *files, *flags], folder / "logs" / f"{name}.log")
         daemons.append(daemon)
         return daemon
 
@@ -165,7 +165,7 @@ def federation(
         time.sleep(0.2)
     if any(daemon.wait() for daemon in daemons):
         return None
-    return json_format.Parse((run_folder / "report.json").read_text(), pb.GetStatusResponse())
+    return json_format.Parse((run_folder / "report.json").read_text(), status_pb2.GetStatusResponse())
 
 
 BUDGET = "5%"
@@ -187,7 +187,7 @@ def address(path: Path, coordinator: Daemon) -> str | None:
     return None
 
 
-def verdict(status: pb.GetStatusResponse, folder: Path, seconds: float) -> int:
+def verdict(status: status_pb2.GetStatusResponse, folder: Path, seconds: float) -> int:
     """Prints the table; 0 when the adapter lowered the unseen loss by a clear margin."""
     measured = {line.round: line for line in status.evaluations}
     before, after = measured.get(0), measured.get(status.run.rounds)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from fedhds import metrics
-from fedhds.metrics import LOOP_LAG
+from fedhds.runtime.metrics import LOOP_LAG
 from fedhds.settings import reference
 from fedhds_client import counted as client_counted
 from fedhds_client import metrics as client_metrics

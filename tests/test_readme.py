@@ -7,7 +7,7 @@ from pathlib import Path
 
 from google.protobuf.descriptor import Descriptor
 
-from fedhds.v1 import federation_pb2 as pb
+from fedhds.v2 import federation_pb2 as pb
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 

@@ -6,7 +6,7 @@ import os
 import sys
 
 from fedhds import settings
-from fedhds.telemetry import configure_logging
+from fedhds.runtime.logging import configure_logging
 from fedhds_client.settings import ClientSettings
 
 _DESCRIPTION = (

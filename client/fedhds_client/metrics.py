@@ -12,12 +12,13 @@ from typing import get_args
 from prometheus_client.core import Metric
 
 from fedhds.errors import StorageError
-from fedhds.metrics import Measure
 from fedhds.privacy.ledger import Unit
-from fedhds_client.counted import Activity
-from fedhds_client.link import CoordinatorLink
-from fedhds_client.release import LARGEST_DELTA
+from fedhds.runtime.metrics import Measure
+from fedhds_client.counters import ENDED, ENROLLING, WAITING
+from fedhds_client.rpc_client import CoordinatorClient
+from fedhds_client.selection.private_reporter import MAX_DELTA
 from fedhds_client.site import Site
+from fedhds_client.tasks import TASKS
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +35,12 @@ CONNECTED = Measure(
     "fedhds_client_connected", "gauge", "1 while the coordinator answers, 0 from the first call that failed."
 )
 UNANSWERED = Measure(
-    "fedhds_client_unanswered_seconds", "gauge", "For how long no call has been answered; --patience ends it."
+    "fedhds_client_unanswered_seconds", "gauge", "For how long no call has been answered; --reconnect-timeout ends it."
 )
 EPSILON = Measure(
     "fedhds_client_epsilon",
     "gauge",
-    f"Largest epsilon that a site's releases have cost by its ledger, all runs together, at delta {LARGEST_DELTA:g}; "
+    f"Largest epsilon that a site's releases have cost by its ledger, all runs together, at delta {MAX_DELTA:g}; "
     "+Inf: something was released without noise; NaN: a ledger cannot be read.",
     ("unit",),
 )
@@ -50,41 +51,38 @@ MEASURES = (SITES, PROGRESS, ROWS, SENT, CONNECTED, UNANSWERED, EPSILON, GPU_MEM
 
 
 class SiteMetrics:
-    """Reads `sites`, the `link` that they share and what each is at, with the share done."""
+    """Reads `sites`, the `client` that they share and what each is at, with the share done."""
 
     def __init__(
-        self, sites: Sequence[Site], link: CoordinatorLink, activities: Callable[[], Sequence[tuple[Activity, float]]]
+        self, sites: Sequence[Site], client: CoordinatorClient, activities: Callable[[], Sequence[tuple[str, float]]]
     ) -> None:
         self._sites = sites
-        self._link = link
+        self._client = client
         self._activities = activities
         # Ledgers only grow: by site and unit the length of the file for which epsilon was told, and epsilon.
         self._spent: dict[tuple[str, Unit], tuple[int, float]] = {}
 
     def problems(self) -> Mapping[str, str]:
         """What keeps the process from working, by kind."""
-        found = {}
-        if since := self._link.unanswered_since:
-            found["link"] = f"the coordinator has not answered for {time.monotonic() - since:.0f} s"
-        enrolling = sum(activity is Activity.ENROLLING for activity, _ in self._activities())
+        problems = {}
+        if since := self._client.unanswered_since:
+            problems["link"] = f"the coordinator has not answered for {time.monotonic() - since:.0f} s"
+        enrolling = sum(activity == ENROLLING for activity, _ in self._activities())
         if enrolling:
-            found["enrolment"] = f"{enrolling} of {len(self._sites)} sites are not enrolled yet"
-        return found
+            problems["enrollment"] = f"{enrolling} of {len(self._sites)} sites are not enrolled yet"
+        return problems
 
     def families(self) -> list[Metric]:
         """All of `MEASURES`."""
         activities = self._activities()
         counts = Counter(activity for activity, _ in activities)
-        working = [Activity.SELECT, Activity.TRAIN, Activity.EVALUATE]
-        since = self._link.unanswered_since
+        since = self._client.unanswered_since
         held_out = sum(len(site.held_out) for site in self._sites if site.held_out)
         return [
-            SITES.of({activity.value: counts[activity] for activity in Activity}),
-            PROGRESS.of(
-                {kind.value: max((share for at, share in activities if at is kind), default=0.0) for kind in working}
-            ),
+            SITES.of({activity: counts[activity] for activity in (ENROLLING, WAITING, *TASKS, ENDED)}),
+            PROGRESS.of({kind: max((share for at, share in activities if at == kind), default=0.0) for kind in TASKS}),
             ROWS.of({"train": sum(site.rows for site in self._sites), "evaluate": held_out}),
-            SENT.of(self._link.bytes_sent),
+            SENT.of(self._client.bytes_sent),
             CONNECTED.of(float(since is None)),
             UNANSWERED.of(time.monotonic() - since if since else 0.0),
             EPSILON.of({unit: max(self._epsilon(site, unit) for site in self._sites) for unit in get_args(Unit)}),
@@ -96,7 +94,7 @@ class SiteMetrics:
             size = site.ledger.size()
             known = self._spent.get((site.name, unit))
             if known is None or known[0] != size:
-                known = self._spent[site.name, unit] = size, site.ledger.spent(delta=LARGEST_DELTA, unit=unit)
+                known = self._spent[site.name, unit] = size, site.ledger.spent(delta=MAX_DELTA, unit=unit)
         except StorageError as error:
             logger.debug("%s", error)
             return float("nan")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from fedhds.telemetry import terminal
+from fedhds.runtime.logging import terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _LINE_EVERY_S = 30.0
 
 
-class Shown:
+class ProgressDisplay:
     """Work in progress of all sites of a process; used on one thread, what it gives out is for any."""
 
     def __init__(self) -> None:

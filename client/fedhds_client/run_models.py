@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from fedhds.runspec import RunSpec
+from fedhds.spec import RunSpec
+from fedhds_client.data.prompts import Prompter
 from fedhds_client.models.adapter import AdapterModel
 from fedhds_client.models.loading import BaseModel, load_base_model
-from fedhds_client.prompts import Prompter
 from fedhds_client.settings import ClientSettings
 
 logger = logging.getLogger(__name__)
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 def load_models(settings: ClientSettings, spec: RunSpec) -> tuple[BaseModel, AdapterModel, Prompter]:
     """Loads the run's base model, puts the adapter on it and makes its prompter; raises ModelError."""
-    name = settings.model or spec.model
-    revision = "" if settings.model else spec.model_revision
+    name = settings.model or spec.model.name
+    revision = "" if settings.model else spec.model.revision
     logger.info("loading the base model %s", name)
     base = load_base_model(name, revision=revision, device=settings.device, cache_dir=settings.state)
-    length = min(spec.max_length, base.max_length)
-    prompter = Prompter(base.tokenizer, max_length=length, prompt_format=spec.prompt_format)
+    length = min(spec.model.max_length, base.max_length)
+    prompter = Prompter(base.tokenizer, max_length=length, prompt_format=spec.model.prompt_format)
     return base, AdapterModel(base, spec), prompter

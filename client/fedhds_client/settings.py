@@ -9,8 +9,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedhds.runtime.logging import LogFormat, LogLevel
 from fedhds.settings import addresses, check_http
-from fedhds.telemetry import LogFormat, LogLevel
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -55,7 +55,7 @@ class ClientSettings(BaseModel):
         "several shards each site is NAME/SHARD.",
         json_schema_extra={"group": "Link"},
     )
-    patience: float = Field(
+    reconnect_timeout: float = Field(
         300.0,
         gt=0,
         description="Seconds without an answer from the coordinator after which the site gives up.",
@@ -84,14 +84,14 @@ class ClientSettings(BaseModel):
         "taken in smaller ones, which cost no time and less memory.",
         json_schema_extra={"group": "Compute"},
     )
-    share_exact_cells: bool = Field(
+    allow_exact_kmeans_sums: bool = Field(
         False,
-        description="Take part when the strategy global runs without noise: it then sends, for every centre, the sum "
+        description="Take part when the strategy federated-kmeans runs without noise: it then sends, for every center, the sum "
         "of the features of this site's rows there and the distance of the nearest; a sum over one row is that row's "
         "features.",
         json_schema_extra={"group": "Policy"},
     )
-    max_epsilon: float | None = Field(
+    selection_max_epsilon: float | None = Field(
         None,
         gt=0,
         description="Largest epsilon that this site's releases for selection may cost, ever, in each privacy unit; "
@@ -107,7 +107,7 @@ class ClientSettings(BaseModel):
     log_level: LogLevel = Field("INFO", description="Least level to log.", json_schema_extra={"group": "Policy"})
     log_format: LogFormat = Field(
         "plain",
-        description="Lines for people, on a terminal with colours and progress bars, or JSON objects for machines.",
+        description="Lines for people, on a terminal with colors and progress bars, or JSON objects for machines.",
         json_schema_extra={"group": "Policy"},
     )
     http: str = Field(

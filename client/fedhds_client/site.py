@@ -14,9 +14,9 @@ from fedhds.errors import SettingsError, StorageError
 from fedhds.privacy.ledger import Ledger
 from fedhds.runtime.files import locked, make_folder, replace_file
 from fedhds.security.credentials import TlsFiles, own_identity
-from fedhds_client.link import file_key
+from fedhds_client.data.shard import Shard
 from fedhds_client.settings import ClientSettings
-from fedhds_client.shard import Shard
+from fedhds_client.state_files import file_key
 
 logger = logging.getLogger(__name__)
 
@@ -62,40 +62,40 @@ class Site:
         (self.folder / "session.next").replace(self.folder / "session")
 
 
-def open_sites(chosen: ClientSettings, tls: TlsFiles | None, stack: ExitStack) -> list[Site]:
+def open_sites(settings: ClientSettings, tls: TlsFiles | None, stack: ExitStack) -> list[Site]:
     """Opens every shard before anything is sent; raises DataError, SettingsError or StorageError.
 
     `stack` closes the shards and gives the state folders free.
     """
-    names = _names(chosen, tls)
-    _check_writable(chosen.out, "--out")
+    names = _names(settings, tls)
+    _check_writable(settings.out, "--out")
     sites = []
     for index, name in enumerate(names):
-        folder = _held_folder(chosen.state / file_key(name), name, stack)
-        shard = _opened(chosen.data[index], chosen, folder, stack) if chosen.data else None
-        held_out = _opened(chosen.eval_data, chosen, folder, stack) if chosen.eval_data and not index else None
+        folder = _held_folder(settings.state / file_key(name), name, stack)
+        shard = _opened(settings.data[index], settings, folder, stack) if settings.data else None
+        held_out = _opened(settings.eval_data, settings, folder, stack) if settings.eval_data and not index else None
         sites.append(Site(name, folder, shard, held_out, Ledger(folder / "ledger.jsonl")))
     return sites
 
 
-def _names(chosen: ClientSettings, tls: TlsFiles | None) -> list[str]:
+def _names(settings: ClientSettings, tls: TlsFiles | None) -> list[str]:
     """One name per site: the certificate's or --name, followed by the shard's where there are several."""
-    files = chosen.data or ((chosen.eval_data,) if chosen.eval_data else ())
+    files = settings.data or ((settings.eval_data,) if settings.eval_data else ())
     stems = [file.name.split(".")[0] for file in files]
-    base = chosen.name
+    base = settings.name
     if tls:
         base = own_identity(tls).name
-        if chosen.name not in (None, base):
+        if settings.name not in (None, base):
             raise SettingsError(
-                "--name", f"the certificate is {base!r}'s and gives no other name; drop --name {chosen.name!r}"
+                "--name", f"the certificate is {base!r}'s and gives no other name; drop --name {settings.name!r}"
             )
     if base is None:
         return [f"{socket.gethostname()}-{stem}" for stem in stems]
     return [base] if len(stems) == 1 else [f"{base}/{stem}" for stem in stems]
 
 
-def _opened(path: Path, chosen: ClientSettings, folder: Path, stack: ExitStack) -> Shard:
-    shard = stack.enter_context(Shard.open(path, skip_bad_rows=chosen.skip_bad_rows, spool_dir=folder))
+def _opened(path: Path, settings: ClientSettings, folder: Path, stack: ExitStack) -> Shard:
+    shard = stack.enter_context(Shard.open(path, skip_bad_rows=settings.skip_bad_rows, spool_dir=folder))
     skipped = ""
     if shard.skipped:
         first = "; ".join(f"line {line}: {reason}" for line, reason in shard.skipped_reasons[:3])

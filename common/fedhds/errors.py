@@ -5,11 +5,11 @@ FedhdsError                         FH01
 │   ├── SettingsError               FH11  a flag, an environment variable or a line of the YAML file
 │   ├── DataError                   FH12  a row or a file of instruction data
 │   └── ModelError                  FH13  a base model or tokenizer that cannot be used
-├── EnrolmentRefused                FH20  the coordinator will not take this site (wrong base model, version, policy)
+├── EnrollmentRefused                FH20  the coordinator will not take this site (wrong base model, version, policy)
 │   ├── NameInUse                   FH21  another live process, or another key, holds the site's name
 │   └── Evicted                     FH22  an operator excluded this site from the run
 ├── NotPermitted                    FH23  the caller may not change the run
-├── SessionLost                     FH24  the session is unknown, superseded or expired; enrol again
+├── SessionLost                     FH24  the session is unknown, superseded or expired; enroll again
 ├── RequestError                    FH30  a request that is no message of the protocol, or says what no run can mean
 ├── TaskError                       FH31  a task that cannot be done here, is not this site's or no longer wanted
 ├── RunOver                         FH32  the run has ended and cannot be changed
@@ -92,19 +92,19 @@ class RequestError(FedhdsError):
     code = "FH30"
 
 
-class EnrolmentRefused(FedhdsError):
+class EnrollmentRefused(FedhdsError):
     """The coordinator refuses this site for good: another base model, protocol version, name or certificate."""
 
     code = "FH20"
 
 
-class NameInUse(EnrolmentRefused):
+class NameInUse(EnrollmentRefused):
     """The site's name is held by another live process (without TLS) or by another key (with TLS)."""
 
     code = "FH21"
 
 
-class Evicted(EnrolmentRefused):
+class Evicted(EnrollmentRefused):
     """An operator excluded this site from the run."""
 
     code = "FH22"

@@ -20,74 +20,75 @@ from grpc_reflection.v1alpha import reflection
 
 from fedhds import __version__
 from fedhds.errors import NotLeading, SettingsError, StorageError
-from fedhds.liveness import watch_loop
 from fedhds.runtime.files import locked, make_folder, replace_file
+from fedhds.runtime.liveness import watch_loop
+from fedhds.runtime.signals import on_signal
 from fedhds.security.credentials import TlsFiles, server_credentials
-from fedhds.settings import is_loopback
-from fedhds.signals import on_signal
-from fedhds.v1 import federation_pb2_grpc as rpc
-from fedhds_server.aggregation import AGGREGATORS
-from fedhds_server.artifacts import ArtifactStore
+from fedhds.settings import flag, flat, is_loopback
+from fedhds.v2 import status_pb2_grpc as status_rpc
 from fedhds_server.coordinator import Coordinator
-from fedhds_server.leadership import Leadership
-from fedhds_server.operations import OperationsServicer
-from fedhds_server.readiness import Readiness
-from fedhds_server.remote_artifacts import open_artifacts
-from fedhds_server.selection import STRATEGIES
-from fedhds_server.servicer import FederationServicer
+from fedhds_server.leadership.gate import SERVICES, LeaderGate
+from fedhds_server.leadership.leadership import Leadership
+from fedhds_server.leadership.readiness import Readiness
+from fedhds_server.observers import OBSERVERS, ObserverContext
+from fedhds_server.rpc.federation import FederationServicer
+from fedhds_server.rpc.grpc_server import new_server
+from fedhds_server.rpc.operations import OperationsServicer
+from fedhds_server.rpc.protocol_1 import Protocol1Handler
+from fedhds_server.run.state import Phase, RunState
 from fedhds_server.settings import ServerSettings
-from fedhds_server.state import Phase, RunState
-from fedhds_server.store.base import Store
-from fedhds_server.store.sql import SqlStore
-from fedhds_server.term import SERVICES, Term
-from fedhds_server.wire import new_server
+from fedhds_server.storage.artifacts import ArtifactStore
+from fedhds_server.storage.base import Store
+from fedhds_server.storage.object_store import open_artifacts
+from fedhds_server.storage.sql import SqlStore
 
 logger = logging.getLogger(__name__)
 
 # Adapters of the largest open models at rank 64 stay below; a claim beyond it is a mistake or an attack.
-_LARGEST_UPLOAD = 64 << 30
+_MAX_UPLOAD = 64 << 30
 _DRAIN_S = 5.0
 # mallopt's M_TRIM_THRESHOLD, free bytes that are kept; M_MMAP_THRESHOLD, blocks up to which size come from them; and
 # M_ARENA_MAX: a heap per thread would keep as much for each.
 _MALLOC = {-1: 64 << 20, -3: 8 << 20, -8: 2}
 
 
-async def serve(chosen: ServerSettings) -> int:
+async def serve(settings: ServerSettings) -> int:
     """Runs the coordinator until its run is over and delivered, or a signal; returns the exit status."""
-    tls = TlsFiles.from_settings(chosen.tls_ca, chosen.tls_cert, chosen.tls_key)
+    tls = TlsFiles.from_settings(settings.tls_ca, settings.tls_cert, settings.tls_key)
     _keep_memory()
     # A fold holds the file of every update of a round open, and every site one connection.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with _run_folder(chosen.run_folder) as (folder, holder), contextlib.closing(_store(chosen, folder)) as store:
+    with _run_folder(settings.run_folder) as (folder, holder), contextlib.closing(_store(settings, folder)) as store:
         if state := store.load():
             # A standby that could not take over says so now, not when it is needed.
-            _check_same_run(state, chosen)
-        term = Term()
+            _check_same_run(state, settings)
+        gate = LeaderGate()
         server = new_server()
-        FederationServicer(term.leading).register(server)
-        rpc.add_OperationsServicer_to_server(OperationsServicer(term.leading), server)
-        health_pb2_grpc.add_HealthServicer_to_server(term.health, server)
+        FederationServicer(gate.leading).register(server)
+        status_rpc.add_OperationsServicer_to_server(OperationsServicer(gate.leading), server)
+        server.add_generic_rpc_handlers((Protocol1Handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(gate.health, server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-        port = _bind(server, chosen.listen, tls)
-        host = chosen.listen.rpartition(":")[0]
+        port = _bind(server, settings.listen, tls)
+        host = settings.listen.rpartition(":")[0]
         leadership = Leadership(store, holder, f"{socket.gethostname()}:{port}")
-        await term.stand_by()
+        await gate.stand_by()
         await server.start()
         replace_file(folder / "address", f"{host}:{port}\n")
         logger.info(
             "fedhds-server %s listens on %s:%d (%s)", __version__, host, port, "mutual TLS" if tls else "no TLS"
         )
         try:
-            async with _watched(chosen.http, Readiness(store, folder, term), leadership):
-                work = asyncio.create_task(_lead(chosen, folder, store, leadership, term))
+            async with _watched(settings.http, Readiness(store, folder, gate), leadership):
+                work = asyncio.create_task(_lead(settings, folder, store, leadership, gate))
                 exit_status = on_signal(work.cancel)
                 coordinator = await work
         except asyncio.CancelledError:
-            logger.info("stopped; start again on %s to go on", chosen.run_folder)
+            logger.info("stopped; start again on %s to go on", settings.run_folder)
             return exit_status()
         finally:
-            await term.health.enter_graceful_shutdown()
+            await gate.health.enter_graceful_shutdown()
             await server.stop(_DRAIN_S)
             leadership.close()
             (folder / "address").unlink(missing_ok=True)
@@ -102,17 +103,17 @@ async def _watched(address: str, readiness: Readiness, leadership: Leadership) -
     try:
         async with contextlib.AsyncExitStack() as stack:
             if address:
-                from fedhds.web import served
+                from fedhds.runtime.http import served
+                from fedhds_server.dashboard.dashboard import Dashboard
                 from fedhds_server.metrics import run_families
-                from fedhds_server.page import StatusPage
 
-                term = readiness.term
-                page = StatusPage(term, leadership, loopback=is_loopback(address.rpartition(":")[0]))
+                gate = readiness.gate
+                dashboard = Dashboard(gate, leadership, loopback=is_loopback(address.rpartition(":")[0]))
                 await stack.enter_async_context(
-                    served(address, lambda: run_families(readiness), lambda: term.problems, page.routes)
+                    served(address, lambda: run_families(readiness), lambda: gate.problems, dashboard.routes)
                 )
                 # Before the server waits for its connections.
-                stack.callback(page.close)
+                stack.callback(dashboard.close)
             yield
     finally:
         for task in watching:
@@ -120,23 +121,24 @@ async def _watched(address: str, readiness: Readiness, leadership: Leadership) -
         await asyncio.gather(*watching, return_exceptions=True)
 
 
-async def _lead(chosen: ServerSettings, folder: Path, store: Store, leadership: Leadership, term: Term) -> Coordinator:
+async def _lead(
+    settings: ServerSettings, folder: Path, store: Store, leadership: Leadership, gate: LeaderGate
+) -> Coordinator:
     """Stands by until this process leads, and again when it does so no more; returns when the run is over."""
     while True:
         await leadership.gained()
         try:
-            state = await asyncio.to_thread(_opened, store, chosen)
-            artifacts = await asyncio.to_thread(_artifacts, chosen, folder, state)
+            state = await asyncio.to_thread(_opened, store, settings)
+            artifacts = await asyncio.to_thread(_artifacts, settings, folder, state)
             coordinator = Coordinator(
                 state,
                 store=store,
                 artifacts=artifacts,
                 folder=folder,
-                strategy=STRATEGIES[state.spec.strategy],
-                aggregator=AGGREGATORS["fedavg"],
-                keep_updates=chosen.keep_updates,
+                observers=[observer(ObserverContext(folder)) for observer in OBSERVERS.values()],
+                keep_updates=settings.keep_updates,
             )
-            async with term.of(coordinator):
+            async with gate.of(coordinator):
                 await leadership.kept_during(coordinator.run())
             return coordinator
         except NotLeading as error:
@@ -167,56 +169,54 @@ def _bind(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
         ) from error
 
 
-def _store(chosen: ServerSettings, folder: Path) -> SqlStore:
-    return SqlStore.at(chosen.store.get_secret_value()) if chosen.store else SqlStore.in_folder(folder)
+def _store(settings: ServerSettings, folder: Path) -> SqlStore:
+    return SqlStore.at(settings.store.get_secret_value()) if settings.store else SqlStore.in_folder(folder)
 
 
-def _artifacts(chosen: ServerSettings, folder: Path, state: RunState) -> ArtifactStore:
-    artifacts = open_artifacts(chosen.artifacts, folder, state.run_id, largest_upload=_LARGEST_UPLOAD)
-    artifacts.sweep(_named(state))
+def _artifacts(settings: ServerSettings, folder: Path, state: RunState) -> ArtifactStore:
+    artifacts = open_artifacts(settings.artifacts, folder, state.run_id, largest_upload=_MAX_UPLOAD)
+    artifacts.sweep({artifact.digest for artifact in state.artifacts})
     return artifacts
 
 
-def _opened(store: Store, chosen: ServerSettings) -> RunState:
+def _opened(store: Store, settings: ServerSettings) -> RunState:
     """The run in the store, or a new one.
 
     Raises SettingsError when the store's run is another, StorageError when only the run's artifacts are there.
     """
     state = store.load()
     if state is None:
-        if any((chosen.run_folder / "artifacts").glob("*")):
+        if any((settings.run_folder / "artifacts").glob("*")):
             raise StorageError(
-                f"{chosen.run_folder} holds a run's artifacts but the database has no state of it; restore the "
+                f"{settings.run_folder} holds a run's artifacts but the database has no state of it; restore the "
                 "database, or choose another --run-folder for a new run"
             )
-        state = RunState(run_id=secrets.token_hex(8), spec=chosen.run_spec())
+        state = RunState(run_id=secrets.token_hex(8), spec=settings.run_spec())
         store.save(state)
         logger.info("run %s begins", state.run_id)
         return state
-    _check_same_run(state, chosen)
+    _check_same_run(state, settings)
     logger.info("going on with run %s: %s", state.run_id, state.message or state.phase.value)
     return state
 
 
-def _check_same_run(state: RunState, chosen: ServerSettings) -> None:
-    spec = chosen.run_spec()
+def _check_same_run(state: RunState, settings: ServerSettings) -> None:
+    spec = settings.run_spec()
     if state.spec == spec:
         return
-    old, new = state.spec.model_dump(), spec.model_dump()
-    changed = [f"{name} {old[name]!r}, now {new[name]!r}" for name in old if old[name] != new[name]]
+    old, new = flat(state.spec), flat(spec)
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    changed = [f"{flag(name)} {old.get(name)!r}, now {new.get(name)!r}" for name in names]
     setting, place, another = (
-        ("--store", "the database", "database") if chosen.store else ("--run-folder", f"{chosen.run_folder}", "folder")
+        ("--store", "the database", "database")
+        if settings.store
+        else ("--run-folder", f"{settings.run_folder}", "folder")
     )
     raise SettingsError(
         setting,
-        f"{place} holds a run with other settings ({'; '.join(changed)}); go on with the same settings, or choose "
+        f"{place} contains a run with other settings ({'; '.join(changed)}); go on with the same settings, or choose "
         f"another {another} for a new run",
     )
-
-
-def _named(state: RunState) -> set[str]:
-    artifacts = [*state.adapters.values(), *(update.artifact for update in state.updates.values())]
-    return {artifact.digest for artifact in artifacts}
 
 
 @contextlib.contextmanager

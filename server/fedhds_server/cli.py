@@ -6,11 +6,11 @@ import os
 import sys
 
 from fedhds import settings
-from fedhds.telemetry import configure_logging
+from fedhds.runtime.logging import configure_logging
 from fedhds_server.settings import ServerSettings
 
 _DESCRIPTION = (
-    "The coordinator of a federation: it enrols sites, selects, hands out training and evaluation, folds the updates "
+    "The coordinator of a federation: it enrolls sites, selects, hands out training and evaluation, folds the updates "
     "into one LoRA adapter, and never sees a row of anybody's data. Started again on the same run folder, it goes on."
 )
 

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from prometheus_client.core import Metric
 
 from fedhds import __version__
-from fedhds.metrics import Measure
-from fedhds_server.collection import Collection
-from fedhds_server.readiness import Readiness, disk_needed
-from fedhds_server.report import mean_of
-from fedhds_server.state import Phase, RunState, SiteState
-from fedhds_server.term import PROBLEMS
+from fedhds.runtime.metrics import Measure
+from fedhds_server.leadership.gate import PROBLEMS
+from fedhds_server.leadership.readiness import Readiness, disk_needed
+from fedhds_server.run.quorum import CohortProgress
+from fedhds_server.run.rounds import activities, activity
+from fedhds_server.run.state import RunState, SiteState
+from fedhds_server.status import means_of
 
 _MEASURES: dict[str, Measure] = {}
 
@@ -38,7 +39,7 @@ RUN = _gauge("fedhds_run_info", "1, with what names the run.", "run_id", "strate
 PHASE = _gauge("fedhds_run_phase", "1 for the phase in which the run is, 0 for the others.", "phase")
 PAUSED = _gauge("fedhds_run_paused", "1 while an operator's pause lasts.")
 ROUND = _gauge("fedhds_round", "The open round, or the last one; 0 before the first.")
-ROUNDS = _gauge("fedhds_rounds_wanted", "Rounds that the run is to have.")
+ROUNDS = _gauge("fedhds_rounds_planned", "Rounds that the run has in all.")
 ROUNDS_CLOSED = _counter("fedhds_rounds_closed_total", "Rounds that are closed.")
 ROUND_SECONDS = _counter("fedhds_round_seconds_total", "Duration of all closed rounds.")
 LAST_ROUND = _gauge("fedhds_last_round_seconds", "Duration of the last closed round.")
@@ -47,35 +48,38 @@ IDLE = _gauge(
     "fedhds_since_progress_seconds",
     "Time since the run last moved (a phase, pass or round, an answer, an evaluation, a new site).",
 )
-COHORT = _gauge("fedhds_cohort_sites", "Sites that the open selection or round has asked.")
-COLLECTED = _gauge(
-    "fedhds_collection_sites",
-    "The cohort by what its sites have done: answered, working, away (lost or left), failed (or rejected).",
+COHORT = _gauge("fedhds_cohort_sites", "Sites that the open stage has asked.")
+PROGRESS = _gauge(
+    "fedhds_cohort_progress_sites",
+    "The cohort by what its sites have done: answered, working, disconnected (lost or left), failed (or rejected).",
     "state",
 )
-TARGET = _gauge("fedhds_collection_target", "Answers that close the open selection or round at once.")
-QUORUM = _gauge("fedhds_collection_quorum", "Least answers that close it at all.")
+TARGET = _gauge("fedhds_cohort_target", "Answers that close the open stage at once.")
+QUORUM = _gauge("fedhds_cohort_quorum", "Fewest answers that close it at all.")
 SHORT = _gauge(
     "fedhds_short_of_quorum_seconds",
-    "For how long the open selection or round has lacked its quorum with nobody at work on it; 0: it does not.",
+    "For how long the open stage has lacked its quorum with no site at work on it; 0: it does not.",
 )
 SITES = _gauge("fedhds_sites", "Sites by state; live are connecting and enrolled.", "state")
 QUARANTINED = _gauge("fedhds_sites_quarantined", "Sites whose results are taken no more, after repeated rejections.")
-SITES_WANTED = _gauge("fedhds_sites_wanted", "Sites that the run waits for before it starts.")
+MIN_SITES = _gauge("fedhds_min_sites", "Sites that the run waits for before it starts.")
 TASKS = _gauge("fedhds_tasks_open", "Tasks that are not completed, failed or withdrawn.")
 ROWS = _gauge("fedhds_pool_rows", "Training rows that all sites declared.")
 ACCEPTED = _counter("fedhds_updates_accepted_total", "Updates taken, over the whole run.")
 RECEIVED = _counter("fedhds_received_bytes_total", "Bytes of sites' calls, uploads included, over the whole run.")
 EVALUATION_ROUND = _gauge("fedhds_evaluation_round", "The round of the last evaluation; 0: before the first.")
-EVALUATION_LOSS = _gauge("fedhds_evaluation_loss", "Loss on held-out rows in the last evaluation, nats per token.")
-EVALUATION_ROUGE = _gauge("fedhds_evaluation_rouge_l", "Rouge-L F1 on held-out rows in the last evaluation.")
+EVALUATION = _gauge(
+    "fedhds_evaluation",
+    "Means on held-out rows in the last evaluation: loss (nats per response token), rouge_l, ...",
+    "metric",
+)
 MEASURES = tuple(_MEASURES.values())
 
 
 def run_families(readiness: Readiness) -> list[Metric]:
     """All of `MEASURES`; without samples what only the leader knows, while this process does not lead."""
-    problems, state = readiness.term.problems, readiness.state
-    told = [
+    problems, state = readiness.gate.problems, readiness.state
+    families = [
         LEADING.of(float(state is not None)),
         READY.of(float(not problems)),
         PROBLEM.of({kind: float(kind in problems) for kind in PROBLEMS}),
@@ -83,18 +87,19 @@ def run_families(readiness: Readiness) -> list[Metric]:
         DISK_NEEDED.of(disk_needed(state)),
     ]
     if state:
-        told += [*_of_run(state, readiness), *_of_collection(state), *_of_sites(state)]
-    names = {family.name for family in told}
-    return [*told, *(empty for measure in MEASURES if (empty := measure.of(None)).name not in names)]
+        families += [*_of_run(state, readiness), *_of_cohort(state), *_of_sites(state)]
+    names = {family.name for family in families}
+    return [*families, *(empty for measure in MEASURES if (empty := measure.of(None)).name not in names)]
 
 
 def _of_run(state: RunState, readiness: Readiness) -> Iterator[Metric]:
-    named: tuple[str, ...] = (state.run_id, state.spec.strategy, __version__)
+    named: tuple[str, ...] = (state.run_id, state.spec.selection.strategy.name, __version__)
     yield RUN.of({named: 1.0})
-    yield PHASE.of({phase.value: float(phase is state.phase) for phase in Phase})
+    now = activity(state)
+    yield PHASE.of({phase: float(phase == now) for phase in activities()})
     yield PAUSED.of(float(state.paused is not None))
-    yield ROUND.of(state.round)
-    yield ROUNDS.of(state.spec.rounds)
+    yield ROUND.of(state.round_number)
+    yield ROUNDS.of(state.spec.rounds.count)
     yield ROUNDS_CLOSED.of(len(state.closed_rounds))
     yield ROUND_SECONDS.of(sum(closed.seconds for closed in state.closed_rounds))
     yield LAST_ROUND.of(state.closed_rounds[-1].seconds if state.closed_rounds else None)
@@ -102,29 +107,28 @@ def _of_run(state: RunState, readiness: Readiness) -> Iterator[Metric]:
     yield TRAINING_LOSS.of(trained.loss if trained else None)
     yield IDLE.of(readiness.idle_s)
     # Those of closed rounds, and of the open one.
-    yield ACCEPTED.of(sum(len(closed.contributions) for closed in state.closed_rounds) + len(state.updates))
+    uploads = len(state.artifacts - {*state.adapters.values(), *state.slots.values()})
+    yield ACCEPTED.of(sum(len(closed.contributions) for closed in state.closed_rounds) + uploads)
     newest = max(state.evaluations, default=None)
-    _, loss, rouge = mean_of(state.evaluations[newest]) if newest is not None else (0, None, None)
     yield EVALUATION_ROUND.of(newest)
-    yield EVALUATION_LOSS.of(loss)
-    yield EVALUATION_ROUGE.of(rouge)
+    yield EVALUATION.of(means_of(state.evaluations[newest])[1] if newest is not None else None)
     yield SHORT.of(readiness.short_s)
 
 
-def _of_collection(state: RunState) -> Iterator[Metric]:
-    collection = Collection.of(state)
-    yield COHORT.of(len(state.cohort) if collection else 0)
-    yield TARGET.of(collection.target if collection else 0)
-    yield QUORUM.of(collection.quorum if collection else 0)
-    groups = ("answered", "working", "away", "failed")
-    yield COLLECTED.of({name: len(getattr(collection, name)) if collection else 0 for name in groups})
+def _of_cohort(state: RunState) -> Iterator[Metric]:
+    progress = CohortProgress.of(state)
+    yield COHORT.of(len(state.stage.cohort) if state.stage and progress else 0)
+    yield TARGET.of(progress.target if progress else 0)
+    yield QUORUM.of(progress.quorum if progress else 0)
+    groups = ("answered", "working", "disconnected", "failed")
+    yield PROGRESS.of({name: len(getattr(progress, name)) if progress else 0 for name in groups})
 
 
 def _of_sites(state: RunState) -> Iterator[Metric]:
     states = Counter(site.state for site in state.sites.values())
     yield SITES.of({name.value: states[name] for name in SiteState})
     yield QUARANTINED.of(sum(site.quarantined for site in state.sites.values()))
-    yield SITES_WANTED.of(state.spec.min_sites)
+    yield MIN_SITES.of(state.spec.rounds.min_sites)
     yield TASKS.of(len(state.tasks))
     yield ROWS.of(state.pool_rows)
     yield RECEIVED.of(sum(site.bytes_received for site in state.sites.values()))

@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedhds_client.clustering import NOISE, Clusters, cluster
+from fedhds_client.features.clustering import NOISE, Clusters, cluster
 
-CENTRES = np.array([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+CENTERS = np.array([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
 
 
 def planted(sizes: list[int], seed: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Points around CENTRES, in mixed order, and the centre of each."""
+    """Points around CENTERS, in mixed order, and the center of each."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
-    return CENTRES[labels] + rng.normal(scale=0.3, size=(len(labels), 2)), labels
+    return CENTERS[labels] + rng.normal(scale=0.3, size=(len(labels), 2)), labels
 
 
 def check(found: Clusters, ids: npt.NDArray[np.int64], points: npt.NDArray[np.float64]) -> None:
@@ -48,7 +48,7 @@ def test_planted_clusters_are_found_with_the_ids_of_their_rows(seed: int, sizes:
     assert {group[members[0]] for members in found.members} == set(range(len(sizes)))
     for members, centroid in zip(found.members, found.centroids, strict=True):
         assert len({group[row] for row in members}) == 1
-        assert np.linalg.norm(centroid - CENTRES[group[members[0]]]) < 1.5
+        assert np.linalg.norm(centroid - CENTERS[group[members[0]]]) < 1.5
 
 
 @settings(max_examples=30, deadline=None)

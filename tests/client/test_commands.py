@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from fedhds.errors import DataError, ModelError, UsageError
-from fedhds.runspec import RunSpec
+from fedhds.spec import RunSpec
 from fedhds.tensors.safetensors import write_adapter
 from fedhds_client import commands
 from fedhds_client.models.adapter import AdapterModel
@@ -148,7 +148,7 @@ def test_a_base_model_that_does_not_fit_leaves_no_folder(adapter: Path, tmp_path
 
 def test_help_needs_no_heavy_import() -> None:
     code = (
-        "import sys, fedhds_client.commands; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+        "import sys, fedhds_client.commands.adapter; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -16,31 +16,31 @@ from hypothesis import strategies as st
 from fedhds.errors import PrivacyError, StorageError, TaskError
 from fedhds.privacy.ledger import Ledger
 from fedhds.privacy.mechanisms import calibrate_noise
-from fedhds.runspec import RunSpec
-from fedhds.v1 import federation_pb2 as pb
-from fedhds_client.coreset import coreset_rows, save_clusters
-from fedhds_client.features import Features
-from fedhds_client.release import Releases
+from fedhds.spec import RunSpec
+from fedhds.v2 import selection_pb2
+from fedhds_client.features.extraction import Features
 from fedhds_client.selection import SelectionContext, selection_of
+from fedhds_client.selection.coreset import coreset_rows, save_clusters
+from fedhds_client.selection.private_reporter import PrivateReporter
 
 MEMBERS = [[4, 0, 9], [2, 7], []]
 TASK = "select/0/ward"
 
 
-def picks(*pairs: tuple[int, int], task_id: str = TASK) -> pb.Coreset:
-    clusters = [pb.ClusterPick(cluster=cluster, count=count) for cluster, count in pairs]
-    return pb.Coreset(picks=pb.ClusterPicks(select_task_id=task_id, clusters=clusters))
+def picks(*pairs: tuple[int, int], task_id: str = TASK) -> selection_pb2.Coreset:
+    clusters = [selection_pb2.ClusterPick(cluster=cluster, count=count) for cluster, count in pairs]
+    return selection_pb2.Coreset(picks=selection_pb2.ClusterPicks(select_task_id=task_id, clusters=clusters))
 
 
 def test_all_rows(tmp_path: Path) -> None:
-    coreset = pb.Coreset(all=pb.AllRows())
+    coreset = selection_pb2.Coreset(all=selection_pb2.AllRows())
     assert coreset_rows(coreset, rows=4, run_id="r", folder=tmp_path) == (0, 1, 2, 3)
     assert coreset_rows(coreset, rows=0, run_id="r", folder=tmp_path) == ()
 
 
 @given(st.integers(0, 50), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
 def test_a_random_draw_is_of_distinct_rows_of_the_shard(rows: int, count: int, seed: int) -> None:
-    coreset = pb.Coreset(random=pb.RandomRows(count=count, seed=seed))
+    coreset = selection_pb2.Coreset(random=selection_pb2.RandomRows(count=count, seed=seed))
     drawn = coreset_rows(coreset, rows=rows, run_id="r", folder=Path())
     assert len(drawn) == min(count, rows)
     assert list(drawn) == sorted(set(drawn))
@@ -51,7 +51,7 @@ def test_a_random_draw_is_of_distinct_rows_of_the_shard(rows: int, count: int, s
 def test_a_random_draw_is_uniform_and_depends_on_the_seed() -> None:
     counts = np.zeros(10)
     for seed in range(3000):
-        drawn = pb.Coreset(random=pb.RandomRows(count=3, seed=seed))
+        drawn = selection_pb2.Coreset(random=selection_pb2.RandomRows(count=3, seed=seed))
         counts[list(coreset_rows(drawn, rows=10, run_id="r", folder=Path()))] += 1
     assert counts.sum() == 9000
     assert abs(counts / 3000 - 0.3).max() < 0.05
@@ -84,11 +84,11 @@ def test_picks_take_the_nearest_rows_there_are(
         (picks((0, 1), task_id="../../etc/passwd"), 10, "r", "reported no clusters"),
         (picks((0, 1)), 10, "another run", "reported no clusters"),
         (picks((0, 1)), 9, "r", "had 10"),
-        (pb.Coreset(), 10, "r", "does not know"),
+        (selection_pb2.Coreset(), 10, "r", "does not know"),
     ],
 )
 def test_what_was_never_reported_cannot_be_picked(
-    tmp_path: Path, coreset: pb.Coreset, rows: int, run_id: str, said: str
+    tmp_path: Path, coreset: selection_pb2.Coreset, rows: int, run_id: str, said: str
 ) -> None:
     save_clusters(tmp_path, "r", TASK, MEMBERS, rows=10)
     with pytest.raises(TaskError, match=said):
@@ -120,8 +120,8 @@ ROWS = GROUPS * PER_GROUP
 def planted_features() -> Features:
     """Features of planted groups: row i belongs to group i % GROUPS, given in another order than the shard's."""
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(GROUPS, 64)) * 5
-    values = centres[np.arange(ROWS) % GROUPS] + rng.normal(size=(ROWS, 64))
+    centers = rng.normal(size=(GROUPS, 64)) * 5
+    values = centers[np.arange(ROWS) % GROUPS] + rng.normal(size=(ROWS, 64))
     order = rng.permutation(ROWS)
     return Features(order.astype(np.int64), values[order].astype(np.float32))
 
@@ -135,13 +135,13 @@ def context(
     **settings: Any,
 ) -> SelectionContext:
     spec = RunSpec.model_validate({"model": "m", "rounds": 1, "strategy": "fedhds", "fusion": "pca"} | settings)
-    releases = Releases("ward", folder, Ledger(folder / "ledger.jsonl"), "run", spec, max_epsilon)
+    releases = PrivateReporter("ward", folder, Ledger(folder / "ledger.jsonl"), "run", spec, max_epsilon)
     return SelectionContext(task_id, spec, ROWS, features, releases)
 
 
-def report(at: SelectionContext) -> pb.ClusterReport:
-    made = selection_of(at.spec.strategy).report(at)
-    assert isinstance(made, pb.ClusterReport)
+def report(at: SelectionContext) -> selection_pb2.ClusterReport:
+    made = selection_of(at.spec.selection.strategy.name).report(at)
+    assert isinstance(made, selection_pb2.ClusterReport)
     return made
 
 
@@ -152,7 +152,7 @@ def no_features() -> Features:
 @pytest.mark.parametrize("fusion", ["tsne", "pca", "none"])
 def test_a_picked_row_is_of_the_group_that_won(tmp_path: Path, fusion: str) -> None:
     at = context(tmp_path)
-    at = replace(at, spec=at.spec.model_copy(update={"fusion": fusion, "min_cluster_size": 4}))
+    at = replace(at, spec=at.spec.replace_with({"fusion": fusion, "min_cluster_size": 4}))
     sent = report(at)
     assert [centroid.cluster for centroid in sent.centroids] == list(range(GROUPS))
     assert {len(centroid.values) for centroid in sent.centroids} == {64 if fusion == "none" else 2} == {sent.dimension}
@@ -276,7 +276,7 @@ def test_strategies_without_reports_let_nothing_out(tmp_path: Path, strategy: st
 def test_the_smallest_shards_have_reports_too(tmp_path: Path, rows: int) -> None:
     values = np.random.default_rng(0).normal(size=(rows, 64)).astype(np.float32)
     at = context(tmp_path, features=lambda: Features(np.arange(rows), values))
-    at = replace(at, spec=at.spec.model_copy(update={"fusion": "tsne"}), rows=rows)
+    at = replace(at, spec=at.spec.replace_with({"fusion": "tsne"}), rows=rows)
     sent = report(at)
     assert len(sent.centroids) == (rows if rows < 4 else 0)
     assert sent.dimension == 2

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from fedhds.errors import ArtifactError
-from fedhds.v1 import federation_pb2 as pb
+from fedhds.v2 import federation_pb2 as pb
 from fedhds_client.daemon import SiteLoop
-from fedhds_client.progress import Shown
-from fedhds_client.update import Facts, Trained
+from fedhds_client.progress import ProgressDisplay
+from fedhds_client.updates.update import Facts, Trained
 
 
 class Link:
@@ -51,10 +51,10 @@ async def test_an_update_that_the_coordinator_lost_is_uploaded_once_more(
         SimpleNamespace(fetch=fetch, train=lambda *_: trained),
         worker,
         SimpleNamespace(),
-        Shown(),
+        ProgressDisplay(),
     )
     loop = SiteLoop(*parts)
-    task = pb.NextTaskResponse(task_id="train/1/a", round=1, train=pb.TrainTask())
+    task = pb.NextTaskResponse(task_id="train/1/a", round=1, train=pb.TrainRequest())
     if taken:
         assert (await loop._result(task, "train")).accepted
     else:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fedhds.errors import StorageError
-from fedhds_client.delivery import write_adapter_folder
+from fedhds_client.updates.delivery import write_adapter_folder
 
 TENSORS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 

@@ -18,16 +18,16 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from fedhds.errors import TaskError
-from fedhds.runspec import RunSpec
+from fedhds.spec import RunSpec
 from fedhds.tensors.safetensors import write_adapter
 from fedhds_client.computation import Cancelled
-from fedhds_client.evaluation import EvaluationSums, evaluate, generate, rouge_l
+from fedhds_client.data.prompts import Prompter
+from fedhds_client.data.shard import Shard
+from fedhds_client.evaluation.evaluate import EvaluationSums, evaluate, generate, rouge_l
 from fedhds_client.models.adapter import AdapterModel, InferenceModel
 from fedhds_client.models.loading import load_base_model
-from fedhds_client.prompts import Prompter
-from fedhds_client.response_loss import ResponseLoss
-from fedhds_client.shard import Shard
-from fedhds_client.training import train
+from fedhds_client.training.loop import train
+from fedhds_client.training.response_loss import ResponseLoss
 from tests.shared import shared
 from tests.tiny import make_model, write_rows
 

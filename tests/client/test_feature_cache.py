@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedhds.errors import TaskError
-from fedhds_client.feature_cache import cached_features
-from fedhds_client.features import Features
+from fedhds_client.features.cache import cached_features
+from fedhds_client.features.extraction import Features
 
 DIMENSION = 3
 Row = tuple[int, ...]

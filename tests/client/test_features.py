@@ -17,8 +17,8 @@ from scipy.spatial.distance import pdist
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fedhds.errors import TaskError
-from fedhds_client.features import extract_features
-from fedhds_client.space import FeatureSpace, signs
+from fedhds_client.features.extraction import extract_features
+from fedhds_client.features.projection import FeatureSpace, signs
 
 # PEFT asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from fedhds.runspec import Fusion
-from fedhds_client.clustering import cluster
-from fedhds_client.fusion import _KERNEL_ROWS, _neighbours, _perplexity, fuse
+from fedhds.spec import Fusion
+from fedhds_client.features.clustering import cluster
+from fedhds_client.features.reduction import _KERNEL_ROWS, _neighbors, _perplexity, reduce
 
 SIZES = [0, 1, 2, 3, 4, 5, 31, 32, 60]
 METHODS: list[Fusion] = ["tsne", "umap", "pca", "kpca", "none"]
@@ -45,10 +45,10 @@ def test_points_are_finite_and_their_width_is_public(method: Fusion, rows: int, 
         "one column": rng.normal(size=(rows, 1)),
         "zero": np.zeros((rows, 70)),
     }[kind].astype(np.float32)
-    points, _ = fuse(values, method, seed=1)
+    points, _ = reduce(values, method, seed=1)
     assert points.shape == (rows, values.shape[1] if method == "none" else 2)
     assert np.isfinite(points).all()
-    assert np.array_equal(points, fuse(values, method, seed=1)[0])
+    assert np.array_equal(points, reduce(values, method, seed=1)[0])
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_points_are_finite_and_their_width_is_public(method: Fusion, rows: int, 
     ],
 )
 def test_what_was_done_otherwise_is_said(values: npt.NDArray[np.float64], method: Fusion, said: str) -> None:
-    _, note = fuse(values, method, seed=0)
+    _, note = reduce(values, method, seed=0)
     assert (said in note) if said else not note
 
 
 @pytest.mark.parametrize("method", ["tsne", "umap", "pca", "kpca"])
 def test_nothing_is_left_of_identical_rows_but_the_origin(method: Fusion) -> None:
-    assert not fuse(np.full((7, 5), 3.3, dtype=np.float32), method, seed=0)[0].any()
+    assert not reduce(np.full((7, 5), 3.3, dtype=np.float32), method, seed=0)[0].any()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -89,7 +89,7 @@ def test_planted_groups_are_found_again(method: Fusion, rows: int) -> None:
     """Three groups: two components, linear or not, have no room for more."""
     for seed in range(3):
         values, labels = planted(rows, groups=3, seed=seed)
-        points, note = fuse(values, method, seed=seed)
+        points, note = reduce(values, method, seed=seed)
         assert not note
         found = cluster(np.arange(rows), points, min_cluster_size=rows // 6)
         assert adjusted_rand_score(labels, found.labels) > 0.9
@@ -97,35 +97,35 @@ def test_planted_groups_are_found_again(method: Fusion, rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [8, 16, 24, 80])
 def test_umap_tells_more_groups_apart_than_two_components_would(rows: int) -> None:
-    """With two neighbours only, small shards would come out as pairs."""
+    """With two neighbors only, small shards would come out as pairs."""
     groups = 2 if rows < 16 else 4 if rows < 80 else 10
     for seed in range(12):
         values, labels = planted(rows, groups=groups, seed=seed)
-        points, _ = fuse(values, "umap", seed=seed)
+        points, _ = reduce(values, "umap", seed=seed)
         found = cluster(np.arange(rows), points, min_cluster_size=max(2, rows // groups // 2))
         assert adjusted_rand_score(labels, found.labels) > 0.9
 
 
-@pytest.mark.parametrize(("rows", "neighbours"), [(4, 3), (8, 4), (29, 14), (30, 15), (500, 15)])
-def test_a_small_shard_has_fewer_neighbours_than_rows(rows: int, neighbours: int) -> None:
-    assert _neighbours(rows) == neighbours
+@pytest.mark.parametrize(("rows", "neighbors"), [(4, 3), (8, 4), (29, 14), (30, 15), (500, 15)])
+def test_a_small_shard_has_fewer_neighbors_than_rows(rows: int, neighbors: int) -> None:
+    assert _neighbors(rows) == neighbors
 
 
 def test_umap_follows_the_seed() -> None:
     values, _ = planted(40, groups=3)
-    assert not np.array_equal(fuse(values, "umap", seed=0)[0], fuse(values, "umap", seed=1)[0])
+    assert not np.array_equal(reduce(values, "umap", seed=0)[0], reduce(values, "umap", seed=1)[0])
 
 
 def test_kernel_pca_finds_the_groups_of_a_large_shard_without_its_full_kernel() -> None:
     rows = 6_000
     values, labels = planted(rows, groups=3, width=20)
     tracemalloc.start()
-    points, note = fuse(values, "kpca", seed=0)
+    points, note = reduce(values, "kpca", seed=0)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert "landmarks" in note
     assert peak < rows * rows * 8 / 2
-    assert np.array_equal(points, fuse(values, "kpca", seed=0)[0])
+    assert np.array_equal(points, reduce(values, "kpca", seed=0)[0])
     found = cluster(np.arange(rows), points, min_cluster_size=500)
     assert adjusted_rand_score(labels, found.labels) > 0.9
 
@@ -134,18 +134,18 @@ def test_kernel_pca_finds_the_groups_of_a_large_shard_without_its_full_kernel() 
 def test_kernel_pca_has_a_width_where_most_rows_are_equal(rows: int) -> None:
     values = np.full((rows, 30), 0.1, dtype=np.float32)
     values[:10] = 5
-    points, _ = fuse(values, "kpca", seed=0)
+    points, _ = reduce(values, "kpca", seed=0)
     assert np.isfinite(points).all()
     assert np.linalg.norm(points[0] - points[-1]) > 100 * np.ptp(points[10:], axis=0).max()
 
 
 def test_kernel_pca_does_not_depend_on_where_the_origin_is() -> None:
     values = planted(40, groups=3)[0].astype(np.float64)
-    assert np.allclose(fuse(values, "kpca", seed=0)[0], fuse(values + 1e6, "kpca", seed=0)[0], atol=1e-6)
+    assert np.allclose(reduce(values, "kpca", seed=0)[0], reduce(values + 1e6, "kpca", seed=0)[0], atol=1e-6)
 
 
 def test_what_is_slow_to_import_waits_for_its_use() -> None:
-    code = "import sys, fedhds_client.fusion; sys.exit(bool({'umap', 'numba', 'sklearn'} & sys.modules.keys()))"
+    code = "import sys, fedhds_client.features.reduction; sys.exit(bool({'umap', 'numba', 'sklearn'} & sys.modules.keys()))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
 
@@ -155,7 +155,7 @@ def test_tsne_tells_planted_groups_apart(rows: int) -> None:
     """With the paper's perplexity of n - 1, shards of up to 31 rows would come out as one round cloud."""
     groups = 2 if rows < 16 else 4
     values, labels = planted(rows, groups=groups)
-    points, _ = fuse(values, "tsne", seed=0)
+    points, _ = reduce(values, "tsne", seed=0)
     found = cluster(np.arange(rows), points, min_cluster_size=2)
     assert len(found.members) >= groups
     for members in found.members:
@@ -170,6 +170,6 @@ def test_perplexity_is_the_papers_where_that_says_something(rows: int, perplexit
 def test_pca_keeps_the_largest_spread() -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(size=(40, 30)) * np.array([50.0, 20.0, *[0.1] * 28])
-    points, _ = fuse(values, "pca", seed=0)
+    points, _ = reduce(values, "pca", seed=0)
     assert abs(np.corrcoef(points[:, 0], values[:, 0])[0, 1]) > 0.999
     assert abs(np.corrcoef(points[:, 1], values[:, 1])[0, 1]) > 0.98

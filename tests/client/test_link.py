@@ -17,12 +17,11 @@ import grpc
 import numpy as np
 import pytest
 
-from fedhds import chunks, status
 from fedhds.errors import (
     ArtifactError,
     CoordinatorUnreachable,
     DamagedArtifact,
-    EnrolmentRefused,
+    EnrollmentRefused,
     FedhdsError,
     NotLeading,
     PrivacyError,
@@ -34,13 +33,14 @@ from fedhds.security.credentials import server_credentials
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
 from fedhds.tensors.artifact import Artifact
-from fedhds.v1 import federation_pb2 as pb
-from fedhds_client.link import CoordinatorLink, file_key
-from fedhds_server.artifacts import ArtifactStore
-from fedhds_server.servicer import FederationServicer
+from fedhds.transfer.background_step import chunks, status
+from fedhds.v2 import federation_pb2 as pb
+from fedhds_client.rpc_client import CoordinatorClient, file_key
+from fedhds_server.rpc.federation import FederationServicer
+from fedhds_server.storage.artifacts import ArtifactStore
 from tests.common.tls_servers import serving
 
-CHUNK_SIZE = chunks.LARGEST_CHUNK
+CHUNK_SIZE = chunks.MAX_CHUNK
 SESSION = "session"
 BEAT = pb.HeartbeatRequest(session=SESSION, task_id="train/1/ward")
 
@@ -142,10 +142,10 @@ class World:
     tasks: dict[str, Any]
     relay: Relay = field(default_factory=Relay)
     faults: Faults = field(default_factory=Faults)
-    links: list[CoordinatorLink] = field(default_factory=list)
+    links: list[CoordinatorClient] = field(default_factory=list)
 
-    def link(self, *, patience: float = 20.0) -> CoordinatorLink:
-        link = CoordinatorLink(f"127.0.0.1:{self.relay.port}", None, patience=patience)
+    def link(self, *, patience: float = 20.0) -> CoordinatorClient:
+        link = CoordinatorClient(f"127.0.0.1:{self.relay.port}", None, patience=patience)
         self.links.append(link)
         return link
 
@@ -236,7 +236,7 @@ def _raises(error: Exception) -> Fault:
     return fault
 
 
-async def _beat(link: CoordinatorLink) -> bool:
+async def _beat(link: CoordinatorClient) -> bool:
     return bool((await link.call(link.federation.Heartbeat, BEAT)).withdrawn)
 
 
@@ -293,7 +293,7 @@ async def test_a_call_that_was_under_way_when_the_link_broke_is_repeated(world: 
 async def test_a_coordinator_that_is_away_for_a_while_is_waited_for(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, logger="fedhds_client.link")
+    caplog.set_level(logging.INFO, logger="fedhds_client.rpc_client")
     link = world.link()
     assert await _beat(link)
     world.relay.down()
@@ -316,10 +316,10 @@ async def test_sites_of_one_process_share_a_link(world: World) -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        SessionLost("enrol again"),
+        SessionLost("enroll again"),
         TaskError("no such task"),
         ArtifactError("wrong digest"),
-        EnrolmentRefused("another model"),
+        EnrollmentRefused("another model"),
         PrivacyError("too much"),
     ],
 )
@@ -346,10 +346,10 @@ async def test_any_other_failure_is_an_error_that_names_coordinator_and_status(w
 async def test_what_a_standby_does_not_answer_goes_to_the_leader_at_once_and_stays_there(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, logger="fedhds_client.link")
+    caplog.set_level(logging.INFO, logger="fedhds_client.rpc_client")
     async with _standby() as (standby, asked):
         leader = f"127.0.0.1:{world.relay.port}"
-        link = CoordinatorLink(f"{standby}, {leader}", None, patience=20)
+        link = CoordinatorClient(f"{standby}, {leader}", None, patience=20)
         world.links.append(link)
         began = time.monotonic()
         assert await _beat(link)
@@ -365,7 +365,7 @@ async def test_what_a_standby_does_not_answer_goes_to_the_leader_at_once_and_sta
 
 async def test_sites_of_one_process_move_on_together(world: World) -> None:
     async with _standby() as (standby, asked):
-        link = CoordinatorLink(f"{standby},127.0.0.1:{world.relay.port}", None, patience=20)
+        link = CoordinatorClient(f"{standby},127.0.0.1:{world.relay.port}", None, patience=20)
         world.links.append(link)
         assert all(await asyncio.gather(*(_beat(link) for _ in range(20))))
         assert len(asked) <= 20
@@ -376,7 +376,7 @@ async def test_of_several_addresses_that_lead_nowhere_each_is_explained(world: W
     port = world.relay.port
     world.relay.down()
     async with _standby() as (standby, asked):
-        link = CoordinatorLink(f"{standby},127.0.0.1:{port}", None, patience=0.7)
+        link = CoordinatorClient(f"{standby},127.0.0.1:{port}", None, patience=0.7)
         world.links.append(link)
         with pytest.raises(CoordinatorUnreachable) as caught:
             await _beat(link)
@@ -407,7 +407,7 @@ async def _standby() -> AsyncIterator[tuple[str, list[str]]]:
 # Patience.
 
 
-async def _gives_up(link: CoordinatorLink, patience: float) -> str:
+async def _gives_up(link: CoordinatorClient, patience: float) -> str:
     started = time.monotonic()
     with pytest.raises(CoordinatorUnreachable) as caught:
         await _beat(link)
@@ -452,10 +452,10 @@ async def test_the_time_for_which_a_poll_is_held_does_not_try_the_patience(world
 async def test_a_link_without_tls_to_a_coordinator_with_it_says_so(tmp_path: Path) -> None:
     folder = init_authority(tmp_path / "certs").parent
     async with serving(server_credentials(issue(folder, "coordinator", role=Role.COORDINATOR))) as listener:
-        link = CoordinatorLink(listener.target, None, patience=0.3)
+        link = CoordinatorClient(listener.target, None, patience=0.3)
         assert "speaks TLS, but no --tls-* flags were given" in await _gives_up(link, 0.3)
         await link.close()
-        link = CoordinatorLink(listener.target, issue(folder, "ward", role=Role.SITE), patience=20)
+        link = CoordinatorClient(listener.target, issue(folder, "ward", role=Role.SITE), patience=20)
         # It gets through: this server has none of a coordinator's methods.
         with pytest.raises(FedhdsError, match="UNIMPLEMENTED"):
             await _beat(link)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhds.errors import UsageError
-from fedhds_client.partition import By, partition
+from fedhds_client.data.partition import By, partition
 
 WAYS: tuple[By, ...] = get_args(By)
 NAMES = ("brainstorming", "chat", "qa")

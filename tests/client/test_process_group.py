@@ -17,8 +17,8 @@ from torch.distributed import distributed_c10d
 
 from fedhds.errors import DataError, Evicted, StorageError, TaskError
 from fedhds_client.distributed.process_group import Extract, Matrix, Prepare, ProcessGroup, Stop, WorkerError
-from fedhds_client.features import extract_features
-from fedhds_client.space import FeatureSpace
+from fedhds_client.features.extraction import extract_features
+from fedhds_client.features.projection import FeatureSpace
 from tests.client.test_features import DIMENSION, PAD, ROWS, SEED, llama
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,8 +13,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from fedhds.errors import ModelError
-from fedhds_client.prompts import Encoded, Prompter
-from fedhds_client.row_formats import Row
+from fedhds_client.data.prompts import Encoded, Prompter
+from fedhds_client.data.row_formats import Row
 from tests.shared import shared
 from tests.tiny import make_model
 
@@ -273,7 +273,7 @@ def test_no_row_is_longer_than_the_longest_and_a_cut_is_always_told(
 
 
 def test_a_long_alpaca_prompt_keeps_its_head_and_the_response_marker(tokenizer: Any) -> None:
-    row = Row(0, "Summarise.", "word " * 500, "Words.")
+    row = Row(0, "Summarize.", "word " * 500, "Words.")
     text, answer = _texts(tokenizer, Prompter(tokenizer, max_length=512).encode(row))
     assert text.startswith("Below is an instruction")
     assert text.endswith("word \n\n### Response:\n")

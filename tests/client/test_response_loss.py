@@ -10,12 +10,12 @@ import torch
 from peft import PromptTuningConfig, get_peft_model
 from torch.nn import functional
 
-from fedhds_client.evaluation import generate
+from fedhds_client.data.prompts import Encoded, Prompter
+from fedhds_client.data.row_formats import Row
+from fedhds_client.evaluation.evaluate import generate
 from fedhds_client.models.adapter import InferenceModel
 from fedhds_client.models.loading import load_base_model
-from fedhds_client.prompts import Encoded, Prompter
-from fedhds_client.response_loss import ResponseLoss
-from fedhds_client.row_formats import Row
+from fedhds_client.training.response_loss import ResponseLoss
 from tests.tiny import make_model
 
 ROWS = [

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedhds.errors import DataError
-from fedhds_client.row_formats import BadRow, Row, normalised, task_rows
-from fedhds_client.shard import Shard
+from fedhds_client.data.row_formats import BadRow, Row, normalized, task_rows
+from fedhds_client.data.shard import Shard
 from tests.shared import shared
 
 DOLLY = {"instruction": "Name a cat.", "context": "Tom is a cat.", "response": "Tom", "category": "qa"}
@@ -135,8 +135,8 @@ def test_a_natural_instructions_task_gives_a_row_per_instance(tmp_path: Path, fi
 def test_a_task_may_name_its_category_in_several_ways(categories: dict[str, Any], read: str) -> None:
     document = {"Definition": "Do.", "Instances": [{"input": "this", "output": ["done"]}]} | categories
     (row,) = task_rows(document)
-    assert normalised(row)["instruction"] == "Do."
-    assert normalised(row)["category"] == read
+    assert normalized(row)["instruction"] == "Do."
+    assert normalized(row)["category"] == read
 
 
 def test_formats_may_be_mixed_and_rows_may_carry_more_than_is_needed(tmp_path: Path) -> None:
@@ -147,23 +147,23 @@ def test_formats_may_be_mixed_and_rows_may_carry_more_than_is_needed(tmp_path: P
 
 @pytest.mark.parametrize("context", [{}, {"context": None}, {"context": ""}])
 def test_a_context_may_be_absent(context: dict[str, Any]) -> None:
-    assert normalised({"instruction": "a", "response": "b"} | context)["context"] == ""
+    assert normalized({"instruction": "a", "response": "b"} | context)["context"] == ""
 
 
 @pytest.mark.parametrize(("category", "read"), [(None, ""), ("qa", "qa"), (3, "3")])
 def test_a_category_may_be_null_or_a_number(category: object, read: str) -> None:
     for row, _ in FORMATS.values():
-        assert normalised(row | {"category": category})["category"] == read
+        assert normalized(row | {"category": category})["category"] == read
 
 
 def test_the_response_is_the_first_of_the_right_answers() -> None:
-    assert normalised(DOLLY | {"references": ["Felix", "Tom", "Garfield"]})["references"] == [
+    assert normalized(DOLLY | {"references": ["Felix", "Tom", "Garfield"]})["references"] == [
         "Tom",
         "Felix",
         "Garfield",
     ]
-    assert normalised(DOLLY | {"references": ["Felix"]})["references"] == ["Tom", "Felix"]
-    assert normalised(DOLLY | {"references": None})["references"] == ["Tom"]
+    assert normalized(DOLLY | {"references": ["Felix"]})["references"] == ["Tom", "Felix"]
+    assert normalized(DOLLY | {"references": None})["references"] == ["Tom"]
 
 
 def test_a_byte_order_mark_carriage_returns_and_blank_lines_are_no_rows(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_text_keeps_every_character(tmp_path: Path) -> None:
 )
 def test_a_bad_row_is_an_error_that_names_file_line_and_reason(tmp_path: Path, row: object, reason: str) -> None:
     with pytest.raises(BadRow, match=reason):
-        normalised(row)
+        normalized(row)
     content = b"".join(json.dumps(line).encode() + b"\n" for line in (DOLLY, row, DOLLY))
     fault = _fault(_written(tmp_path / "rows.jsonl", content))
     assert fault.line == 2
@@ -509,12 +509,12 @@ SOURCES: st.SearchStrategy[dict[str, Any]] = st.builds(
 
 @given(SOURCES)
 def test_a_row_written_as_a_source_is_read_back_the_same(source: dict[str, Any]) -> None:
-    content = normalised(source)
+    content = normalized(source)
     row = Row.from_content(0, content)
     assert row.content() == content
     assert row.references[0] == row.response
-    assert normalised(row.as_source(row.category)) == content
-    assert normalised(row.as_source("another")) == content | {"category": "another"}
+    assert normalized(row.as_source(row.category)) == content
+    assert normalized(row.as_source("another")) == content | {"category": "another"}
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -525,7 +525,7 @@ def test_rows_come_back_from_a_shard_as_they_were_written(
     WRITERS[file](tmp_path / file, sources)
     with Shard.open(tmp_path / file) as shard:
         rows = list(shard)
-        assert [row.content() for row in rows] == [normalised(source) for source in sources]
+        assert [row.content() for row in rows] == [normalized(source) for source in sources]
         assert shard.categories == Counter(row.category for row in rows)
         assert shard.digest
     _written(tmp_path / "again.jsonl", _lines([row.as_source(row.category) for row in rows]))

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fedhds.metrics import exposition
 from fedhds.privacy.ledger import Ledger, Unit
-from fedhds_client.counted import Activity
+from fedhds.runtime.metrics import exposition
+from fedhds_client.counters import Activity
 from fedhds_client.metrics import MEASURES, SiteMetrics
 
 
@@ -81,7 +81,7 @@ def test_activities_progress_and_the_link_are_told(told: Any) -> None:
     told.activities[0] = (Activity.ENROLLING, 0.0)
     assert told.value("fedhds_client_connected") == 0
     assert told.value("fedhds_client_unanswered_seconds") > 0
-    assert list(told.metrics.problems()) == ["link", "enrolment"]
+    assert list(told.metrics.problems()) == ["link", "enrollment"]
 
 
 @pytest.mark.parametrize("accept", ["", "application/openmetrics-text; version=1.0.0", "text/plain;version=0.0.4"])

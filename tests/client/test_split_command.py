@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from fedhds import __version__
 from fedhds.errors import DataError, UsageError
-from fedhds_client.row_formats import Row
-from fedhds_client.shard import Shard
-from fedhds_client.split_command import split
+from fedhds_client.commands.split import split
+from fedhds_client.data.row_formats import Row
+from fedhds_client.data.shard import Shard
 from tests.tiny import write_rows
 
 TOPICS = {"cats": 60, "dogs": 50, "birds": 40}
@@ -332,7 +332,7 @@ def test_categories_are_shown_as_they_are_called(tmp_path: Path, out: Path) -> N
 
 def test_help_needs_no_heavy_import() -> None:
     code = (
-        "import sys, fedhds_client.split_command as s; "
+        "import sys, fedhds_client.commands.split as s; "
         "print([m for m in ('torch', 'transformers', 'numpy', 'pyarrow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,14 +13,14 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM
 
 from fedhds.errors import TaskError
-from fedhds.runspec import RunSpec
+from fedhds.spec import RunSpec
 from fedhds_client.computation import Cancelled
+from fedhds_client.data.prompts import Encoded, Prompter
+from fedhds_client.data.shard import Shard
 from fedhds_client.models.adapter import AdapterModel
 from fedhds_client.models.loading import load_base_model
-from fedhds_client.prompts import Encoded, Prompter
-from fedhds_client.response_loss import ResponseLoss
-from fedhds_client.shard import Shard
-from fedhds_client.training import TrainOutcome, train
+from fedhds_client.training.loop import TrainOutcome, train
+from fedhds_client.training.response_loss import ResponseLoss
 from tests.shared import shared
 from tests.tiny import make_model, write_rows
 

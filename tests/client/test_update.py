@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from fedhds.errors import StorageError
-from fedhds.runspec import WireDtype
+from fedhds.spec import WireDtype
 from fedhds.tensors.codecs import CODECS
 from fedhds.tensors.manifest import AdapterManifest, FloatArray, TensorSpec
 from fedhds.tensors.safetensors import AdapterReader, write_adapter
-from fedhds_client.update import Trained, keep_update
+from fedhds_client.updates.update import Trained, keep_update
 from fedhds_server.aggregation import AGGREGATORS, Update
 from tests.manifests import lora_manifest
 

@@ -24,8 +24,8 @@ from fedhds.security import pki
 from fedhds.security.credentials import TlsFiles, server_credentials
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
-from fedhds.v1 import federation_pb2 as pb
-from fedhds.v1 import federation_pb2_grpc as rpc
+from fedhds.v2 import status_pb2
+from fedhds.v2 import status_pb2_grpc as status_rpc
 from tests.common.tls_servers import issue_dated
 
 
@@ -276,14 +276,14 @@ def test_a_gpu_is_named_with_its_memory_once_it_has_computed(monkeypatch: pytest
         assert "no kernel image is available for execution on the device)" in finding.message
 
 
-class Coordinator(rpc.OperationsServicer):
+class Coordinator(status_rpc.OperationsServicer):
     """A coordinator of some version, as far as the doctor asks it."""
 
     def __init__(self, ahead_s: float = 0.0, protocol: int = 1, *, serves: bool = True) -> None:
         self.ahead_s, self.protocol, self.serves = ahead_s, protocol, serves
 
-    async def GetStatus(self, request: pb.GetStatusRequest, context: object) -> pb.GetStatusResponse:  # noqa: N802
-        return pb.GetStatusResponse(
+    async def GetStatus(self, request: status_pb2.GetStatusRequest, context: object) -> status_pb2.GetStatusResponse:  # noqa: N802
+        return status_pb2.GetStatusResponse(
             run_id="r1", now=time.time() + self.ahead_s, fedhds_version="9.8", protocol_versions=[self.protocol]
         )
 
@@ -296,7 +296,7 @@ async def listening(coordinator: Coordinator, files: TlsFiles | None = None) -> 
     server, own = grpc.aio.server(), health.aio.HealthServicer()
     await own.set("", status.SERVING if coordinator.serves else status.NOT_SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(own, server)
-    rpc.add_OperationsServicer_to_server(coordinator, server)
+    status_rpc.add_OperationsServicer_to_server(coordinator, server)
     address = "localhost:0"
     port = server.add_secure_port(address, server_credentials(files)) if files else server.add_insecure_port(address)
     await server.start()

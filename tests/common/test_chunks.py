@@ -10,11 +10,11 @@ from google.protobuf.message import DecodeError
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fedhds import chunks
-from fedhds.v1 import federation_pb2 as pb
+from fedhds.transfer.background_step import chunks
+from fedhds.v2 import transfer_pb2
 
 # Where the length takes a byte more.
-LENGTHS = (1, 127, 128, (1 << 14) - 1, 1 << 14, chunks.LARGEST_CHUNK, 1 << 21)
+LENGTHS = (1, 127, 128, (1 << 14) - 1, 1 << 14, chunks.MAX_CHUNK, 1 << 21)
 
 Read = Callable[[bytes], Any]
 
@@ -23,8 +23,8 @@ Read = Callable[[bytes], Any]
 def test_a_message_is_what_protobuf_would_make(length: int) -> None:
     chunk = bytes(range(256)) * (length // 256 + 1)
     chunk = chunk[:length]
-    assert chunks.upload_message(chunk) == pb.UploadRequest(chunk=chunk).SerializeToString()
-    assert chunks.download_message(chunk) == pb.DownloadResponse(chunk=chunk).SerializeToString()
+    assert chunks.upload_message(chunk) == transfer_pb2.UploadRequest(chunk=chunk).SerializeToString()
+    assert chunks.download_message(chunk) == transfer_pb2.DownloadResponse(chunk=chunk).SerializeToString()
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -41,7 +41,7 @@ def test_a_message_of_a_chunk_is_read_without_a_copy(length: int) -> None:
 
 
 def test_a_header_is_read_by_protobuf() -> None:
-    request = pb.UploadRequest(header=pb.UploadHeader(session="s", offset=7))
+    request = transfer_pb2.UploadRequest(header=transfer_pb2.UploadHeader(session="s", offset=7))
     assert chunks.read_upload(request.SerializeToString()) == request
 
 
@@ -52,8 +52,8 @@ def test_a_header_is_read_by_protobuf() -> None:
 @example(b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01")
 def test_whatever_the_bytes_they_are_read_as_protobuf_does(message: bytes) -> None:
     for read, reference in (
-        (chunks.read_upload, pb.UploadRequest.FromString),
-        (chunks.read_download, pb.DownloadResponse.FromString),
+        (chunks.read_upload, transfer_pb2.UploadRequest.FromString),
+        (chunks.read_download, transfer_pb2.DownloadResponse.FromString),
     ):
         assert outcome(read, message) == outcome(reference, message)
 
@@ -69,14 +69,14 @@ def outcome(read: Read, message: bytes) -> bytes | None:
 @given(st.integers(0, 10**6))
 def test_chunks_of_all_sites_together_have_bounded_room(transfers: int) -> None:
     size = chunks.chunk_size(transfers)
-    assert chunks.SMALLEST_CHUNK <= size <= chunks.LARGEST_CHUNK
+    assert chunks.MIN_CHUNK <= size <= chunks.MAX_CHUNK
     assert size.bit_count() == 1
-    assert size * transfers <= 16 << 20 or size == chunks.SMALLEST_CHUNK
+    assert size * transfers <= 16 << 20 or size == chunks.MIN_CHUNK
     assert size >= chunks.chunk_size(transfers + 1)
 
 
 @given(st.integers(1, 2**32 - 1), st.integers(0, 1000))
 def test_chunks_get_smaller_when_links_break_but_never_tiny(size: int, breaks: int) -> None:
     first = chunks.smaller(size, 0)
-    assert min(size, chunks.SMALLEST_CHUNK) <= chunks.smaller(size, breaks) <= first <= chunks.LARGEST_CHUNK
-    assert breaks < 5 or chunks.smaller(size, breaks) == min(size, chunks.SMALLEST_CHUNK)
+    assert min(size, chunks.MIN_CHUNK) <= chunks.smaller(size, breaks) <= first <= chunks.MAX_CHUNK
+    assert breaks < 5 or chunks.smaller(size, breaks) == min(size, chunks.MIN_CHUNK)

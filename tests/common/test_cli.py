@@ -61,7 +61,7 @@ def plugins(tmp_path: Path) -> Path:
     (folder / "fedhds-0.1.0.dist-info").mkdir()
     (folder / "fedhds-0.1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: fedhds\nVersion: 0\n")
     names = ("hello", "needy", "broken", "usage", "storage", "vanished")
-    entry_points = [f"{name} = fedhds_client.commands:{name}" for name in names]
+    entry_points = [f"{name} = fedhds_client.commands.adapter:{name}" for name in names]
     (folder / "fedhds-0.1.0.dist-info" / "entry_points.txt").write_text(
         "\n".join(["[fedhds.commands]", *entry_points, "unfit = fedhds_client.unfit:unfit", ""])
     )

@@ -13,14 +13,15 @@ from fedhds.cli.toolbox import app
 from fedhds.security.credentials import server_credentials
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
-from fedhds.v1 import federation_pb2 as pb
+from fedhds.v2 import federation_pb2 as pb
+from fedhds.v2 import status_pb2
 
 COMMANDS = {
-    ("status",): ("GetStatus", pb.GetStatusResponse(run_id="r1")),
-    ("pause", "--reason=r"): ("Pause", pb.PauseResponse()),
-    ("resume",): ("Resume", pb.ResumeResponse()),
-    ("stop", "--reason=r"): ("Stop", pb.StopResponse()),
-    ("evict", "hospital-a", "--reason=r"): ("Evict", pb.EvictResponse()),
+    ("status",): ("GetStatus", status_pb2.GetStatusResponse(run_id="r1")),
+    ("pause", "--reason=r"): ("Pause", status_pb2.PauseResponse()),
+    ("resume",): ("Resume", status_pb2.ResumeResponse()),
+    ("stop", "--reason=r"): ("Stop", status_pb2.StopResponse()),
+    ("evict", "hospital-a", "--reason=r"): ("Evict", status_pb2.EvictResponse()),
 }
 
 

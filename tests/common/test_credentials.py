@@ -13,7 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from fedhds.errors import EnrolmentRefused, SettingsError
+from fedhds.errors import EnrollmentRefused, SettingsError
 from fedhds.security.credentials import TlsFiles, channel_credentials, own_identity, server_credentials
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
@@ -109,7 +109,7 @@ def test_a_certificate_without_a_fedhds_identity_is_refused(site: TlsFiles, fold
     site.cert.write_bytes(_certify(leaf, ca, key))
     with pytest.raises(SettingsError, match=r"--tls-cert.*carries no urn:fedhds"):
         site.check()
-    with pytest.raises(EnrolmentRefused):
+    with pytest.raises(EnrollmentRefused):
         own_identity(site)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from fedhds import errors
 from fedhds.errors import UNEXPECTED, FedhdsError, code_of
-from fedhds.status import answers, error_of
+from fedhds.grpc_errors import answers, error_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "errors.md").read_text(encoding="utf-8")

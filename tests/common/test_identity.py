@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from fedhds.errors import EnrolmentRefused
+from fedhds.errors import EnrollmentRefused
 from fedhds.security.identity import PeerIdentity, Role, identity_from_certificate, identity_of
 from fedhds.security.pki import init_authority, issue
 
@@ -92,13 +92,13 @@ def test_foreign_names_beside_the_urn_do_not_matter() -> None:
     ids=str,
 )
 def test_anything_but_one_well_formed_urn_is_refused(names: list[x509.GeneralName]) -> None:
-    with pytest.raises(EnrolmentRefused, match="issued"):
+    with pytest.raises(EnrollmentRefused, match="issued"):
         identity_from_certificate(_pem(*names))
 
 
 @pytest.mark.parametrize("pem", [b"", b"garbage", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])
 def test_what_is_no_certificate_is_refused(pem: bytes) -> None:
-    with pytest.raises(EnrolmentRefused, match="cannot be read"):
+    with pytest.raises(EnrollmentRefused, match="cannot be read"):
         identity_from_certificate(pem)
 
 
@@ -108,7 +108,7 @@ def test_no_tls_means_no_identity() -> None:
 
 
 def test_tls_without_a_certificate_is_not_taken_for_no_tls() -> None:
-    with pytest.raises(EnrolmentRefused, match="no certificate"):
+    with pytest.raises(EnrollmentRefused, match="no certificate"):
         identity_of({"transport_security_type": [b"ssl"]})
 
 

@@ -13,9 +13,9 @@ from pydantic import Field, model_validator
 from docs.generate import TARGET, configuration
 from fedhds import settings
 from fedhds.errors import SettingsError
-from fedhds.runspec import RunSpec, Strategy, budget_rows
 from fedhds.settings import Parameters, Variants, parameter
-from fedhds.v1 import runspec_pb2
+from fedhds.spec import RunSpec, Strategy, budget_rows
+from fedhds.v2 import runspec_pb2
 from fedhds_client.settings import ClientSettings
 from fedhds_server.settings import ServerSettings
 
@@ -35,7 +35,7 @@ def client(*arguments: str) -> ClientSettings:
 def test_a_model_and_rounds_are_enough() -> None:
     chosen = server(*BASE)
     assert (chosen.strategy, chosen.listen) == ("fedhds-aligned", "127.0.0.1:8470")
-    assert chosen.run_spec() == RunSpec(model="m", rounds=3)
+    assert chosen.run_spec() == RunSpec.of(model="m", rounds=3)
 
 
 def test_flags_environment_and_file_say_the_same(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_site_needs_some_data_and_shards_of_different_names() -> None:
 
 def test_the_wire_message_has_exactly_the_fields_of_the_specification() -> None:
     assert [field.name for field in runspec_pb2.RunSpec.DESCRIPTOR.fields] == list(RunSpec.model_fields)
-    spec = RunSpec(model="m", rounds=2, seed=2**62, lora_targets=("q", "v"), clip_norm=2.5, noise_multiplier=0.1)
+    spec = RunSpec.of(model="m", rounds=2, seed=2**62, lora_targets=("q", "v"), selection_clip_norm=2.5, selection_noise_multiplier=0.1)
     assert RunSpec.from_proto(runspec_pb2.RunSpec.FromString(spec.to_proto().SerializeToString())) == spec
 
 
@@ -168,7 +168,7 @@ def test_budgets(budget: str, pool: int, rows: int | None) -> None:
 
 
 def test_only_full_and_the_papers_own_rule_have_no_budget() -> None:
-    found = {name: RunSpec(model="m", rounds=1, strategy=name).budget_of(1000) for name in get_args(Strategy)}
+    found = {name: RunSpec.of(model="m", rounds=1, selection_strategy=name).budget_of(1000) for name in get_args(Strategy)}
     assert found == {"full": None, "random": 15, "fedhds": None, "fedhds-aligned": 15, "global": 15}
 
 

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from fedhds.errors import StorageError, TaskError
-from fedhds.telemetry import _TerminalHandler, about, configure_logging
+from fedhds.runtime.logging import _TerminalHandler, about, configure_logging
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedhds_server.store.sql import SqlStore
+from fedhds_server.storage.sql import SqlStore
 from tests.docs.hosts import Hosts, steps
 from tests.docs.pages import blocks
 from tests.postgres import PostgresServer

@@ -1,4 +1,4 @@
-"""A site that means harm: it enrols like any other, over raw gRPC, and delivers whatever a test tells it to."""
+"""A site that means harm: it enrolls like any other, over raw gRPC, and delivers whatever a test tells it to."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import grpc
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.manifest import AdapterManifest, FloatArray, TensorSpec
 from fedhds.tensors.safetensors import write_adapter
-from fedhds.v1 import federation_pb2 as pb
-from fedhds.v1 import federation_pb2_grpc as rpc
-from fedhds_server.state import RunState
-from fedhds_server.store.sql import SqlStore
+from fedhds.v2 import federation_pb2 as pb
+from fedhds.v2 import federation_pb2_grpc as rpc
+from fedhds.v2 import transfer_pb2
+from fedhds_server.run.state import RunState
+from fedhds_server.storage.sql import SqlStore
 
 _CHUNK_SIZE = 1 << 20
 _PATIENCE_S = 120.0
@@ -78,8 +79,8 @@ class Hostile:
 
     def attest(self, rows: int) -> None:
         """Declares so many rows, truly or not."""
-        self._stub.Attest(
-            pb.AttestRequest(
+        self._stub.Register(
+            pb.RegisterRequest(
                 session=self._session, fingerprint=self._fingerprint, manifest=self._manifest.to_proto(), rows=rows
             )
         )
@@ -124,8 +125,8 @@ class Hostile:
         self._stub.Upload(self._parts(path, artifact))
         return artifact
 
-    def _parts(self, path: Path, artifact: Artifact) -> Iterator[pb.UploadRequest]:
-        yield pb.UploadRequest(header=pb.UploadHeader(session=self._session, artifact=artifact.to_proto()))
+    def _parts(self, path: Path, artifact: Artifact) -> Iterator[transfer_pb2.UploadRequest]:
+        yield transfer_pb2.UploadRequest(header=transfer_pb2.UploadHeader(session=self._session, artifact=artifact.to_proto()))
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK_SIZE):
-                yield pb.UploadRequest(chunk=chunk)
+                yield transfer_pb2.UploadRequest(chunk=chunk)

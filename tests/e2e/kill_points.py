@@ -71,14 +71,14 @@ def in_coordinator(points: Points) -> None:
     """Points of fedhds-server: every event and every change of phase around its commit, files, folds, answers."""
     import sqlalchemy as sa
 
-    from fedhds import chunks
     from fedhds.tensors.manifest import TensorSpec
+    from fedhds.transfer.background_step import chunks
     from fedhds_server import checkpoint, coordinator
     from fedhds_server.aggregation.fedavg import FedAvg
-    from fedhds_server.artifacts import ArtifactStore
-    from fedhds_server.rounds import RunMachine
-    from fedhds_server.servicer import FederationServicer
-    from fedhds_server.store.sql import SqlStore
+    from fedhds_server.rpc.federation import FederationServicer
+    from fedhds_server.run.engine import RunMachine
+    from fedhds_server.storage.artifacts import ArtifactStore
+    from fedhds_server.storage.sql import SqlStore
 
     handled: list[str] = []
     save, open_chunks = SqlStore.save, ArtifactStore.open_chunks
@@ -128,7 +128,7 @@ def in_coordinator(points: Points) -> None:
     ArtifactStore.open_chunks = pieces  # type: ignore[assignment, method-assign]
     for operation in ("append", "finish", "adopt", "delete", "sweep"):
         points.after(ArtifactStore, operation)
-    for method in ("Enroll", "Attest", "NextTask", "CompleteTask", "GetUpload"):
+    for method in ("Enroll", "Register", "NextTask", "CompleteTask", "GetUpload"):
         answered(method)
     points.after(SqlStore, "load")
     points.after(SqlStore, "close")
@@ -141,14 +141,14 @@ def in_coordinator(points: Points) -> None:
 
 
 def in_site(points: Points) -> None:
-    """Points of fedhds-client: enrolment, transfers, every kind of task, delivery."""
+    """Points of fedhds-client: enrollment, transfers, every kind of task, delivery."""
     from fedhds.privacy.ledger import Ledger
     from fedhds_client import computation, daemon, delivery, link, release, run_models, workbench
     from fedhds_client.models.adapter import AdapterModel
     from fedhds_client.site import Site
 
     computing = ""
-    report, call, create = computation.Control.report, link.CoordinatorLink.call, link.CoordinatorLink.__init__
+    report, call, create = computation.Control.report, link.CoordinatorClient.call, link.CoordinatorClient.__init__
 
     def noted_report(control: computation.Control, share: float) -> None:
         if share < 1:
@@ -156,19 +156,19 @@ def in_site(points: Points) -> None:
         report(control, share)
 
     def computed(kind: str) -> None:
-        original = getattr(workbench.Workbench, kind)
+        original = getattr(workbench.TaskExecutor, kind)
 
         def wrapped(*args: Any) -> Any:
             nonlocal computing
             computing = kind
             return original(*args)
 
-        setattr(workbench.Workbench, kind, wrapped)
+        setattr(workbench.TaskExecutor, kind, wrapped)
 
     async def noted_call(self: Any, method: Any, request: Any, **kwargs: Any) -> Any:
         answer = await call(self, method, request, **kwargs)
         name = type(request).__name__.removesuffix("Request")
-        if name in ("Enroll", "Attest", "CompleteTask"):
+        if name in ("Enroll", "Register", "CompleteTask"):
             result = request.WhichOneof("result") if name == "CompleteTask" else None
             points.reached(f"{name} heard" + (f" on {result}" if result else ""))
         return answer
@@ -194,10 +194,10 @@ def in_site(points: Points) -> None:
         self.federation.Download = cut(self.federation.Download, "download underway")
 
     computation.Control.report = noted_report  # type: ignore[assignment, method-assign]
-    link.CoordinatorLink.call = noted_call  # type: ignore[method-assign]
-    link.CoordinatorLink.__init__ = noted_create  # type: ignore[method-assign]
+    link.CoordinatorClient.call = noted_call  # type: ignore[method-assign]
+    link.CoordinatorClient.__init__ = noted_create  # type: ignore[method-assign]
     # For a coordinator that comes back within a second, dozens of times.
-    link._LONGEST_PAUSE_S = 0.5
+    link._MAX_PAUSE_S = 0.5
     for kind in ("select", "train", "evaluate"):
         computed(kind)
     points.after(Site, "next_session")
@@ -206,7 +206,7 @@ def in_site(points: Points) -> None:
     points.after(release, "save_clusters")
     points.after(Ledger, "record", "ledger entry made")
     points.after(AdapterModel, "save", "update saved")
-    points.after(workbench.Workbench, "train")
+    points.after(workbench.TaskExecutor, "train")
     points.at_call(delivery, "_place", 3, "delivery underway")
     points.after(daemon, "write_adapter_folder", "delivery ended")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedhds.tensors.artifact import Artifact
-    from fedhds_client.link import CoordinatorLink
+    from fedhds_client.rpc_client import CoordinatorClient
 
 # Small against the adapter of this run, so that an upload has a middle.
 _CHUNK_BYTES = 256
@@ -18,14 +18,14 @@ _CHUNK_BYTES = 256
 
 def main() -> None:
     """Puts what stands still in the program's way, then runs it."""
-    from fedhds import chunks
-    from fedhds_client.link import CoordinatorLink
+    from fedhds.transfer.background_step import chunks
+    from fedhds_client.rpc_client import CoordinatorClient
 
-    upload, message = CoordinatorLink.upload, chunks.upload_message
+    upload, message = CoordinatorClient.upload, chunks.upload_message
     uploads = sent = size = 0
 
     async def counted_upload(
-        self: CoordinatorLink, session: str, path: Path, artifact: Artifact, *further: Any
+        self: CoordinatorClient, session: str, path: Path, artifact: Artifact, *further: Any
     ) -> None:
         nonlocal uploads, sent, size
         uploads, sent, size = uploads + 1, 0, artifact.size
@@ -50,7 +50,7 @@ def main() -> None:
     # 0.1.0 chose the size by itself; later the coordinator tells it.
     vars(chunks)["CHUNK_SIZE"] = _CHUNK_BYTES
     chunks.upload_message = counted_message
-    CoordinatorLink.upload = counted_upload  # type: ignore[assignment, method-assign]
+    CoordinatorClient.upload = counted_upload  # type: ignore[assignment, method-assign]
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

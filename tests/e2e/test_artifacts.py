@@ -16,12 +16,13 @@ import grpc
 import numpy as np
 import pytest
 
-from fedhds.runspec import RunSpec
+from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
-from fedhds.v1 import federation_pb2 as pb
-from fedhds.v1 import federation_pb2_grpc as rpc
-from fedhds_server.state import RunState, packed
-from fedhds_server.store.sql import SqlStore
+from fedhds.v2 import federation_pb2 as pb
+from fedhds.v2 import federation_pb2_grpc as rpc
+from fedhds.v2 import transfer_pb2
+from fedhds_server.run.state import RunState, packed
+from fedhds_server.storage.sql import SqlStore
 from tests.e2e.federation import Federation
 from tests.e2e.test_faults import free_port
 from tests.e2e.test_run import logits
@@ -151,7 +152,7 @@ async def test_an_artifact_of_three_gib_goes_both_ways_in_bounded_memory(federat
     adapter = Artifact.of_file(sparse)
     sparse.rename(folder / "artifacts" / adapter.digest)
     manifest = lora_manifest({"q.lora_B.weight": (4, 2)})
-    spec = RunSpec(model=str(federation.model), rounds=1, max_length=256, max_new_tokens=4, lora_rank=2)
+    spec = RunSpec.of(model=str(federation.model), rounds=1, max_length=256, max_new_tokens=4, lora_rank=2)
     fingerprint = pb.ModelFingerprint(weights="w", config="c", tokenizer="t", template="p")
     known = {"weights": "w", "config": "c", "tokenizer": "t", "template": "p", "feature_model": ""}
     state = RunState(run_id="r", spec=spec, fingerprint=known, manifest=packed(manifest.to_proto()))
@@ -168,9 +169,9 @@ async def test_an_artifact_of_three_gib_goes_both_ways_in_bounded_memory(federat
         digest.update(pattern)
     update = Artifact(digest.hexdigest(), SIZE)
 
-    async def parts() -> AsyncIterator[pb.UploadRequest]:
-        yield pb.UploadRequest(header=pb.UploadHeader(session=session, artifact=update.to_proto()))
-        message = pb.UploadRequest(chunk=pattern)
+    async def parts() -> AsyncIterator[transfer_pb2.UploadRequest]:
+        yield transfer_pb2.UploadRequest(header=transfer_pb2.UploadHeader(session=session, artifact=update.to_proto()))
+        message = transfer_pb2.UploadRequest(chunk=pattern)
         for _ in range(SIZE // CHUNK):
             yield message
 
@@ -178,14 +179,14 @@ async def test_an_artifact_of_three_gib_goes_both_ways_in_bounded_memory(federat
     async with grpc.aio.insecure_channel(federation.address()) as channel:
         federating = rpc.FederationStub(channel)
         session = (await federating.Enroll(pb.EnrollRequest(site="a", protocol_versions=[1]))).session
-        attestation = pb.AttestRequest(session=session, fingerprint=fingerprint, manifest=manifest.to_proto(), rows=9)
-        await federating.Attest(attestation)
+        attestation = pb.RegisterRequest(session=session, fingerprint=fingerprint, manifest=manifest.to_proto(), rows=9)
+        await federating.Register(attestation)
         before = peak_memory(server.process.pid)
         await federating.Upload(parts())
-        held = await federating.GetUpload(pb.GetUploadRequest(session=session, artifact=update.to_proto()))
+        held = await federating.GetUpload(transfer_pb2.GetUploadRequest(session=session, artifact=update.to_proto()))
         assert held.offset == SIZE
         digest, received = hashlib.sha256(), 0
-        async for message in federating.Download(pb.DownloadRequest(session=session, artifact=adapter.to_proto())):
+        async for message in federating.Download(transfer_pb2.DownloadRequest(session=session, artifact=adapter.to_proto())):
             received += len(message.chunk)
             await asyncio.to_thread(digest.update, message.chunk)
     assert (digest.hexdigest(), received) == (adapter.digest, SIZE)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedhds_server.store.sql import SqlStore
+from fedhds_server.storage.sql import SqlStore
 from tests.e2e.federation import Daemon, Federation
 from tests.tiny import write_rows
 

@@ -16,8 +16,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from fedhds.liveness import STALLED_S
-from fedhds_server.readiness import DISK_RESERVE
+from fedhds.runtime.liveness import STALLED_S
+from fedhds_server.leadership.readiness import DISK_RESERVE
 from tests.e2e.federation import Daemon, Federation, file_system
 from tests.postgres import PostgresServer
 from tests.scrapes import FLAG, get, scrape, until
@@ -51,7 +51,7 @@ def test_a_coordinator_whose_disk_is_nearly_full_is_not_ready(federation: Federa
     until(lambda: not ready(server))
     status, text = get(server, "/readyz")
     assert (status, text.startswith(f"disk: {mount}")) == (503, True), text
-    for service in ("", "fedhds.v1.Federation"):
+    for service in ("", "fedhds.v2.Federation"):
         assert grpc_health(federation.address("small/run"), service) == "NOT_SERVING"
     # It lives, and that it does not lead is no reason.
     assert grpc_health(federation.address("small/run"), "grpc.health.v1.Health") == "SERVING"

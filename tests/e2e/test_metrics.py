@@ -84,7 +84,7 @@ def test_the_metrics_tell_what_the_status_tells(scraped: Scraped) -> None:
     assert server("fedhds_downloaded_bytes_total") > 0
     for name in ("store_save", "selection", "fold"):
         assert server(f"fedhds_{name}_seconds_count") > 0, name
-    assert server("fedhds_fold_seconds_count") == len(closed)
+    assert server("fedhds_aggregation_seconds_count") == len(closed)
 
 
 def test_a_client_tells_its_work_and_what_it_has_spent(scraped: Scraped) -> None:

@@ -18,8 +18,8 @@ import grpc
 import pytest
 from playwright.async_api import Browser, Error
 
-from fedhds.v1 import federation_pb2 as pb
-from fedhds.v1 import federation_pb2_grpc as rpc
+from fedhds.v2 import federation_pb2 as pb
+from fedhds.v2 import federation_pb2_grpc as rpc
 from tests.browser import DESK, PHONE, Visit, chromium, visit
 from tests.e2e.federation import BIN, Daemon, Federation
 from tests.e2e.hostile import state_of, until
@@ -37,15 +37,15 @@ ATTACK = "<script>document.title = 'taken'</script><img src=x onerror=\"document
 
 # Text that is seen, with its contrast to the ground it stands on (WCAG 2.2, 1.4.3).
 CONTRASTS = """() => {
-  const light = (colour) => {
-    const [r, g, b] = colour.match(/[\\d.]+/g).map(Number)
+  const light = (color) => {
+    const [r, g, b] = color.match(/[\\d.]+/g).map(Number)
       .map((value) => value / 255).map((value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const ground = (element) => {
     for (; element; element = element.parentElement) {
-      const colour = getComputedStyle(element).backgroundColor;
-      if (colour !== "rgba(0, 0, 0, 0)") return colour;
+      const color = getComputedStyle(element).backgroundColor;
+      if (color !== "rgba(0, 0, 0, 0)") return color;
     }
     return "rgb(255, 255, 255)";
   };
@@ -84,14 +84,14 @@ def operate(federation: Federation, verb: str, *flags: str) -> str:
 
 
 def fail_with(run: Path, reason: str) -> None:
-    """Enrols as the site `evil` and fails its first task for `reason`."""
+    """Enrolls as the site `evil` and fails its first task for `reason`."""
     until(lambda: bool(state_of(run).manifest))
     state = state_of(run)
     with grpc.insecure_channel((run / "address").read_text().strip()) as channel:
         stub = rpc.FederationStub(channel)
         session = stub.Enroll(pb.EnrollRequest(site="evil", protocol_versions=[1])).session
-        stub.Attest(
-            pb.AttestRequest(
+        stub.Register(
+            pb.RegisterRequest(
                 session=session,
                 fingerprint=pb.ModelFingerprint(**state.fingerprint),
                 manifest=state.adapter_manifest.to_proto(),
@@ -363,7 +363,7 @@ async def test_a_run_of_thousands_of_sites_and_rounds_stays_readable(
     async with page_of(coordinator, sqlite) as url:
         page = await visit(browser, url, size=size)
         await page.wait_for("document.querySelectorAll('#sites-rows th').length === 200")
-        assert "Shown are 200 of 2,000" in await page.text("#sites-note")
+        assert "ProgressDisplay are 200 of 2,000" in await page.text("#sites-note")
         assert re.search(r"2,000\s+live of 2,000", await page.text("#live-figure"))
         points = await page.page.locator("#loss-chart polyline.training").get_attribute("points")
         assert 50 < len((points or "").split()) <= 200

@@ -20,7 +20,7 @@ from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
 from fedhds.tensors.manifest import AdapterManifest, TensorSpec
 from fedhds.tensors.safetensors import AdapterReader
-from fedhds_server.state import Phase
+from fedhds_server.run.state import Phase
 from tests.e2e.federation import Daemon, Federation
 from tests.e2e.hostile import Forgery, Hostile, state_of, until
 from tests.e2e.test_faults import free_port
@@ -35,7 +35,7 @@ CANARY = "patient-4711-is-HIV-positive"
 WAITING = """
 import time
 from pathlib import Path
-import fedhds_client.training as training
+import fedhds_client.training.loop as training
 from fedhds_client.computation import Cancelled
 
 honest = training.train
@@ -52,7 +52,7 @@ training.train = train
 
 CRASHING = f"""
 import torch
-import fedhds_client.training as training
+import fedhds_client.training.loop as training
 
 tries = 0
 
@@ -67,7 +67,7 @@ training._step = step
 # The ninth chunk of 256 KiB is never sent: the process hangs in mid-upload.
 HANGING_UPLOAD = """
 import time
-from fedhds import chunks
+from fedhds.transfer.background_step import chunks
 
 honest, sent = chunks.upload_message, 0
 
@@ -363,11 +363,11 @@ def test_bytes_that_are_no_message_are_refused_and_change_nothing(federation: Fe
     with grpc.insecure_channel(federation.address()) as channel:
         for method in ("Federation/Enroll", "Federation/NextTask", "Federation/CompleteTask", "Operations/Stop"):
             with pytest.raises(grpc.RpcError) as caught:
-                channel.unary_unary(f"/fedhds.v1.{method}")(b"\xff\xfe\xfd", timeout=30)
+                channel.unary_unary(f"/fedhds.v2.{method}")(b"\xff\xfe\xfd", timeout=30)
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert caught.value.details() == "the bytes of a request are no message of this method"
         with pytest.raises(grpc.RpcError) as caught:
-            channel.stream_unary("/fedhds.v1.Federation/Upload")(iter([b"\xff\xfe\xfd"]), timeout=30)
+            channel.stream_unary("/fedhds.v2.Federation/Upload")(iter([b"\xff\xfe\xfd"]), timeout=30)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     (b,) = healthy(federation, names="b")
     all_end_well(server, [a, b])

@@ -74,7 +74,7 @@ class RecordingProxy:
         await asyncio.gather(pump(reader, upstream_writer, record), pump(upstream_reader, writer, None))
 
     def messages(self) -> list[bytes]:
-        """The bodies of all requests, free of HTTP/2 framing: every serialised message that was sent."""
+        """The bodies of all requests, free of HTTP/2 framing: every serialized message that was sent."""
         bodies = []
         for record in self.sent:
             assert record.startswith(_PREFACE)

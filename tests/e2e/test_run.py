@@ -8,9 +8,9 @@ from typing import get_args
 
 import pytest
 
-from fedhds.runspec import Strategy
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
+from fedhds.spec import Strategy
 from tests.client.test_process_group import launched
 from tests.e2e.federation import BIN, Federation
 from tests.tiny import make_model, write_rows
@@ -40,8 +40,8 @@ def test_a_run_ends_with_an_adapter_that_peft_loads_and_every_site_has(federatio
         "--min-evaluators=1",
         "--evaluate-every=1",
         "--learning-rate=0.01",
-        "--model-licence=apache-2.0",
-        "--data-licence=cc0-1.0",
+        "--model-license=apache-2.0",
+        "--data-license=cc0-1.0",
     )
     shards = [
         write_rows(folder / f"{name}.jsonl", topics)

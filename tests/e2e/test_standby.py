@@ -16,10 +16,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedhds.cli.checks import State, coordinator
 from fedhds.errors import NotLeading
-from fedhds.status import error_of
-from fedhds.v1 import federation_pb2 as pb
-from fedhds.v1 import federation_pb2_grpc as rpc
-from fedhds_server.leadership import LEASE_S
+from fedhds.grpc_errors import error_of
+from fedhds.v2 import federation_pb2 as pb
+from fedhds.v2 import federation_pb2_grpc as rpc
+from fedhds_server.leadership.leadership import LEASE_S
 from tests.e2e.federation import BIN, Daemon, Federation
 from tests.postgres import PASSWORD, PostgresServer
 from tests.tiny import write_rows
@@ -123,7 +123,7 @@ def test_a_standby_is_not_ready_and_takes_over_at_once_from_a_leader_that_is_sto
     federation = pair.federation
     assert health(federation.address("one")) == "SERVING"
     assert health(federation.address("two")) == "NOT_SERVING"
-    assert health(federation.address("two"), "fedhds.v1.Federation") == "NOT_SERVING"
+    assert health(federation.address("two"), "fedhds.v2.Federation") == "NOT_SERVING"
     assert health(federation.address("two"), "grpc.health.v1.Health") == "SERVING"
     with grpc.insecure_channel(federation.address("two")) as channel:
         with pytest.raises(grpc.RpcError) as refused:

@@ -11,28 +11,28 @@ import numpy as np
 import numpy.typing as npt
 
 from fedhds.privacy.ledger import Ledger
-from fedhds.runspec import RunSpec
+from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
-from fedhds.v1 import federation_pb2 as pb
-from fedhds_client.coreset import coreset_rows
-from fedhds_client.features import Features
-from fedhds_client.release import Releases
+from fedhds.v2 import selection_pb2
+from fedhds_client.features.extraction import Features
 from fedhds_client.selection import REPORTING, SelectionContext
+from fedhds_client.selection.coreset import coreset_rows
+from fedhds_client.selection.private_reporter import PrivateReporter
 from fedhds_server.coordinator import decide
-from fedhds_server.events import (
+from fedhds_server.run.engine import RunMachine
+from fedhds_server.run.events import (
     AdapterDrawn,
     Instruction,
     PassOpened,
     ReportReceived,
     Select,
     SelectionMade,
-    SiteAttested,
     SiteConnected,
+    SiteRegistered,
     TaskFailed,
 )
-from fedhds_server.rounds import RunMachine
+from fedhds_server.run.state import RunState, Task, TaskKind
 from fedhds_server.selection import STRATEGIES, Selection, cells
-from fedhds_server.state import RunState, Task, TaskKind
 from tests.manifests import lora_manifest
 
 MANIFEST = lora_manifest({"q.lora_A.weight": (2, 4), "q.lora_B.weight": (4, 2)})
@@ -46,9 +46,9 @@ class Outcome:
     picks: dict[str, tuple[int, ...]]
     """Row ids per site, as the site resolves its coreset."""
     selection: Selection
-    centres: list[npt.NDArray[np.float32]] = field(default_factory=list)
-    """Centres of every pass after the first."""
-    reports: list[tuple[str, pb.ClusterReport | pb.CellReport]] = field(default_factory=list)
+    centers: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    """Centers of every pass after the first."""
+    reports: list[tuple[str, selection_pb2.ClusterReport | selection_pb2.KMeansStats]] = field(default_factory=list)
     """All that left sites, in order."""
 
     @property
@@ -86,7 +86,7 @@ def select(
     pending: list[Instruction] = []
     for site in sorted(shards):
         rows = len(shards[site])
-        pending += machine.handle(SiteAttested(1.0, site, rows, not rows, {"weights": "w"}, MANIFEST))
+        pending += machine.handle(SiteRegistered(1.0, site, rows, not rows, {"weights": "w"}, MANIFEST))
     pending += machine.handle(AdapterDrawn(2.0, Artifact("0" * 64, 1)))
     outcome = Outcome({}, Selection({}))
     while True:
@@ -98,7 +98,7 @@ def select(
                 outcome.selection = decided
                 machine.handle(SelectionMade(4.0, 0, dict(decided.coresets)))
                 break
-            outcome.centres.append(np.array(decided.values, dtype=np.float32).reshape(-1, decided.dimension))
+            outcome.centers.append(np.array(decided.values, dtype=np.float32).reshape(-1, decided.dimension))
             pending += machine.handle(PassOpened(3.0, 0, machine.state.selection_pass, decided))
             continue
         tasks = {task.site: task for task in machine.state.tasks.values() if task.kind is TaskKind.SELECT}
@@ -118,15 +118,15 @@ def select(
 
 def _report(
     state: RunState, task: Task, values: npt.NDArray[np.float32], folder: Path
-) -> pb.ClusterReport | pb.CellReport:
+) -> selection_pb2.ClusterReport | selection_pb2.KMeansStats:
     folder.mkdir(parents=True, exist_ok=True)
-    releases = Releases(
+    releases = PrivateReporter(
         task.site, folder, Ledger(folder / "ledger.jsonl"), "run", state.spec, None, share_exact_cells=True
     )
     features = Features(np.arange(len(values)), values)
-    context = SelectionContext(task.id, state.spec, len(values), lambda: features, releases, state.centres_now)
-    report = REPORTING[state.spec.strategy].report(context)
-    if isinstance(report, pb.CellReport):
-        assert cells.check(report, state.spec, centres=state.centres_now, rows=len(values)) == ""
-    # What the coordinator sees is what was serialised.
+    context = SelectionContext(task.id, state.spec, len(values), lambda: features, releases, state.centers_now)
+    report = REPORTING[state.spec.selection.strategy.name].report(context)
+    if isinstance(report, selection_pb2.KMeansStats):
+        assert cells.check(report, state.spec, centers=state.centers_now, rows=len(values)) == ""
+    # What the coordinator sees is what was serialized.
     return type(report).FromString(report.SerializeToString())

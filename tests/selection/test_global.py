@@ -1,4 +1,4 @@
-"""The strategy global: exactly the centralised coreset, and nothing but noise where noise is asked for."""
+"""The strategy global: exactly the centralized coreset, and nothing but noise where noise is asked for."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ import numpy.typing as npt
 import pytest
 
 from fedhds.errors import PrivacyError
-from fedhds.lloyd import UNIT, all_passes, splitting_passes
+from fedhds.kmeans import UNIT, all_passes, splitting_passes
 from fedhds.privacy.ledger import Ledger
-from fedhds.privacy.mechanisms import cell_sensitivity, gaussian_epsilon
-from fedhds.runspec import RunSpec
-from fedhds.v1 import federation_pb2 as pb
-from fedhds_client.cells import assign
-from fedhds_client.features import Features
-from fedhds_client.release import Releases
+from fedhds.privacy.mechanisms import cluster_sensitivity, gaussian_epsilon
+from fedhds.spec import RunSpec
+from fedhds.v2 import selection_pb2
+from fedhds_client.features.assignment import assign
+from fedhds_client.features.extraction import Features
 from fedhds_client.selection import SelectionContext, selection_of
-from fedhds_server.selection import cells
+from fedhds_client.selection.private_reporter import PrivateReporter
 from tests.selection.simulation import Shards, select
 
 FloatArray = npt.NDArray[np.float64]
@@ -36,38 +35,38 @@ def pool(seed: int, sizes: tuple[int, ...] = (70, 40, 1, 55, 90)) -> Shards:
     return shards
 
 
-def lloyd(rows: FloatArray, centres: FloatArray, passes: int) -> list[FloatArray]:
-    """Plain Lloyd on pooled rows in float64, without any of the project's code; the centres after every pass."""
+def lloyd(rows: FloatArray, centers: FloatArray, passes: int) -> list[FloatArray]:
+    """Plain Lloyd on pooled rows in float64, without any of the project's code; the centers after every pass."""
     trace = []
     for _ in range(passes):
-        labels = ((rows[:, None] - centres[None]) ** 2).sum(axis=2).argmin(axis=1)
-        assert len(np.unique(labels)) == len(centres), "the reference does not mend empty cells"
-        centres = np.stack([rows[labels == label].mean(axis=0) for label in range(len(centres))])
-        trace.append(centres)
+        labels = ((rows[:, None] - centers[None]) ** 2).sum(axis=2).argmin(axis=1)
+        assert len(np.unique(labels)) == len(centers), "the reference does not mend empty cells"
+        centers = np.stack([rows[labels == label].mean(axis=0) for label in range(len(centers))])
+        trace.append(centers)
     return trace
 
 
-def nearest_rows(shards: Shards, centres: FloatArray) -> set[tuple[str, int]]:
-    """Per centre the nearest of the rows that belong to it, over all sites."""
+def nearest_rows(shards: Shards, centers: FloatArray) -> set[tuple[str, int]]:
+    """Per center the nearest of the rows that belong to it, over all sites."""
     keys = [(site, row) for site in sorted(shards) for row in range(len(shards[site]))]
     rows = np.concatenate([shards[site] for site in sorted(shards)]).astype(np.float64)
-    squares = ((rows[:, None] - centres[None]) ** 2).sum(axis=2)
+    squares = ((rows[:, None] - centers[None]) ** 2).sum(axis=2)
     labels = squares.argmin(axis=1)
     picks = set()
-    for label in range(len(centres)):
+    for label in range(len(centers)):
         members = np.flatnonzero(labels == label)
         picks.add(min((squares[row, label], keys[row]) for row in members)[1])
     return picks
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_without_noise_centres_and_picks_are_those_of_centralised_lloyd(tmp_path: Path, seed: int) -> None:
+def test_without_noise_centers_and_picks_are_those_of_centralized_lloyd(tmp_path: Path, seed: int) -> None:
     shards = pool(seed)
     wanted, passes = 9, 4
     outcome = select(shards, tmp_path, "global", budget=str(wanted), lloyd_passes=passes)
     splitting = splitting_passes(wanted)
-    assert len(outcome.centres) + 1 == all_passes(wanted, passes)
-    start, *found = outcome.centres[splitting - 1 :]
+    assert len(outcome.centers) + 1 == all_passes(wanted, passes)
+    start, *found = outcome.centers[splitting - 1 :]
     assert len(start) == wanted
     rows = np.concatenate([shards[site] for site in sorted(shards)]).astype(np.float64)
     expected = lloyd(rows, start.astype(np.float64), passes)
@@ -81,7 +80,7 @@ def test_one_site_with_all_rows_finds_what_many_sites_find(tmp_path: Path) -> No
     whole = {"all": np.concatenate([shards[site] for site in sorted(shards)])}
     many = select(shards, tmp_path / "many", "global", budget="9")
     one = select(whole, tmp_path / "one", "global", budget="9")
-    for mine, theirs in zip(many.centres, one.centres, strict=True):
+    for mine, theirs in zip(many.centers, one.centers, strict=True):
         assert np.array_equal(mine, theirs)
     offsets = dict(zip(sorted(shards), np.cumsum([0, *(len(shards[site]) for site in sorted(shards))]), strict=False))
     assert {int(offsets[site]) + row for site, row in many.rows} == {row for _, row in one.rows}
@@ -97,7 +96,7 @@ def test_who_drops_out_is_left_out_of_later_sums_and_picks(tmp_path: Path, leave
     assert answered.count("site-4") == leaves_in
     assert {site for site, _ in outcome.rows} <= set(rest)
     # From the last pass that it took part in, what follows is Lloyd on the others' rows.
-    start = outcome.centres[splitting_passes(wanted) - 1 :]
+    start = outcome.centers[splitting_passes(wanted) - 1 :]
     if leaves_in <= splitting_passes(wanted):
         rows = np.concatenate([rest[site] for site in sorted(rest)]).astype(np.float64)
         expected = lloyd(rows, start[0].astype(np.float64), passes)
@@ -121,13 +120,13 @@ def test_under_noise_every_cell_is_noised_no_distance_leaves_and_the_ledger_know
     shards = pool(2)
     outcome = select(shards, tmp_path, "global", budget="10", **NOISE)
     passes = all_passes(4, 3)
-    centres = [1, *(len(found) for found in outcome.centres)]
+    centers = [1, *(len(found) for found in outcome.centers)]
     for site in shards:
         reports = [report for name, report in outcome.reports if name == site]
         assert len(reports) == passes
-        for report, number in zip(reports, centres, strict=True):
-            assert isinstance(report, pb.CellReport)
-            assert [cell.centre for cell in report.cells] == list(range(number))
+        for report, number in zip(reports, centers, strict=True):
+            assert isinstance(report, selection_pb2.KMeansStats)
+            assert [cell.center for cell in report.cells] == list(range(number))
             assert not any(cell.HasField("nearest") for cell in report.cells)
             assert report.noise_std == pytest.approx(0.7 * math.sqrt(2))
         ledger = Ledger(tmp_path / site / "ledger.jsonl")
@@ -142,17 +141,17 @@ def test_under_noise_every_cell_is_noised_no_distance_leaves_and_the_ledger_know
 def test_one_row_moves_sums_and_counts_by_no_more_than_the_stated_sensitivity() -> None:
     rng = np.random.default_rng(0)
     values = (3 * rng.normal(size=(200, 16))).astype(np.float32)
-    centres = rng.normal(size=(7, 16))
+    centers = rng.normal(size=(7, 16))
     norm = 0.8
-    whole = assign(Features(np.arange(200), values), centres, norm=norm)
+    whole = assign(Features(np.arange(200), values), centers, norm=norm)
     worst = 0.0
     for left_out in range(200):
         kept = np.delete(np.arange(200), left_out)
-        less = assign(Features(kept, values[kept]), centres, norm=norm)
+        less = assign(Features(kept, values[kept]), centers, norm=norm)
         sums = (whole.sums - less.sums) / UNIT
         worst = max(worst, float(np.sqrt((sums**2).sum() + ((whole.counts - less.counts) ** 2).sum())))
-    assert worst <= cell_sensitivity(clip_norm=norm)
-    assert worst > 0.99 * cell_sensitivity(clip_norm=norm)
+    assert worst <= cluster_sensitivity(clip_norm=norm)
+    assert worst > 0.99 * cluster_sensitivity(clip_norm=norm)
 
 
 def test_noise_has_the_stated_deviation_and_is_drawn_anew_for_every_site(tmp_path: Path) -> None:
@@ -165,8 +164,8 @@ def test_noise_has_the_stated_deviation_and_is_drawn_anew_for_every_site(tmp_pat
 
 
 def test_without_consent_nothing_exact_is_released(tmp_path: Path) -> None:
-    spec = RunSpec(model="m", rounds=1, strategy="global", feature_dimension=4)
-    releases = Releases("ward", tmp_path, Ledger(tmp_path / "ledger.jsonl"), "run", spec, None)
+    spec = RunSpec.of(model="m", rounds=1, selection_strategy="global", feature_dimension=4)
+    releases = PrivateReporter("ward", tmp_path, Ledger(tmp_path / "ledger.jsonl"), "run", spec, None)
 
     def features() -> Features:
         raise AssertionError("no work before the refusal")
@@ -179,7 +178,7 @@ def test_without_consent_nothing_exact_is_released(tmp_path: Path) -> None:
 def test_a_task_that_comes_again_gets_the_same_bytes(tmp_path: Path) -> None:
     spec = RunSpec.model_validate({"model": "m", "rounds": 1, "strategy": "global", "feature_dimension": 4, **NOISE})
     values = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
-    releases = Releases("ward", tmp_path, Ledger(tmp_path / "ledger.jsonl"), "run", spec, None)
+    releases = PrivateReporter("ward", tmp_path, Ledger(tmp_path / "ledger.jsonl"), "run", spec, None)
     context = SelectionContext("select/0/ward", spec, 6, lambda: Features(np.arange(6), values), releases)
     one, again = (selection_of("global").report(context) for _ in range(2))
     assert one.SerializeToString() == again.SerializeToString()
@@ -188,22 +187,22 @@ def test_a_task_that_comes_again_gets_the_same_bytes(tmp_path: Path) -> None:
 
 # What the coordinator refuses.
 
-GIVEN = pb.Centres(dimension=2, values=[0, 0, 1, 1], wanted=2)
+GIVEN = selection_pb2.KMeansCenters(dimension=2, values=[0, 0, 1, 1], wanted=2)
 
 
-def report_of(*found: tuple[int, int, list[int]], nearest: float | None = None, noise_std: float = 0) -> pb.CellReport:
-    report = pb.CellReport(dimension=2, noise_std=noise_std)
-    for centre, count, sums in found:
-        report.cells.add(centre=centre, count=count, sums=sums, nearest=nearest)
+def report_of(*found: tuple[int, int, list[int]], nearest: float | None = None, noise_std: float = 0) -> selection_pb2.KMeansStats:
+    report = selection_pb2.KMeansStats(dimension=2, noise_std=noise_std)
+    for center, count, sums in found:
+        report.cells.add(center=center, count=count, sums=sums, nearest=nearest)
     return report
 
 
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        (pb.CellReport(dimension=3), "3 values"),
+        (selection_pb2.KMeansStats(dimension=3), "3 values"),
         (report_of((0, 2, [0, 0]), (0, 1, [0, 0])), "twice"),
-        (report_of((2, 3, [0, 0])), "no centre"),
+        (report_of((2, 3, [0, 0])), "no center"),
         (report_of((0, 3, [0])), "another number of values"),
         (report_of((0, 2, [0, 0])), "do not add up to the 3 rows"),
         (report_of((0, 3, [0, 0]), (1, 0, [0, 0])), "without rows"),
@@ -214,10 +213,10 @@ def report_of(*found: tuple[int, int, list[int]], nearest: float | None = None, 
         (report_of((0, 3, [0, 0]), nearest=math.nan), "not finite"),
     ],
 )
-def test_a_report_that_cannot_be_right_is_refused(bad: pb.CellReport, words: str) -> None:
-    spec = RunSpec(model="m", rounds=1, strategy="global", feature_dimension=2)
-    assert words in cells.check(bad, spec, centres=GIVEN, rows=3)
-    assert cells.check(report_of((0, 3, [UNIT, -UNIT]), nearest=0.5), spec, centres=GIVEN, rows=3) == ""
+def test_a_report_that_cannot_be_right_is_refused(bad: selection_pb2.KMeansStats, words: str) -> None:
+    spec = RunSpec.of(model="m", rounds=1, selection_strategy="global", feature_dimension=2)
+    assert words in cells.check(bad, spec, centers=GIVEN, rows=3)
+    assert cells.check(report_of((0, 3, [UNIT, -UNIT]), nearest=0.5), spec, centers=GIVEN, rows=3) == ""
 
 
 @pytest.mark.parametrize(
@@ -230,9 +229,9 @@ def test_a_report_that_cannot_be_right_is_refused(bad: pb.CellReport, words: str
         (report_of((0, 3, [0, 0]), (1, 0, [0, 0]), noise_std=math.inf), "lacks the noise"),
     ],
 )
-def test_under_noise_other_reports_are_refused(bad: pb.CellReport, words: str) -> None:
+def test_under_noise_other_reports_are_refused(bad: selection_pb2.KMeansStats, words: str) -> None:
     noise = {"clip_norm": 1.0, "noise_multiplier": 0.7}
     spec = RunSpec.model_validate({"model": "m", "rounds": 1, "strategy": "global", "feature_dimension": 2, **noise})
-    assert words in cells.check(bad, spec, centres=GIVEN, rows=3)
+    assert words in cells.check(bad, spec, centers=GIVEN, rows=3)
     good = report_of((0, 3, [9 * UNIT, 0]), (1, -2, [0, 0]), noise_std=1.0)
-    assert cells.check(good, spec, centres=GIVEN, rows=3) == ""
+    assert cells.check(good, spec, centers=GIVEN, rows=3) == ""

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedhds.runspec import Strategy
-from fedhds.v1 import federation_pb2 as pb
+from fedhds.spec import Strategy
+from fedhds.v2 import selection_pb2
 from tests.selection.simulation import Shards, select
 
 STRATEGIES = get_args(Strategy)
@@ -118,10 +118,10 @@ def test_under_noise_the_budget_is_an_upper_bound_and_no_site_shows_what_it_has(
         assert report.noise_std > 0
 
 
-def _shape(report: pb.ClusterReport | pb.CellReport) -> tuple[object, ...]:
+def _shape(report: selection_pb2.ClusterReport | selection_pb2.KMeansStats) -> tuple[object, ...]:
     """Everything about a report that is no noised value."""
-    if isinstance(report, pb.CellReport):
-        cells = [(cell.centre, len(cell.sums), cell.HasField("nearest")) for cell in report.cells]
+    if isinstance(report, selection_pb2.KMeansStats):
+        cells = [(cell.center, len(cell.sums), cell.HasField("nearest")) for cell in report.cells]
         return report.dimension, report.noise_std, cells
     centroids = [(centroid.cluster, len(centroid.values), centroid.size > 0) for centroid in report.centroids]
     return report.dimension, report.noise_std, report.unclustered, centroids
@@ -135,7 +135,7 @@ _TOPICS, _UNIQUE = 8, 2
 def planted(seed: int) -> tuple[Shards, dict[str, npt.NDArray[np.int64]]]:
     """Ten sites with near-duplicates on eight topics, unevenly shared; two topics more are held by one site each."""
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(_TOPICS + _UNIQUE, 32))
+    centers = rng.normal(size=(_TOPICS + _UNIQUE, 32))
     shards, truth = {}, {}
     for number in range(10):
         held = rng.choice(_TOPICS, size=rng.integers(2, 6), replace=False)
@@ -144,7 +144,7 @@ def planted(seed: int) -> tuple[Shards, dict[str, npt.NDArray[np.int64]]]:
         if number < _UNIQUE:
             held = np.append(held, _TOPICS + number)
         topics = np.repeat(held, rng.integers(4, 25, size=len(held)))
-        values = centres[topics] + 0.02 * rng.normal(size=(len(topics), 32))
+        values = centers[topics] + 0.02 * rng.normal(size=(len(topics), 32))
         values /= np.linalg.norm(values, axis=1, keepdims=True)
         shuffled = rng.permutation(len(topics))
         shards[f"site-{number}"] = values[shuffled].astype(np.float32)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from fedhds.runspec import RunSpec
-from fedhds_server.state import RunState
-from fedhds_server.store.sql import SqlStore
+from fedhds.spec import RunSpec
+from fedhds_server.run.state import RunState
+from fedhds_server.storage.sql import SqlStore
 from tests.postgres import PostgresServer
 
 
@@ -55,4 +55,4 @@ def postgres_place(postgres: PostgresServer) -> Place:
 
 
 def state(round_number: int = 0) -> RunState:
-    return RunState(run_id="r", spec=RunSpec(model="m", rounds=3), round=round_number)
+    return RunState(run_id="r", spec=RunSpec.of(model="m", rounds=3), round=round_number)

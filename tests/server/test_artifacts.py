@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from fedhds.errors import ArtifactError, DamagedArtifact, StorageError
 from fedhds.tensors.artifact import Artifact
-from fedhds.v1 import federation_pb2 as pb
+from fedhds.v2 import transfer_pb2
 from fedhds_server import artifacts
-from fedhds_server.artifacts import ArtifactStore
-from fedhds_server.remote_artifacts import RemoteArtifacts
+from fedhds_server.storage.artifacts import ArtifactStore
+from fedhds_server.storage.object_store import RemoteArtifacts
 from tests.s3 import Bucket, s3_server
 
 LARGEST = 1 << 20
@@ -311,7 +311,7 @@ def test_a_digest_that_leads_out_of_the_folder_is_refused_before_anything_is_wri
     store: ArtifactStore, folder: Path, tmp_path: Path, digest: str
 ) -> None:
     with pytest.raises(ArtifactError, match="digest"):
-        store.append(Artifact.from_proto(pb.ArtifactRef(digest=digest, size=4)), 0, b"evil")
+        store.append(Artifact.from_proto(transfer_pb2.ArtifactRef(digest=digest, size=4)), 0, b"evil")
     assert [path for path in tmp_path.rglob("*") if path not in (folder, folder.parent)] == []
 
 

@@ -19,11 +19,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
 from fedhds.errors import StorageError
-from fedhds.runspec import RunSpec
+from fedhds.spec import RunSpec
 from fedhds.tensors.safetensors import write_adapter
 from fedhds_client.models.adapter import AdapterModel
 from fedhds_client.models.loading import load_base_model
-from fedhds_server.checkpoint import EvaluationFacts, RunFacts, model_card, write_checkpoint
+from fedhds_server.storage.checkpoint import EvaluationFacts, RunFacts, model_card, write_checkpoint
 from tests.manifests import lora_manifest
 from tests.tiny import make_model
 
@@ -173,7 +173,7 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def test_the_hub_reads_the_cards_front_matter() -> None:
-    assert front_matter(card(model_licence="apache-2.0")) == {
+    assert front_matter(card(model_license="apache-2.0")) == {
         "base_model": "org/base",
         "library_name": "peft",
         "license": "apache-2.0",
@@ -189,11 +189,11 @@ def test_a_local_model_is_not_taken_for_one_of_the_hub(model: str) -> None:
     assert f"An adapter for `{model}`" in text
 
 
-@pytest.mark.parametrize(("licence", "expected"), [("not declared", "other"), ("no", "no"), ("a: b # c", "a: b # c")])
-def test_licences_stand_in_the_card_as_declared(licence: str, expected: str) -> None:
-    text = card(model_licence=licence, data_licence="cc-by-sa-3.0")
+@pytest.mark.parametrize(("license", "expected"), [("not declared", "other"), ("no", "no"), ("a: b # c", "a: b # c")])
+def test_licenses_stand_in_the_card_as_declared(license: str, expected: str) -> None:
+    text = card(model_license=license, data_license="cc-by-sa-3.0")
     assert front_matter(text)["license"] == expected
-    assert f"- base model: {licence}\n- data: cc-by-sa-3.0" in text
+    assert f"- base model: {license}\n- data: cc-by-sa-3.0" in text
 
 
 def test_the_card_tells_how_the_adapter_was_made() -> None:

@@ -14,8 +14,8 @@ import pytest
 from fedhds.errors import ArtifactError, StorageError
 from fedhds.tensors.safetensors import AdapterReader
 from fedhds_server import coordinator
-from fedhds_server.state import Phase
-from tests.server.test_service import MANIFEST, Host, complete, enrol, refused, send, start, task_of, written
+from fedhds_server.run.state import Phase
+from tests.server.test_service import MANIFEST, Host, complete, enroll, refused, send, start, task_of, written
 
 
 def flip(path: Path) -> None:
@@ -49,7 +49,7 @@ async def test_a_damaged_update_is_left_out_and_the_round_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], restarted: bool
 ) -> None:
     host = await start(tmp_path, min_sites=3)
-    sessions = [await enrol(host, name) for name in "abc"]
+    sessions = [await enroll(host, name) for name in "abc"]
     for name, session, number in zip("abc", sessions, (1.0, 2.0, 4.0), strict=True):
         await task_of(host, session)
         if name == "c":
@@ -72,7 +72,7 @@ async def test_an_update_that_is_damaged_before_it_counts_is_asked_for_again(
     tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     host = await start(tmp_path)
-    session = await enrol(host)
+    session = await enroll(host)
     task = await task_of(host, session)
     path, artifact = written(host, 1.0)
     await send(host, session, path.read_bytes(), artifact)
@@ -90,7 +90,7 @@ async def test_a_damaged_global_adapter_stops_the_run_until_it_is_put_back(
 ) -> None:
     monkeypatch.setattr(coordinator, "_STORAGE_RETRY_S", 0.05)
     host = await start(tmp_path)
-    session = await enrol(host)
+    session = await enroll(host)
     await task_of(host, session)
     adapter = host.artifacts.path(host.coordinator.state.adapters[0])
     content = adapter.read_bytes()

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from fedhds.errors import SettingsError, StorageError
-from fedhds_server.store.base import JournalEntry
-from fedhds_server.store.sql import SqlStore
+from fedhds_server.storage.base import JournalEntry
+from fedhds_server.storage.sql import SqlStore
 from tests.postgres import PostgresServer
 from tests.server.stores import Place, state
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from fedhds.errors import EnrolmentRefused, NameInUse
-from fedhds.runspec import RunSpec
+from fedhds.errors import EnrollmentRefused, NameInUse
 from fedhds.security.identity import PeerIdentity, Role
-from fedhds_server.enrolment import admit, check_attestation, drawn_session, negotiate, session_digest
-from fedhds_server.state import Phase, RunState, Site, SiteState, packed
+from fedhds.spec import RunSpec
+from fedhds_server.run.membership import admit, check_registration, drawn_session, negotiate, session_digest
+from fedhds_server.run.state import Phase, RunState, Site, SiteState, packed
 from tests.manifests import lora_manifest
 
 MANIFEST = lora_manifest({"q.lora_A.weight": (2, 4)})
@@ -20,7 +20,7 @@ SITE_A = PeerIdentity("a", Role.SITE, "k" * 64)
 
 
 def state_with(**fields: object) -> RunState:
-    state = RunState(run_id="r", spec=RunSpec(model="m", rounds=1))
+    state = RunState(run_id="r", spec=RunSpec.of(model="m", rounds=1))
     if fields:
         state.sites["a"] = Site.model_validate({"name": "a", "session": session_digest("secret")} | fields)
     return state
@@ -28,7 +28,7 @@ def state_with(**fields: object) -> RunState:
 
 def test_protocol_versions_are_negotiated() -> None:
     assert negotiate([1, 7]) == 1
-    with pytest.raises(EnrolmentRefused, match="no common protocol version"):
+    with pytest.raises(EnrollmentRefused, match="no common protocol version"):
         negotiate([7])
 
 
@@ -39,7 +39,7 @@ def test_without_tls_a_live_name_needs_its_session() -> None:
     assert admit(live, "a", None, "secret") == ""
 
 
-def test_without_tls_a_repeated_enrolment_is_known_by_the_session_that_it_proposes() -> None:
+def test_without_tls_a_repeated_enrollment_is_known_by_the_session_that_it_proposes() -> None:
     assert admit(state_with(state=SiteState.CONNECTING), "a", None, "", "secret") == ""
 
 
@@ -47,7 +47,7 @@ def test_a_proposed_session_must_not_be_guessable() -> None:
     assert drawn_session("ab" * 32) == "ab" * 32
     assert drawn_session("") != drawn_session("")
     for weak in ("a", "A" * 64, "0" * 63 + "\n"):
-        with pytest.raises(EnrolmentRefused, match="64 hexadecimal digits"):
+        with pytest.raises(EnrollmentRefused, match="64 hexadecimal digits"):
             drawn_session(weak)
 
 
@@ -67,37 +67,37 @@ def test_with_tls_the_certificate_gives_the_name() -> None:
     new = state_with()
     assert admit(new, "a/shard-1", SITE_A, "") == SITE_A.key_fingerprint
     for name in ("b", "ab", "a-1"):
-        with pytest.raises(EnrolmentRefused, match="does not give the name"):
+        with pytest.raises(EnrollmentRefused, match="does not give the name"):
             admit(new, name, SITE_A, "")
     # TLS lets both in: an operator to steer the run, a coordinator to ask itself for its health.
     for role in (Role.OPERATOR, Role.COORDINATOR):
-        with pytest.raises(EnrolmentRefused, match="--role site"):
+        with pytest.raises(EnrollmentRefused, match="--role site"):
             admit(new, "o", PeerIdentity("o", role, "k"), "")
 
 
 @pytest.mark.parametrize("name", ["", "x" * 129, "a\nb"])
 def test_names_are_checked(name: str) -> None:
-    with pytest.raises(EnrolmentRefused, match="1 to 128"):
+    with pytest.raises(EnrollmentRefused, match="1 to 128"):
         admit(state_with(), name, None, "")
 
 
 def test_a_run_that_is_over_takes_no_new_site() -> None:
     over = state_with()
     over.phase = Phase.COMPLETED
-    with pytest.raises(EnrolmentRefused, match="over"):
+    with pytest.raises(EnrollmentRefused, match="over"):
         admit(over, "a", None, "")
 
 
 def test_another_base_model_is_refused_saying_what_differs() -> None:
     state = state_with()
-    check_attestation(state, FINGERPRINT, MANIFEST, 1, False)
+    check_registration(state, FINGERPRINT, MANIFEST, 1, False)
     state.fingerprint, state.manifest = FINGERPRINT, packed(MANIFEST.to_proto())
-    check_attestation(state, FINGERPRINT, MANIFEST, 1, False)
-    with pytest.raises(EnrolmentRefused, match="the weights, the tokenizer differ;"):
-        check_attestation(state, FINGERPRINT | {"weights": "x", "tokenizer": "y"}, MANIFEST, 1, False)
+    check_registration(state, FINGERPRINT, MANIFEST, 1, False)
+    with pytest.raises(EnrollmentRefused, match="the weights, the tokenizer differ;"):
+        check_registration(state, FINGERPRINT | {"weights": "x", "tokenizer": "y"}, MANIFEST, 1, False)
     other = lora_manifest({"k.lora_A.weight": (2, 4)})
-    with pytest.raises(EnrolmentRefused, match="other tensors"):
-        check_attestation(state, FINGERPRINT, other, 1, False)
+    with pytest.raises(EnrollmentRefused, match="other tensors"):
+        check_registration(state, FINGERPRINT, other, 1, False)
 
 
 def test_another_configuration_of_the_adapter_is_refused_but_not_another_version_of_peft() -> None:
@@ -105,22 +105,22 @@ def test_another_configuration_of_the_adapter_is_refused_but_not_another_version
     shapes = {"q.lora_A.weight": (2, 4)}
     state.fingerprint = FINGERPRINT
     state.manifest = packed(lora_manifest(shapes, '{"r": 2, "peft_version": "1"}').to_proto())
-    check_attestation(state, FINGERPRINT, lora_manifest(shapes, '{"peft_version": "2", "r": 2}'), 1, False)
-    with pytest.raises(EnrolmentRefused, match="another configuration"):
-        check_attestation(state, FINGERPRINT, lora_manifest(shapes, '{"r": 2, "use_dora": true}'), 1, False)
+    check_registration(state, FINGERPRINT, lora_manifest(shapes, '{"peft_version": "2", "r": 2}'), 1, False)
+    with pytest.raises(EnrollmentRefused, match="another configuration"):
+        check_registration(state, FINGERPRINT, lora_manifest(shapes, '{"r": 2, "use_dora": true}'), 1, False)
 
 
 def test_an_adapter_that_names_another_base_model_is_refused_from_the_first_site_on() -> None:
     state = state_with()
-    named = lora_manifest({"q.lora_A.weight": (2, 4)}, json.dumps({"base_model_name_or_path": state.spec.model}))
-    check_attestation(state, FINGERPRINT, named, 1, False)
+    named = lora_manifest({"q.lora_A.weight": (2, 4)}, json.dumps({"base_model_name_or_path": state.spec.model.name}))
+    check_registration(state, FINGERPRINT, named, 1, False)
     other = replace(named, config='{"base_model_name_or_path": "/home/somebody/model"}')
-    with pytest.raises(EnrolmentRefused, match="another base model"):
-        check_attestation(state, FINGERPRINT, other, 1, False)
+    with pytest.raises(EnrollmentRefused, match="another base model"):
+        check_registration(state, FINGERPRINT, other, 1, False)
 
 
 def test_a_site_must_bring_something() -> None:
-    with pytest.raises(EnrolmentRefused, match="neither"):
-        check_attestation(state_with(), FINGERPRINT, MANIFEST, 0, False)
-    with pytest.raises(EnrolmentRefused, match="no complete fingerprint"):
-        check_attestation(state_with(), {"weights": "1"}, MANIFEST, 1, False)
+    with pytest.raises(EnrollmentRefused, match="neither"):
+        check_registration(state_with(), FINGERPRINT, MANIFEST, 0, False)
+    with pytest.raises(EnrollmentRefused, match="no complete fingerprint"):
+        check_registration(state_with(), {"weights": "1"}, MANIFEST, 1, False)

@@ -20,11 +20,11 @@ from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
 from fedhds_server.coordinator import Coordinator
 from fedhds_server.health_command import health
-from fedhds_server.term import Term
+from fedhds_server.leadership.gate import LeaderGate
 
 
 @asynccontextmanager
-async def listening(term: Term, files: TlsFiles | None) -> AsyncIterator[str]:
+async def listening(term: LeaderGate, files: TlsFiles | None) -> AsyncIterator[str]:
     """The port of a server that answers health as `term` has it."""
     server = grpc.aio.server()
     health_pb2_grpc.add_HealthServicer_to_server(term.health, server)
@@ -60,7 +60,7 @@ async def test_a_leader_is_ready_and_a_standby_only_lives(tmp_path: Path, tls: b
         # Its certificate names the host that sites dial, not the one that the probe does.
         folder = init_authority(tmp_path / "certs").parent
         files = issue(folder, "coordinator", role=Role.COORDINATOR, hosts=["fed.example.org"])
-    term = Term()
+    term = LeaderGate()
     async with listening(term, files) as port:
         await term.stand_by()
         standing = await asked(port, files=files)
@@ -81,7 +81,7 @@ async def test_a_coordinator_of_another_authority_is_not_taken_for_this_one(tmp_
     own, other = (
         issue(init_authority(tmp_path / name).parent, "coordinator", role=Role.COORDINATOR) for name in ("a", "b")
     )
-    async with listening(Term(), other) as port:
+    async with listening(LeaderGate(), other) as port:
         answer = await asked(port, files=own)
     assert isinstance(answer.exception, CoordinatorUnreachable)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from fedhds.errors import NotLeading, StorageError
-from fedhds.status import error_of
-from fedhds.v1 import federation_pb2 as pb
+from fedhds.grpc_errors import error_of
+from fedhds.v2 import federation_pb2 as pb
 from fedhds_server import leadership
-from fedhds_server.leadership import Leadership
-from fedhds_server.store.base import JournalEntry
-from fedhds_server.store.sql import SqlStore
+from fedhds_server.leadership.leadership import Leadership
+from fedhds_server.storage.base import JournalEntry
+from fedhds_server.storage.sql import SqlStore
 from tests.server.stores import Place, state
 from tests.server.test_service import start
 

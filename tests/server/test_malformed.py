@@ -24,12 +24,13 @@ from hypothesis import strategies as st
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.manifest import AdapterManifest
 from fedhds.tensors.safetensors import AdapterReader, write_adapter
-from fedhds.v1 import federation_pb2 as pb
+from fedhds.v2 import federation_pb2 as pb
+from fedhds.v2 import selection_pb2, status_pb2
 from fedhds_server import servicer, wire
-from fedhds_server.state import RunState
-from fedhds_server.store.sql import SqlStore
+from fedhds_server.run.state import RunState
+from fedhds_server.storage.sql import SqlStore
 from tests.manifests import lora_manifest
-from tests.server.test_service import FINGERPRINT, MANIFEST, Host, enrol, send, start, task_of
+from tests.server.test_service import FINGERPRINT, MANIFEST, Host, enroll, send, start, task_of
 
 METHODS = {
     f"/{service.full_name}/{method.name}": method
@@ -62,7 +63,7 @@ ROWS = 10
 def short_polls() -> Iterator[None]:
     """Whatever wait a message asks for is over soon."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(servicer, "_LONGEST_POLL_S", 0.1)
+        patch.setattr(servicer, "_MAX_POLL_S", 0.1)
         yield
 
 
@@ -91,6 +92,11 @@ def values(field: FieldDescriptor, known: Known) -> st.SearchStrategy[Any]:
             value = _integers(signed=True, bits=32 if kind == FieldDescriptor.CPPTYPE_INT32 else 64)
         case FieldDescriptor.CPPTYPE_UINT32 | FieldDescriptor.CPPTYPE_UINT64 as kind:
             value = _integers(signed=False, bits=32 if kind == FieldDescriptor.CPPTYPE_UINT32 else 64)
+        case FieldDescriptor.CPPTYPE_ENUM:
+            assert field.enum_type
+            value = st.sampled_from(field.enum_type.values).map(lambda known: known.number) | _integers(
+                signed=True, bits=32
+            )
         case kind:
             raise AssertionError(f"no strategy for fields of type {kind}; add one")
     if field.name in known:
@@ -188,7 +194,7 @@ async def hosted(**fields: object) -> AsyncIterator[Host]:
             yield host
             if host.work.done():
                 host.work.result()
-            await host.operations.GetStatus(pb.GetStatusRequest(), timeout=20)
+            await host.operations.GetStatus(status_pb2.GetStatusRequest(), timeout=20)
             # Everything that was posted before is saved with this.
             if not host.work.done():
                 await host.coordinator.post(lambda _: None)
@@ -199,7 +205,7 @@ async def hosted(**fields: object) -> AsyncIterator[Host]:
             await host.stop()
         again = await start(Path(folder))
         try:
-            await again.operations.GetStatus(pb.GetStatusRequest(), timeout=20)
+            await again.operations.GetStatus(status_pb2.GetStatusRequest(), timeout=20)
             assert not again.work.done() or again.coordinator.state.phase.over
         finally:
             await again.stop()
@@ -215,7 +221,7 @@ def comparable(state: RunState) -> dict[str, Any]:
 
 async def prepared(host: Host) -> Known:
     """Two sites with open tasks, one that has not attested, and uploads that fit the run, do not, or are incomplete."""
-    sessions = [await enrol(host, name, rows=ROWS, evaluates=True) for name in "ab"]
+    sessions = [await enroll(host, name, rows=ROWS, evaluates=True) for name in "ab"]
     third = await host.federation.Enroll(pb.EnrollRequest(site="c", protocol_versions=[1]))
     tasks = [(await task_of(host, session)).task_id for session in sessions]
     uploads = [upload(host, MANIFEST, 0.5), upload(host, MANIFEST, np.nan), upload(host, OTHER, 0.5)]
@@ -232,9 +238,9 @@ async def prepared(host: Host) -> Known:
         "task_id": [*tasks, "done", "evaluate/0/a", "train/1/a"],
         "size": [artifact.size for artifact in artifacts],
         "digest": [artifact.digest for artifact in artifacts],
-        "fedhds.v1.ArtifactRef": [artifact.to_proto() for artifact in artifacts],
-        "fedhds.v1.ModelFingerprint": [FINGERPRINT],
-        "fedhds.v1.AdapterManifest": [MANIFEST.to_proto()],
+        "fedhds.v2.ArtifactRef": [artifact.to_proto() for artifact in artifacts],
+        "fedhds.v2.ModelFingerprint": [FINGERPRINT],
+        "fedhds.v2.AdapterManifest": [MANIFEST.to_proto()],
         "protocol_versions": [1],
     }
 
@@ -273,19 +279,19 @@ async def test_any_message(method: str, data: st.DataObject) -> None:
 async def test_a_run_with_a_site_whose_every_message_is_wrong(fields: dict[str, object], data: st.DataObject) -> None:
     """The run comes to its end, and what it ends with is finite."""
     async with hosted(**fields | {"min_sites": 1}) as host:
-        sessions = {"b": await enrol(host, "b", rows=ROWS, evaluates=True)}
+        sessions = {"b": await enroll(host, "b", rows=ROWS, evaluates=True)}
         enrolled = await host.federation.Enroll(pb.EnrollRequest(site="a", protocol_versions=[1]))
         sessions["a"] = enrolled.session
         path, artifact = upload(host, MANIFEST, 0.5)
         right = right_messages(artifact)
-        known: Known = {"fedhds.v1.ArtifactRef": [artifact.to_proto()]}
+        known: Known = {"fedhds.v2.ArtifactRef": [artifact.to_proto()]}
         # Drawn before the run, whose order of events is not hypothesis' to repeat.
         wrong = {kind: [data.draw(distorted(message, known)) for _ in range(3)] for kind, message in right.items()}
         said = {kind: itertools.cycle(drawn) for kind, drawn in wrong.items()}
 
         async def say(kind: str, task_id: str = "") -> grpc.StatusCode:
-            method = {"attest": "Attest", "fail": "FailTask"}.get(kind, "CompleteTask")
-            return (await call(host, f"/fedhds.v1.Federation/{method}", addressed(next(said[kind]), task_id)))[0]
+            method = {"attest": "Register", "fail": "FailTask"}.get(kind, "CompleteTask")
+            return (await call(host, f"/fedhds.v2.Federation/{method}", addressed(next(said[kind]), task_id)))[0]
 
         def addressed(message: Message, task_id: str, site: str = "a") -> bytes:
             facts = {"session": sessions[site], "task_id": task_id}
@@ -299,7 +305,7 @@ async def test_a_run_with_a_site_whose_every_message_is_wrong(fields: dict[str, 
             again = pb.EnrollRequest(site="a", protocol_versions=[1], previous_session=sessions["a"])
             sessions["a"] = (await host.federation.Enroll(again)).session
         else:
-            await call(host, "/fedhds.v1.Federation/Attest", addressed(right["attest"], ""))
+            await call(host, "/fedhds.v2.Federation/Register", addressed(right["attest"], ""))
         deadline = time.monotonic() + 20
         while not (state := host.coordinator.state).phase.over:
             assert time.monotonic() < deadline, state
@@ -312,11 +318,11 @@ async def test_a_run_with_a_site_whose_every_message_is_wrong(fields: dict[str, 
                     continue
                 if kind == "train":
                     await send(host, sessions[site], path.read_bytes(), artifact)
-                if kind == "select" and state.spec.strategy == "global":
-                    kind = "last cells" if task.select.centres.last else "cells"
+                if kind == "select" and state.spec.selection.strategy.name == "global":
+                    kind = "last cells" if task.select.centers.last else "cells"
                 if site == "b":
                     answer = addressed(right[kind], task.task_id, site)
-                    assert (await call(host, "/fedhds.v1.Federation/CompleteTask", answer))[0] is grpc.StatusCode.OK
+                    assert (await call(host, "/fedhds.v2.Federation/CompleteTask", answer))[0] is grpc.StatusCode.OK
                 elif await say(kind, task.task_id) is not grpc.StatusCode.OK:
                     await say("fail", task.task_id)
         with AdapterReader(host.artifacts.path(state.adapters[max(state.adapters)]), MANIFEST) as reader:
@@ -325,17 +331,17 @@ async def test_a_run_with_a_site_whose_every_message_is_wrong(fields: dict[str, 
 
 def right_messages(artifact: Artifact) -> dict[str, Message]:
     """What a site with ROWS rows says."""
-    cell = pb.Cell(count=ROWS, sums=[1 << 31, 1 << 30])
-    nearest = pb.Cell(count=ROWS, sums=[1 << 31, 1 << 30], nearest=0.5)
-    centroids = [pb.Centroid(cluster=number, values=[number, 1.0], size=1) for number in (0, 1)]
-    clusters = pb.ClusterReport(dimension=2, centroids=centroids, unclustered=ROWS - 2)
+    cell = selection_pb2.ClusterStats(count=ROWS, sums=[1 << 31, 1 << 30])
+    nearest = selection_pb2.ClusterStats(count=ROWS, sums=[1 << 31, 1 << 30], nearest=0.5)
+    centroids = [selection_pb2.Centroid(cluster=number, values=[number, 1.0], size=1) for number in (0, 1)]
+    clusters = selection_pb2.ClusterReport(dimension=2, centroids=centroids, unclustered=ROWS - 2)
     evaluation = pb.EvaluationResult(rows=4, tokens=9, loss_sum=3.0, rouge_l_sum=2.0)
     train = pb.TrainResult(update=artifact.to_proto(), samples=ROWS, loss=1.0)
     return {
-        "attest": pb.AttestRequest(fingerprint=FINGERPRINT, manifest=MANIFEST.to_proto(), rows=ROWS, evaluates=True),
+        "attest": pb.RegisterRequest(fingerprint=FINGERPRINT, manifest=MANIFEST.to_proto(), rows=ROWS, evaluates=True),
         "select": pb.CompleteTaskRequest(clusters=clusters),
-        "cells": pb.CompleteTaskRequest(cells=pb.CellReport(dimension=2, cells=[cell])),
-        "last cells": pb.CompleteTaskRequest(cells=pb.CellReport(dimension=2, cells=[nearest])),
+        "cells": pb.CompleteTaskRequest(cells=selection_pb2.KMeansStats(dimension=2, cells=[cell])),
+        "last cells": pb.CompleteTaskRequest(cells=selection_pb2.KMeansStats(dimension=2, cells=[nearest])),
         "train": pb.CompleteTaskRequest(train=train),
         "evaluate": pb.CompleteTaskRequest(evaluation=evaluation),
         "fail": pb.FailTaskRequest(kind="E", reason="r"),
@@ -376,7 +382,7 @@ async def test_calls_that_carry_nothing_or_too_much(method: str) -> None:
 
 async def test_a_method_or_service_that_is_none(tmp_path: Path) -> None:
     host = await start(tmp_path)
-    for name in ("/fedhds.v1.Federation/Nothing", "/nothing/Enroll"):
+    for name in ("/fedhds.v2.Federation/Nothing", "/nothing/Enroll"):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await host.channel.unary_unary(name)(b"")
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED

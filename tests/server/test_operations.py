@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from fedhds.errors import Evicted, RequestError, RunOver, TaskError, UsageError
-from fedhds.v1 import federation_pb2 as pb
-from fedhds_server.state import SiteState
-from tests.server.test_service import Host, complete, enrol, refused, send, start, task_of, written
+from fedhds.v2 import federation_pb2 as pb
+from fedhds.v2 import selection_pb2, status_pb2
+from fedhds_server.run.state import SiteState
+from tests.server.test_service import Host, complete, enroll, refused, send, start, task_of, written
 
 
 @pytest.fixture
@@ -40,23 +41,23 @@ async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
 
 
 async def pause(host: Host, reason: str = "maintenance") -> None:
-    await host.operations.Pause(pb.PauseRequest(reason=reason))
+    await host.operations.Pause(status_pb2.PauseRequest(reason=reason))
 
 
 async def resume(host: Host, reason: str = "") -> None:
-    await host.operations.Resume(pb.ResumeRequest(reason=reason))
+    await host.operations.Resume(status_pb2.ResumeRequest(reason=reason))
 
 
 async def stop(host: Host, reason: str = "good enough") -> None:
-    await host.operations.Stop(pb.StopRequest(reason=reason))
+    await host.operations.Stop(status_pb2.StopRequest(reason=reason))
 
 
 async def evict(host: Host, site: str, reason: str = "withdrew its consent") -> None:
-    await host.operations.Evict(pb.EvictRequest(site=site, reason=reason))
+    await host.operations.Evict(status_pb2.EvictRequest(site=site, reason=reason))
 
 
-async def status(host: Host, journal_after: int = 0) -> pb.GetStatusResponse:
-    answer: pb.GetStatusResponse = await host.operations.GetStatus(pb.GetStatusRequest(journal_after=journal_after))
+async def status(host: Host, journal_after: int = 0) -> status_pb2.GetStatusResponse:
+    answer: status_pb2.GetStatusResponse = await host.operations.GetStatus(status_pb2.GetStatusRequest(journal_after=journal_after))
     return answer
 
 
@@ -75,7 +76,7 @@ async def deliver(host: Host, session: str, value: float = 0.5, *, samples: int 
 
 async def test_a_pause_hands_out_nothing_new_takes_what_is_in_work_and_ends(hosts: Callable[..., Any]) -> None:
     host = await hosts(min_sites=2, rounds=2)
-    a, b = await enrol(host, "a"), await enrol(host, "b")
+    a, b = await enroll(host, "a"), await enroll(host, "b")
     await task_of(host, a)
     in_work = await task_of(host, b)
     await pause(host, "a new disk")
@@ -104,7 +105,7 @@ async def test_a_pause_hands_out_nothing_new_takes_what_is_in_work_and_ends(host
 
 async def test_a_run_that_was_paused_is_paused_after_a_restart(hosts: Callable[..., Any]) -> None:
     first = await hosts()
-    a = await enrol(first)
+    a = await enroll(first)
     await pause(first, "night")
     await first.stop()
     second = await hosts()
@@ -115,7 +116,7 @@ async def test_a_run_that_was_paused_is_paused_after_a_restart(hosts: Callable[.
 
 async def test_a_deadline_closes_a_round_with_its_quorum_and_a_pause_holds_it_up(hosts: Callable[..., Any]) -> None:
     host = await hosts(min_sites=2, quorum="1", deadline=0.5)
-    a, b = await enrol(host, "a"), await enrol(host, "b")
+    a, b = await enroll(host, "a"), await enroll(host, "b")
     slow = await task_of(host, b)
     await pause(host)
     assert (await poll(host, a, 1.5)).HasField("wait")
@@ -135,7 +136,7 @@ async def test_a_deadline_closes_a_round_with_its_quorum_and_a_pause_holds_it_up
 
 async def test_a_pause_uses_no_deadline_up_however_busy_the_coordinator_is(hosts: Callable[..., Any]) -> None:
     host = await hosts(min_sites=2, deadline=2)
-    a, b = await enrol(host, "a"), await enrol(host, "b")
+    a, b = await enroll(host, "a"), await enroll(host, "b")
     await until(lambda: host.coordinator._opening == host.coordinator.state.opening == "training/1.0")
     await pause(host)
     for _ in range(6):
@@ -152,7 +153,7 @@ async def test_a_pause_uses_no_deadline_up_however_busy_the_coordinator_is(hosts
 
 async def test_a_deadline_waits_for_the_quorum(hosts: Callable[..., Any]) -> None:
     host = await hosts(min_sites=2, quorum="2", deadline=0.2)
-    a, b = await enrol(host, "a"), await enrol(host, "b")
+    a, b = await enroll(host, "a"), await enroll(host, "b")
     await deliver(host, a)
     await until(lambda: host.coordinator.state.deadline_reached)
     assert not host.coordinator.state.closed_rounds
@@ -163,9 +164,9 @@ async def test_a_deadline_waits_for_the_quorum(hosts: Callable[..., Any]) -> Non
 
 async def test_a_deadline_closes_a_selection_too(hosts: Callable[..., Any]) -> None:
     host = await hosts(min_sites=2, strategy="fedhds", deadline=0.5)
-    a, b = await enrol(host, "a"), await enrol(host, "b")
+    a, b = await enroll(host, "a"), await enroll(host, "b")
     task, _ = await task_of(host, a), await task_of(host, b)
-    report = pb.ClusterReport(dimension=2, centroids=[pb.Centroid(values=[0, 0], size=10)])
+    report = selection_pb2.ClusterReport(dimension=2, centroids=[selection_pb2.Centroid(values=[0, 0], size=10)])
     await host.federation.CompleteTask(pb.CompleteTaskRequest(session=a, task_id=task.task_id, clusters=report))
     assert (await task_of(host, a)).task_id == "train/1/a"
     assert (await poll(host, b)).HasField("wait")
@@ -175,7 +176,7 @@ async def test_a_deadline_closes_a_selection_too(hosts: Callable[..., Any]) -> N
 
 async def test_stopping_gives_every_site_the_adapter_as_it_is(hosts: Callable[..., Any]) -> None:
     host = await hosts(min_sites=2, rounds=9)
-    a, b = await enrol(host, "a"), await enrol(host, "b")
+    a, b = await enroll(host, "a"), await enroll(host, "b")
     await deliver(host, a)
     await deliver(host, b)
     await task_of(host, b)
@@ -202,7 +203,7 @@ async def test_stopping_gives_every_site_the_adapter_as_it_is(hosts: Callable[..
 
 async def test_stopping_a_run_that_is_paused_or_has_not_begun(hosts: Callable[..., Any]) -> None:
     host = await hosts(min_sites=2)
-    a = await enrol(host, "a")
+    a = await enroll(host, "a")
     await pause(host)
     await stop(host, "nobody else comes")
     assert (await poll(host, a)).done.outcome == "stopped"
@@ -211,7 +212,7 @@ async def test_stopping_a_run_that_is_paused_or_has_not_begun(hosts: Callable[..
 
 async def test_an_evicted_site_is_out_for_good_and_the_others_go_on(hosts: Callable[..., Any]) -> None:
     host = await hosts(min_sites=3, quorum="2")
-    a, b, c = [await enrol(host, name) for name in "abc"]
+    a, b, c = [await enroll(host, name) for name in "abc"]
     assert (await deliver(host, a, 0.25)).accepted
     dropped = host.coordinator.state.updates["a"].artifact
     path, artifact = written(host, 0.75)
@@ -235,9 +236,9 @@ async def test_an_evicted_site_is_out_for_good_and_the_others_go_on(hosts: Calla
             error = await refused(call)
             assert isinstance(error, Evicted)
             assert words in str(error)
-    assert isinstance(await refused(enrol(host, "a", previous_session=a)), Evicted)
+    assert isinstance(await refused(enroll(host, "a", previous_session=a)), Evicted)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await enrol(host, "c", previous_session=c)
+        await enroll(host, "c", previous_session=c)
     assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
     assert [site.state for site in (await status(host)).sites] == ["evicted", "enrolled", "evicted"]
     assert (await deliver(host, b)).accepted
@@ -249,7 +250,7 @@ async def test_an_evicted_site_is_out_for_good_and_the_others_go_on(hosts: Calla
 
 async def test_the_last_site_that_works_is_evicted_and_the_round_closes_without_it(hosts: Callable[..., Any]) -> None:
     host = await hosts(min_sites=2)
-    a, b = await enrol(host, "a"), await enrol(host, "b")
+    a, b = await enroll(host, "a"), await enroll(host, "b")
     await deliver(host, a, 0.25)
     await task_of(host, b)
     await evict(host, "b")
@@ -265,7 +266,7 @@ async def test_the_last_site_that_works_is_evicted_and_the_round_closes_without_
 @pytest.mark.parametrize("reason", ["", "  \n ", "x" * 501])
 async def test_reasons_are_required_and_bounded(hosts: Callable[..., Any], reason: str) -> None:
     host = await hosts(min_sites=2)
-    await enrol(host)
+    await enroll(host)
     for call in (pause(host, reason), stop(host, reason), evict(host, "a", reason)):
         error = await refused(call)
         assert isinstance(error, UsageError)
@@ -283,7 +284,7 @@ async def test_nobody_can_be_evicted_who_never_enrolled(hosts: Callable[..., Any
 
 async def test_a_run_that_is_over_cannot_be_changed(hosts: Callable[..., Any]) -> None:
     host = await hosts()
-    await enrol(host)
+    await enroll(host)
     await stop(host)
     for call in (pause(host), resume(host), stop(host), evict(host, "a")):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -294,7 +295,7 @@ async def test_a_run_that_is_over_cannot_be_changed(hosts: Callable[..., Any]) -
 
 async def test_the_journal_is_numbered_and_read_on_from_a_number(hosts: Callable[..., Any]) -> None:
     first = await hosts(min_sites=2)
-    await enrol(first)
+    await enroll(first)
     await pause(first, "one")
     await resume(first)
     lines = (await status(first)).journal
@@ -325,7 +326,7 @@ async def test_the_journal_answers_at_most_its_newest_hundred_lines(hosts: Calla
 
 async def test_a_site_that_failed_is_asked_again_after_one_patience(hosts: Callable[..., Any]) -> None:
     host = await hosts(min_sites=2, quorum="2", patience=3)
-    a, b = await enrol(host, "a"), await enrol(host, "b")
+    a, b = await enroll(host, "a"), await enroll(host, "b")
     await deliver(host, a)
     task = await task_of(host, b)
     await host.federation.FailTask(pb.FailTaskRequest(session=b, task_id=task.task_id, kind="TaskError", reason="x"))
@@ -342,7 +343,7 @@ async def test_a_site_that_failed_is_asked_again_after_one_patience(hosts: Calla
 
 async def test_rejected_results_are_counted_and_the_third_one_shuts_the_site_out(hosts: Callable[..., Any]) -> None:
     host = await hosts(min_sites=2, rounds=5)
-    good, bad = await enrol(host, "good"), await enrol(host, "bad")
+    good, bad = await enroll(host, "good"), await enroll(host, "bad")
     for number in (1, 2, 3):
         assert not (await deliver(host, bad, np.nan)).accepted
         (site, _) = (await status(host)).sites
@@ -358,8 +359,8 @@ async def test_rejected_results_are_counted_and_the_third_one_shuts_the_site_out
 
 async def test_what_a_site_measured_is_bounded(hosts: Callable[..., Any]) -> None:
     host = await hosts(min_evaluators=1)
-    await enrol(host, "a")
-    e = await enrol(host, "e", rows=0, evaluates=True)
+    await enroll(host, "a")
+    e = await enroll(host, "e", rows=0, evaluates=True)
     task = await task_of(host, e)
     for result in (
         pb.EvaluationResult(rows=2**63, tokens=5, loss_sum=1.0),
@@ -377,12 +378,12 @@ async def test_a_poll_of_a_site_that_was_taken_over_does_not_keep_its_successor_
     hosts: Callable[..., Any],
 ) -> None:
     host = await hosts(min_sites=2)
-    first = await enrol(host, "a")
+    first = await enroll(host, "a")
     old = asyncio.ensure_future(poll(host, first, 3))
     await until(lambda: "a" in host.coordinator._waiting)
-    second = await enrol(host, "a", previous_session=first)
+    second = await enroll(host, "a", previous_session=first)
     new = asyncio.ensure_future(poll(host, second, 20))
     with pytest.raises(grpc.aio.AioRpcError, match="taken over"):
         await old
-    await enrol(host, "b")
+    await enroll(host, "b")
     assert (await asyncio.wait_for(new, 5)).task_id == "train/1/a"

@@ -15,19 +15,19 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from fedhds.web import served
+from fedhds.runtime.http import served
 from fedhds_server.coordinator import Coordinator
-from fedhds_server.leadership import Leadership
-from fedhds_server.page import MOST_STREAMS, StatusPage
-from fedhds_server.report import run_status
+from fedhds_server.dashboard import MAX_STREAMS, StatusPage
+from fedhds_server.leadership.gate import LeaderGate
+from fedhds_server.leadership.leadership import Leadership
+from fedhds_server.run.state import ClosedRound, RunState, Task, TaskKind
 from fedhds_server.selection.base import Group, Selection
 from fedhds_server.selection.record import abridged_selection, newest_selection, write_selection
-from fedhds_server.state import ClosedRound, RunState, Task, TaskKind
-from fedhds_server.term import Term
+from fedhds_server.status import status_of
 from tests.server.stores import Place
 from tests.server.test_operations import pause, resume
 from tests.server.test_readiness import leading, of_sites
-from tests.server.test_service import Host, enrol, start, task_of
+from tests.server.test_service import Host, enroll, start, task_of
 
 Event = tuple[str, str, Any]
 
@@ -42,7 +42,7 @@ async def host(tmp_path: Path) -> AsyncIterator[Host]:
 @asynccontextmanager
 async def page_of(coordinator: Coordinator | None, place: Place, *, loopback: bool = True) -> AsyncIterator[str]:
     """The URL at which the page is served."""
-    term = Term()
+    term = LeaderGate()
     term._coordinator = coordinator
     leadership = Leadership(place.open(), "h", "h:1")
     leadership.leader = "" if coordinator else "fed2.example.org:8470"
@@ -117,7 +117,7 @@ async def test_a_stream_begins_with_all_goes_on_with_changes_and_resumes(host: H
         async with Stream(url) as stream:
             _, kind, snapshot = await stream.event()
             assert (kind, snapshot["phase"], snapshot["sites"]) == ("snapshot", "enrolling", [])
-            a, _ = await enrol(host, "a"), await enrol(host, "b")
+            a, _ = await enroll(host, "a"), await enroll(host, "b")
             await task_of(host, a)
             _, _, changes = await stream.until("changes", lambda changes: changes.get("phase") == "training")
             assert "run" not in changes
@@ -137,7 +137,7 @@ async def test_a_stream_begins_with_all_goes_on_with_changes_and_resumes(host: H
 
 
 async def test_a_value_that_is_gone_is_said(host: Host, sqlite: Place) -> None:
-    await enrol(host, "a")
+    await enroll(host, "a")
     await pause(host, "night")
     async with page_of(host.coordinator, sqlite) as url, Stream(url) as stream:
         assert (await stream.event())[2]["paused"] == "night"
@@ -147,7 +147,7 @@ async def test_a_value_that_is_gone_is_said(host: Host, sqlite: Place) -> None:
 
 async def test_streams_are_bounded_and_leave_room_for_scrapes(host: Host, sqlite: Place) -> None:
     async with page_of(host.coordinator, sqlite) as url:
-        streams = [Stream(url) for _ in range(MOST_STREAMS)]
+        streams = [Stream(url) for _ in range(MAX_STREAMS)]
         for stream in streams:
             assert " 200 " in (await stream.__aenter__()).head
         async with Stream(url) as refused:
@@ -183,9 +183,9 @@ async def test_whoever_looks_shares_one_look(host: Host, sqlite: Place, monkeypa
 
     def counting(*arguments: Any, **options: Any) -> Any:
         taken.append(time.monotonic())
-        return run_status(*arguments, **options)
+        return status_of(*arguments, **options)
 
-    monkeypatch.setattr("fedhds_server.page.run_status", counting)
+    monkeypatch.setattr("fedhds_server.dashboard.status_of", counting)
     async with page_of(host.coordinator, sqlite) as url:
         assert not taken
         began = time.monotonic()
@@ -240,7 +240,7 @@ async def test_headers_keep_everything_foreign_out(host: Host, sqlite: Place) ->
 
 def large(sites: int, rounds: int) -> RunState:
     state = of_sites(sites, rounds)
-    state.spec = state.spec.model_copy(update={"rounds": 2 * rounds})
+    state.spec = state.spec.replace_with({"rounds": 2 * rounds})
     names = list(state.sites)
     # In place of whole cohorts, which no run of this size has.
     state.closed_rounds = [
@@ -257,7 +257,7 @@ def large(sites: int, rounds: int) -> RunState:
 
 def test_what_is_shown_of_a_large_run_is_bounded_and_first_what_matters() -> None:
     state = large(2000, 5000)
-    status = run_status(state, Path("none"), most=200)
+    status = status_of(state, Path("none"), most=200)
     assert len(status.sites) == 200
     shown = {site.site for site in status.sites}
     names = list(state.sites)
@@ -272,7 +272,7 @@ def test_what_is_shown_of_a_large_run_is_bounded_and_first_what_matters() -> Non
     assert len(evaluated) <= 200
     assert (evaluated[0], evaluated[-1]) == (0, 5000)
     assert status.ByteSize() < 100_000
-    whole = run_status(state, Path("none"))
+    whole = status_of(state, Path("none"))
     assert (len(whole.sites), len(whole.closed_rounds), len(whole.evaluations)) == (2000, 5000, 5001)
     assert all(len(line.contributors) == line.contributor_count for line in whole.closed_rounds)
 
@@ -280,7 +280,7 @@ def test_what_is_shown_of_a_large_run_is_bounded_and_first_what_matters() -> Non
 @pytest.mark.parametrize("rounds", range(1, 40))
 def test_rounds_that_are_left_out_stay_out_while_the_run_grows(rounds: int) -> None:
     def shown(count: int) -> set[int]:
-        status = run_status(of_sites(2, count), Path("none"), most=8)
+        status = status_of(of_sites(2, count), Path("none"), most=8)
         return {line.round for line in status.closed_rounds}
 
     assert len(shown(rounds)) <= 8
@@ -292,7 +292,7 @@ async def test_a_look_at_ten_thousand_sites_holds_the_loop_up_for_a_moment_only(
     coordinator = leading(large(10_000, 500), sqlite, tmp_path).term.coordinator
     assert coordinator
     began = time.process_time()
-    run_status(coordinator.state, coordinator.checkpoint, coordinator.journal, most=200)
+    status_of(coordinator.state, coordinator.checkpoint, coordinator.journal, most=200)
     taken_s = time.process_time() - began
     print(f"{1e3 * taken_s:.1f} ms")
     assert taken_s < 0.5

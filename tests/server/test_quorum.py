@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedhds.runspec import RunSpec
-from fedhds.v1 import federation_pb2 as pb
-from fedhds_server.collection import Collection
-from fedhds_server.events import (
+from fedhds.spec import RunSpec
+from fedhds.v2 import selection_pb2
+from fedhds_server.run.engine import RunMachine
+from fedhds_server.run.events import (
     AdapterDrawn,
     Aggregate,
     DeadlineReached,
@@ -35,8 +35,8 @@ from fedhds_server.events import (
     TaskFailed,
     WriteCheckpoint,
 )
-from fedhds_server.rounds import RunMachine
-from fedhds_server.state import Phase, RunState, SiteState, TaskKind
+from fedhds_server.run.quorum import Collection
+from fedhds_server.run.state import Phase, RunState, SiteState, TaskKind
 from tests.server.test_rounds import ALL_ROWS, artifact, join, machine, phase, started, update, work
 
 
@@ -156,16 +156,16 @@ def test_a_selection_waits_for_its_quorum_too() -> None:
         join(run, site)
     run.handle(AdapterDrawn(2.0, artifact(0)))
     for site in "ab":
-        run.handle(ReportReceived(3.0, f"select/0/{site}", pb.ClusterReport()))
+        run.handle(ReportReceived(3.0, f"select/0/{site}", selection_pb2.ClusterReport()))
     run.handle(SiteSilent(4.0, "c"))
     assert phase(run) is Phase.SELECTING
     assert "2 of at least 3 reports; away: c" in run.state.message
     run.handle(SiteHeard(5.0, "c"))
-    assert work(run.handle(ReportReceived(6.0, "select/0/c", pb.ClusterReport()))) == [Select(0, ("a", "b", "c"))]
+    assert work(run.handle(ReportReceived(6.0, "select/0/c", selection_pb2.ClusterReport()))) == [Select(0, ("a", "b", "c"))]
 
 
 def test_a_site_that_restarts_is_drawn_while_it_loads_its_model() -> None:
-    from fedhds_server.events import SiteConnected
+    from fedhds_server.run.events import SiteConnected
 
     run = started("ab", quorum="100%")
     update(run, "a")
@@ -264,7 +264,7 @@ def test_a_pause_and_its_end_are_in_the_journal() -> None:
 @pytest.mark.parametrize("quorum", ["0", "-1", "101%", "0%", "half", "1.5", ""])
 def test_a_quorum_is_a_count_or_a_share(quorum: str) -> None:
     with pytest.raises(ValidationError, match="quorum"):
-        RunSpec(model="m", rounds=1, quorum=quorum)
+        RunSpec.of(model="m", rounds=1, quorum=quorum)
 
 
 EVENTS = st.lists(
@@ -332,7 +332,7 @@ def test_whatever_happens_a_round_has_its_quorum_or_all_of_it_failed(
             assert before is not None
             assert phase(run) is Phase.AGGREGATING
             answered = len(set(state.updates) | set(state.empty))
-            assert answered >= state.spec.quorum_of(state.target) or (not answered and state.failed)
+            assert answered >= state.spec.rounds.quorum_of(state.target) or (not answered and state.failed)
         after = Collection.of(state)
         if after is not None:
             # Nothing is left undone: it closes as soon as it can, and when it cannot, somebody works or is missing.

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from fedhds.runspec import RunSpec
+from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
-from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.coordinator import Coordinator
-from fedhds_server.counted import FAILED, count_failure
+from fedhds_server.counters import FAILED, count_failure
+from fedhds_server.leadership.gate import PROBLEMS
+from fedhds_server.leadership.readiness import DISK_RESERVE, Readiness, disk_needed
 from fedhds_server.metrics import MEASURES, run_families
-from fedhds_server.readiness import DISK_RESERVE, Readiness, disk_needed
+from fedhds_server.run.state import ClosedRound, Evaluation, Phase, RunState, Site, SiteState, TaskKind, Update
 from fedhds_server.selection import STRATEGIES
-from fedhds_server.state import ClosedRound, Evaluation, Phase, RunState, Site, SiteState, TaskKind, Update
-from fedhds_server.term import PROBLEMS, Term
+from fedhds_server.storage.artifacts import ArtifactStore
 from tests.server.stores import Place
 
 ADAPTER = Artifact("0" * 64, 1000)
@@ -27,7 +27,7 @@ def of_sites(count: int, rounds: int = 3) -> RunState:
     names = [f"site-{number}" for number in range(count)]
     return RunState(
         run_id="r",
-        spec=RunSpec(model="m", rounds=9),
+        spec=RunSpec.of(model="m", rounds=9),
         phase=Phase.TRAINING,
         round=rounds + 1,
         sites={name: Site(name=name, state=SiteState.ENROLLED, rows=5, bytes_received=7) for name in names},
@@ -45,7 +45,7 @@ def of_sites(count: int, rounds: int = 3) -> RunState:
 
 def leading(state: RunState, place: Place, folder: Path) -> Readiness:
     store = place.leading()
-    term = Term()
+    term = LeaderGate()
     term._coordinator = Coordinator(
         state,
         store=store,
@@ -64,7 +64,7 @@ def samples(readiness: Readiness) -> dict[tuple[str, tuple[str, ...]], float]:
 
 def test_the_disk_must_hold_what_the_open_round_still_writes() -> None:
     assert disk_needed(None) == DISK_RESERVE
-    assert disk_needed(RunState(run_id="r", spec=RunSpec(model="m", rounds=1))) == DISK_RESERVE
+    assert disk_needed(RunState(run_id="r", spec=RunSpec.of(model="m", rounds=1))) == DISK_RESERVE
     state = of_sites(4)
     # Three updates to come, the next adapter and its copy.
     assert disk_needed(state) - DISK_RESERVE == 5 * ADAPTER.size
@@ -98,7 +98,7 @@ def test_a_scrape_of_ten_thousand_sites_holds_the_loop_up_for_a_moment_only(sqli
 
 
 def test_a_standby_tells_only_of_itself(sqlite: Place, tmp_path: Path) -> None:
-    readiness = Readiness(sqlite.open(), tmp_path, Term())
+    readiness = Readiness(sqlite.open(), tmp_path, LeaderGate())
     told = samples(readiness)
     assert told["fedhds_leading", ()] == told["fedhds_ready", ()] == 0
     assert {kind: told["fedhds_not_ready", (kind,)] for kind in PROBLEMS} == {

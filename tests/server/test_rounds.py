@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedhds.runspec import RunSpec
+from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
-from fedhds.v1 import federation_pb2 as pb
-from fedhds_server.collection import cohort_size, draw
-from fedhds_server.events import (
+from fedhds.v2 import selection_pb2
+from fedhds_server.run.engine import RunMachine
+from fedhds_server.run.events import (
     AdapterDrawn,
     Aggregate,
     DrawAdapter,
@@ -22,22 +22,22 @@ from fedhds_server.events import (
     RoundAggregated,
     Select,
     SelectionMade,
-    SiteAttested,
     SiteConnected,
     SiteHeard,
     SiteLeft,
+    SiteRegistered,
     SiteSilent,
     TaskFailed,
     UpdateReceived,
     Wake,
     WriteCheckpoint,
 )
-from fedhds_server.rounds import RunMachine
-from fedhds_server.state import Evaluation, Phase, RunState, SiteState, TaskKind
+from fedhds_server.run.quorum import cohort_size, draw
+from fedhds_server.run.state import Evaluation, Phase, RunState, SiteState, TaskKind
 from tests.manifests import lora_manifest
 
 MANIFEST = lora_manifest({"q.lora_A.weight": (2, 4), "q.lora_B.weight": (4, 2)})
-ALL_ROWS = pb.Coreset(all=pb.AllRows())
+ALL_ROWS = selection_pb2.Coreset(all=selection_pb2.AllRows())
 
 
 def artifact(number: int) -> Artifact:
@@ -51,7 +51,7 @@ def machine(*, needs_reports: bool = False, **fields: object) -> RunMachine:
 
 def join(run: RunMachine, site: str, rows: int = 10, *, evaluates: bool = False) -> list[Instruction]:
     run.handle(SiteConnected(site, "", "s" + site))
-    return run.handle(SiteAttested(1.0, site, rows, evaluates, {"weights": "w"}, MANIFEST))
+    return run.handle(SiteRegistered(1.0, site, rows, evaluates, {"weights": "w"}, MANIFEST))
 
 
 def started(sites: str = "ab", **fields: object) -> RunMachine:
@@ -119,7 +119,7 @@ def test_reports_are_asked_of_all_sites_when_the_strategy_needs_them() -> None:
     join(run, "b")
     run.handle(AdapterDrawn(2.0, artifact(0)))
     assert {task.id for task in run.state.tasks.values()} == {"select/0/a", "select/0/b"}
-    assert work(run.handle(ReportReceived(3.0, "select/0/a", pb.ClusterReport()))) == []
+    assert work(run.handle(ReportReceived(3.0, "select/0/a", selection_pb2.ClusterReport()))) == []
     assert work(run.handle(TaskFailed(3.0, "select/0/b", "no disk"))) == [Select(0, ("a",))]
     run.handle(SelectionMade(4.0, 0, {"a": ALL_ROWS}))
     assert set(run.state.tasks) == {"train/1/a"}
@@ -184,7 +184,7 @@ def test_another_site_takes_over_a_selection_whose_sites_are_lost() -> None:
     assert set(run.state.tasks) == {"select/0/a", "select/0/b"}
     join(run, "c")
     assert set(run.state.tasks) == {"select/0/a", "select/0/b", "select/0/c"}
-    assert work(run.handle(ReportReceived(4.0, "select/0/c", pb.ClusterReport()))) == [Select(0, ("c",))]
+    assert work(run.handle(ReportReceived(4.0, "select/0/c", selection_pb2.ClusterReport()))) == [Select(0, ("c",))]
 
 
 def test_a_restart_while_all_sites_of_a_selection_are_lost_waits_for_them_too() -> None:
@@ -196,7 +196,7 @@ def test_a_restart_while_all_sites_of_a_selection_are_lost_waits_for_them_too() 
         run.handle(SiteSilent(3.0, site))
     assert run.pending() == [WriteCheckpoint()]
     run.handle(SiteHeard(4.0, "a"))
-    assert work(run.handle(ReportReceived(5.0, "select/0/a", pb.ClusterReport()))) == [Select(0, ("a",))]
+    assert work(run.handle(ReportReceived(5.0, "select/0/a", selection_pb2.ClusterReport()))) == [Select(0, ("a",))]
 
 
 def test_a_run_in_which_nobody_delivered_fails_however_short_it_was() -> None:
@@ -327,7 +327,7 @@ def test_a_site_that_comes_after_a_one_shot_selection_is_told_apart() -> None:
 
 
 @pytest.mark.parametrize("events", [0, 1, 2, 3, 4, 5])
-def test_state_survives_its_serialisation_at_every_step(events: int) -> None:
+def test_state_survives_its_serialization_at_every_step(events: int) -> None:
     run = started()
     steps = [
         lambda: update(run, "a"),
@@ -351,7 +351,7 @@ def test_pending_work_after_a_restart() -> None:
     run.handle(AdapterDrawn(2.0, artifact(0)))
     assert run.pending() == [WriteCheckpoint()]
     for site in "ab":
-        run.handle(ReportReceived(3.0, f"select/0/{site}", pb.ClusterReport()))
+        run.handle(ReportReceived(3.0, f"select/0/{site}", selection_pb2.ClusterReport()))
     assert run.pending() == [Select(0, ("a", "b"))]
     run.handle(SelectionMade(4.0, 0, {"a": ALL_ROWS}))
     assert run.pending() == [WriteCheckpoint()]

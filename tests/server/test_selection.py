@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedhds.runspec import RunSpec
-from fedhds.v1 import federation_pb2 as pb
+from fedhds.spec import RunSpec
+from fedhds.v2 import selection_pb2
 from fedhds_server.selection import STRATEGIES, Report, Selection, SelectionContext
-from fedhds_server.selection.plane import plane
+from fedhds_server.selection.pca_2d import plane
 
 
 def context(
@@ -22,10 +22,10 @@ def context(
     return SelectionContext(seed=spec.seed, round=0, rows=rows, budget=budget, spec=spec)
 
 
-def report(site: str, centres: Sequence[Sequence[float]], sizes: Sequence[int] = (), *, unclustered: int = 0) -> Report:
-    clusters = pb.ClusterReport(dimension=len(centres[0]) if centres else 2, unclustered=unclustered)
-    for number, centre in enumerate(centres):
-        clusters.centroids.add(cluster=number, values=centre, size=sizes[number] if sizes else 1)
+def report(site: str, centers: Sequence[Sequence[float]], sizes: Sequence[int] = (), *, unclustered: int = 0) -> Report:
+    clusters = selection_pb2.ClusterReport(dimension=len(centers[0]) if centers else 2, unclustered=unclustered)
+    for number, center in enumerate(centers):
+        clusters.centroids.add(cluster=number, values=center, size=sizes[number] if sizes else 1)
     return Report(f"select/0/{site}", clusters)
 
 
@@ -75,7 +75,7 @@ def test_random_meets_its_budget_and_asks_no_site_for_more_than_it_has(rows: dic
 
 
 def test_random_with_the_budget_auto_takes_one_and_a_half_per_cent() -> None:
-    assert RunSpec(model="m", rounds=1, strategy="random").budget_of(2000) == 30
+    assert RunSpec.of(model="m", rounds=1, selection_strategy="random").budget_of(2000) == 30
     chosen = select("random", context({"a": 1000, "b": 1000}, 30), {})
     assert sum(coreset.random.count for coreset in chosen.coresets.values()) == 30
 
@@ -95,7 +95,7 @@ def test_a_site_that_declares_a_huge_number_of_rows_does_not_take_the_budget_of_
 
 def test_random_draws_differ_between_seeds_rounds_and_sites() -> None:
     rows = {"a": 100, "b": 100}
-    spec = RunSpec(model="m", rounds=1)
+    spec = RunSpec.of(model="m", rounds=1)
     draws = [
         select("random", SelectionContext(seed=seed, round=number, rows=rows, budget=50, spec=spec), {})
         for seed, number in ((1, 0), (1, 1), (2, 0))
@@ -145,8 +145,8 @@ def federations(draw: st.DrawFn) -> dict[str, Report]:
     reports = {}
     for site in draw(st.lists(st.sampled_from("abcdef"), min_size=1, unique=True)):
         sizes = draw(st.lists(st.integers(1, 6), max_size=5))
-        centres = [(draw(st.integers(0, 3)), draw(st.integers(0, 2))) for _ in sizes]
-        reports[site] = report(site, centres, sizes, unclustered=draw(st.integers(0, 4)))
+        centers = [(draw(st.integers(0, 3)), draw(st.integers(0, 2))) for _ in sizes]
+        reports[site] = report(site, centers, sizes, unclustered=draw(st.integers(0, 4)))
     return reports
 
 
@@ -174,8 +174,8 @@ def test_under_noise_a_budget_is_an_upper_bound_and_no_count_is_asked_for() -> N
         assert sum(picked(select("fedhds", context({"a": 8, "b": 8}, budget, noised), reports)).values()) == rows
 
 
-NARROW = pb.ClusterReport(dimension=2, centroids=[pb.Centroid(values=[1], size=4)])
-TWICE = pb.ClusterReport(dimension=2, centroids=2 * [pb.Centroid(values=[1, 2], size=2)])
+NARROW = selection_pb2.ClusterReport(dimension=2, centroids=[selection_pb2.Centroid(values=[1], size=4)])
+TWICE = selection_pb2.ClusterReport(dimension=2, centroids=2 * [selection_pb2.Centroid(values=[1, 2], size=2)])
 
 
 @pytest.mark.parametrize(

@@ -13,25 +13,35 @@ import grpc
 import numpy as np
 import pytest
 
-from fedhds.errors import AdapterError, ArtifactError, EnrolmentRefused, NameInUse, RequestError, SessionLost, TaskError
-from fedhds.runspec import RunSpec
-from fedhds.status import error_of
+from fedhds.errors import (
+    AdapterError,
+    ArtifactError,
+    EnrollmentRefused,
+    NameInUse,
+    RequestError,
+    SessionLost,
+    TaskError,
+)
+from fedhds.grpc_errors import error_of
+from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.safetensors import AdapterReader, write_adapter
-from fedhds.v1 import federation_pb2 as pb
-from fedhds.v1 import federation_pb2_grpc as rpc
+from fedhds.v2 import federation_pb2 as pb
+from fedhds.v2 import federation_pb2_grpc as rpc
+from fedhds.v2 import status_pb2, transfer_pb2
+from fedhds.v2 import status_pb2_grpc as status_rpc
 from fedhds_server.aggregation import AGGREGATORS
-from fedhds_server.artifacts import ArtifactStore
 from fedhds_server.coordinator import Coordinator
-from fedhds_server.operations import OperationsServicer
+from fedhds_server.rpc.federation import FederationServicer
+from fedhds_server.rpc.grpc_server import new_server
+from fedhds_server.rpc.operations import OperationsServicer
+from fedhds_server.run.state import Phase, RunState
 from fedhds_server.selection import STRATEGIES
-from fedhds_server.servicer import FederationServicer
-from fedhds_server.state import Phase, RunState
-from fedhds_server.store.sql import SqlStore
-from fedhds_server.wire import new_server
+from fedhds_server.storage.artifacts import ArtifactStore
+from fedhds_server.storage.sql import SqlStore
 from tests.manifests import lora_manifest
 
-MANIFEST = lora_manifest({"q.lora_A.weight": (2, 4), "q.lora_B.weight": (4, 2)})
+MANIFEST = lora_manifest({"q.lora_A.weight": (2, 4), "q.lora_B.weight": (4, 2)}, '{"r": 8}')
 FINGERPRINT = pb.ModelFingerprint(weights="w", config="c", tokenizer="t", template="p")
 
 
@@ -68,12 +78,12 @@ async def start(folder: Path, **fields: object) -> Host:
         store=store,
         artifacts=artifacts,
         folder=folder,
-        strategy=STRATEGIES[state.spec.strategy],
+        strategy=STRATEGIES[state.spec.selection.strategy.name],
         aggregator=AGGREGATORS["fedavg"],
     )
     server = new_server()
     FederationServicer(lambda: coordinator).register(server)
-    rpc.add_OperationsServicer_to_server(OperationsServicer(lambda: coordinator), server)
+    status_rpc.add_OperationsServicer_to_server(OperationsServicer(lambda: coordinator), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
@@ -86,7 +96,7 @@ async def start(folder: Path, **fields: object) -> Host:
         server,
         channel,
         rpc.FederationStub(channel),
-        rpc.OperationsStub(channel),
+        status_rpc.OperationsStub(channel),
     )
 
 
@@ -97,13 +107,13 @@ async def host(tmp_path: Path) -> AsyncIterator[Host]:
     await made.stop()
 
 
-async def enrol(host: Host, name: str = "a", *, rows: int = 10, evaluates: bool = False, **fields: Any) -> str:
+async def enroll(host: Host, name: str = "a", *, rows: int = 10, evaluates: bool = False, **fields: Any) -> str:
     request = pb.EnrollRequest(site=name, protocol_versions=[1], **fields)
     session = (await host.federation.Enroll(request)).session
-    attestation = pb.AttestRequest(
+    attestation = pb.RegisterRequest(
         session=session, fingerprint=FINGERPRINT, manifest=MANIFEST.to_proto(), rows=rows, evaluates=evaluates
     )
-    await host.federation.Attest(attestation)
+    await host.federation.Register(attestation)
     return str(session)
 
 
@@ -122,10 +132,12 @@ def written(host: Host, value: float) -> tuple[Path, Artifact]:
 async def send(
     host: Host, session: str, content: bytes, artifact: Artifact, *, offset: int = 0, chunk: int = 50
 ) -> None:
-    async def parts() -> AsyncIterator[pb.UploadRequest]:
-        yield pb.UploadRequest(header=pb.UploadHeader(session=session, artifact=artifact.to_proto(), offset=offset))
+    async def parts() -> AsyncIterator[transfer_pb2.UploadRequest]:
+        yield transfer_pb2.UploadRequest(
+            header=transfer_pb2.UploadHeader(session=session, artifact=artifact.to_proto(), offset=offset)
+        )
         for begin in range(offset, len(content), chunk):
-            yield pb.UploadRequest(chunk=content[begin : begin + chunk])
+            yield transfer_pb2.UploadRequest(chunk=content[begin : begin + chunk])
 
     await host.federation.Upload(parts())
 
@@ -150,13 +162,15 @@ async def refused(call: Any) -> Exception:
 
 
 async def test_a_whole_run_over_the_wire(host: Host) -> None:
-    session = await enrol(host)
+    session = await enroll(host)
     task = await task_of(host, session)
     assert task.WhichOneof("task") == "train"
     fetched = b"".join(
         [
             m.chunk
-            async for m in host.federation.Download(pb.DownloadRequest(session=session, artifact=task.train.adapter))
+            async for m in host.federation.Download(
+                transfer_pb2.DownloadRequest(session=session, artifact=task.train.adapter)
+            )
         ]
     )
     assert len(fetched) == task.train.adapter.size
@@ -179,12 +193,12 @@ async def test_a_whole_run_over_the_wire(host: Host) -> None:
 
 
 async def test_an_upload_resumes_and_repeats(host: Host) -> None:
-    session = await enrol(host)
+    session = await enroll(host)
     path, artifact = written(host, 0.25)
     content = path.read_bytes()
     error = await refused(send(host, session, content[:100], artifact))
     assert "ended after 100" in str(error)
-    request = pb.GetUploadRequest(session=session, artifact=artifact.to_proto())
+    request = transfer_pb2.GetUploadRequest(session=session, artifact=artifact.to_proto())
     assert (await host.federation.GetUpload(request)).offset == 100
     assert "ask where it stands" in str(await refused(send(host, session, content, artifact, offset=150)))
     await send(host, session, content, artifact, offset=60)
@@ -210,7 +224,7 @@ async def test_an_upload_resumes_and_repeats(host: Host) -> None:
 async def test_a_bad_update_is_rejected_with_its_reason_and_the_round_goes_on(
     host: Host, value: float, samples: int, loss: float, words: str
 ) -> None:
-    session = await enrol(host)
+    session = await enroll(host)
     task = await task_of(host, session)
     path, artifact = written(host, value)
     await send(host, session, path.read_bytes(), artifact)
@@ -222,7 +236,7 @@ async def test_a_bad_update_is_rejected_with_its_reason_and_the_round_goes_on(
 
 
 async def test_an_update_of_other_shapes_is_rejected(host: Host) -> None:
-    session = await enrol(host)
+    session = await enroll(host)
     task = await task_of(host, session)
     path = host.folder / "other"
     manifest = lora_manifest({"q.lora_A.weight": (3, 4), "q.lora_B.weight": (4, 2)})
@@ -233,7 +247,7 @@ async def test_an_update_of_other_shapes_is_rejected(host: Host) -> None:
 
 async def test_results_of_closed_or_foreign_tasks(tmp_path: Path) -> None:
     host = await start(tmp_path, min_sites=2)
-    a, b = await enrol(host, "a"), await enrol(host, "b")
+    a, b = await enroll(host, "a"), await enroll(host, "b")
     task = await task_of(host, a)
     path, artifact = written(host, 0.5)
     assert isinstance(await refused(complete(host, a, task.task_id, artifact)), ArtifactError)
@@ -259,7 +273,7 @@ async def test_results_of_closed_or_foreign_tasks(tmp_path: Path) -> None:
 
 async def test_a_restart_on_the_same_folder_goes_on_and_sessions_stay(tmp_path: Path) -> None:
     first = await start(tmp_path, min_sites=2)
-    a, b = await enrol(first, "a"), await enrol(first, "b")
+    a, b = await enroll(first, "a"), await enroll(first, "b")
     task = await task_of(first, a)
     path, artifact = written(first, 0.5)
     await send(first, a, path.read_bytes(), artifact)
@@ -275,18 +289,18 @@ async def test_a_restart_on_the_same_folder_goes_on_and_sessions_stay(tmp_path: 
 
 
 async def test_sessions(host: Host) -> None:
-    session = await enrol(host)
+    session = await enroll(host)
     assert isinstance(await refused(host.federation.NextTask(pb.NextTaskRequest(session="x"))), SessionLost)
-    assert isinstance(await refused(enrol(host)), NameInUse)
-    successor = await enrol(host, previous_session=session)
+    assert isinstance(await refused(enroll(host)), NameInUse)
+    successor = await enroll(host, previous_session=session)
     assert isinstance(await refused(host.federation.Heartbeat(pb.HeartbeatRequest(session=session))), SessionLost)
     answer = await host.federation.Heartbeat(pb.HeartbeatRequest(session=successor, task_id="train/9/a"))
     assert answer.withdrawn
     await host.federation.Leave(pb.LeaveRequest(session=successor))
-    await enrol(host)
+    await enroll(host)
 
 
-async def test_an_enrolment_whose_answer_was_lost_can_be_repeated(host: Host) -> None:
+async def test_an_enrollment_whose_answer_was_lost_can_be_repeated(host: Host) -> None:
     request = pb.EnrollRequest(site="a", protocol_versions=[1], session="ab" * 32)
     answers = [await host.federation.Enroll(request) for _ in range(2)]
     assert [answer.session for answer in answers] == ["ab" * 32] * 2
@@ -296,14 +310,14 @@ async def test_an_enrolment_whose_answer_was_lost_can_be_repeated(host: Host) ->
 
 async def test_another_model_is_refused_and_frees_the_name(tmp_path: Path) -> None:
     host = await start(tmp_path, min_sites=2)
-    await enrol(host, "a")
+    await enroll(host, "a")
     session = (await host.federation.Enroll(pb.EnrollRequest(site="b", protocol_versions=[1]))).session
-    request = pb.AttestRequest(session=session, fingerprint=FINGERPRINT, manifest=MANIFEST.to_proto(), rows=1)
+    request = pb.RegisterRequest(session=session, fingerprint=FINGERPRINT, manifest=MANIFEST.to_proto(), rows=1)
     request.fingerprint.weights = "other"
-    error = await refused(host.federation.Attest(request))
-    assert isinstance(error, EnrolmentRefused)
+    error = await refused(host.federation.Register(request))
+    assert isinstance(error, EnrollmentRefused)
     assert "the weights differs" in str(error)
-    await enrol(host, "b")
+    await enroll(host, "b")
     await host.stop()
 
 
@@ -314,13 +328,13 @@ async def test_a_manifest_that_is_none_is_refused(host: Host) -> None:
         pb.AdapterManifest(tensors=[pb.TensorSpec(name="q.lora_A.weight", shape=[1, 1])], config="{}"),
         pb.AdapterManifest(tensors=MANIFEST.to_proto().tensors, config="[]"),
     ):
-        request = pb.AttestRequest(session=session, fingerprint=FINGERPRINT, manifest=manifest, rows=1)
-        assert isinstance(await refused(host.federation.Attest(request)), (AdapterError, ArtifactError))
+        request = pb.RegisterRequest(session=session, fingerprint=FINGERPRINT, manifest=manifest, rows=1)
+        assert isinstance(await refused(host.federation.Register(request)), (AdapterError, ArtifactError))
 
 
 async def test_a_silent_site_is_lost_and_comes_back_with_a_sign_of_life(tmp_path: Path) -> None:
     host = await start(tmp_path, patience=0.3, rounds=5, min_sites=2)
-    a, b = await enrol(host, "a"), await enrol(host, "b")
+    a, b = await enroll(host, "a"), await enroll(host, "b")
     while host.coordinator.state.sites["b"].state != "lost":
         await host.federation.Heartbeat(pb.HeartbeatRequest(session=a))
         await asyncio.sleep(0.05)
@@ -330,8 +344,8 @@ async def test_a_silent_site_is_lost_and_comes_back_with_a_sign_of_life(tmp_path
 
 
 async def test_status_tells_the_run(host: Host) -> None:
-    await enrol(host, rows=7, evaluates=True)
-    status = await host.operations.GetStatus(pb.GetStatusRequest())
+    await enroll(host, rows=7, evaluates=True)
+    status = await host.operations.GetStatus(status_pb2.GetStatusRequest())
     assert (status.sites[0].site, status.sites[0].rows, status.pool_rows) == ("a", 7, 7)
     assert status.run.model == "m"
     assert status.phase in set(Phase)
@@ -339,11 +353,11 @@ async def test_status_tells_the_run(host: Host) -> None:
 
 async def test_wakes_a_long_poll_at_once(tmp_path: Path) -> None:
     host = await start(tmp_path, min_sites=2)
-    a = await enrol(host, "a")
+    a = await enroll(host, "a")
     poll = asyncio.ensure_future(host.federation.NextTask(pb.NextTaskRequest(session=a, wait_s=20)))
     await asyncio.sleep(0.1)
     assert not poll.done()
-    await enrol(host, "b")
+    await enroll(host, "b")
     task = await asyncio.wait_for(poll, 5)
     assert task.train.coreset.HasField("all")
     await host.stop()
@@ -353,7 +367,7 @@ async def test_a_site_whose_upload_takes_long_to_be_kept_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     host = await start(tmp_path, patience=1.5)
-    session = await enrol(host)
+    session = await enroll(host)
     task = await task_of(host, session)
     finish = host.artifacts.finish
 

@@ -14,8 +14,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
 from fedhds.errors import StorageError
-from fedhds_server.store.base import JournalEntry
-from fedhds_server.store.schema import JOURNAL, METADATA, RUN
+from fedhds_server.storage.base import JournalEntry
+from fedhds_server.storage.schema import JOURNAL, METADATA, RUN
 from tests.server.stores import Place, state
 
 
@@ -60,8 +60,8 @@ _SAVER = """
 import sys
 from pathlib import Path
 from tests.server.stores import state
-from fedhds_server.store.base import JournalEntry
-from fedhds_server.store.sql import SqlStore
+from fedhds_server.storage.base import JournalEntry
+from fedhds_server.storage.sql import SqlStore
 place = sys.argv[1]
 store = SqlStore.at(place) if "://" in place else SqlStore.in_folder(Path(place))
 assert store.acquire("h", "h:1", 60.0)

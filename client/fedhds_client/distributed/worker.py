@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 
 from fedhds.errors import StorageError
-from fedhds.runspec import RunSpec
-from fedhds.v1 import runspec_pb2
+from fedhds.spec import RunSpec
+from fedhds_client.data.shard import Shard
 from fedhds_client.distributed.process_group import Extract, Matrix, Prepare, ProcessGroup, Stop
+from fedhds_client.features.shard_features import ShardFeatures
 from fedhds_client.run_models import load_models
 from fedhds_client.settings import ClientSettings
-from fedhds_client.shard import Shard
-from fedhds_client.shard_features import ShardFeatures
 
 
 def run_worker(settings: ClientSettings, group: ProcessGroup) -> int:
@@ -31,7 +30,7 @@ def run_worker(settings: ClientSettings, group: ProcessGroup) -> int:
         while True:
             match group.receive():
                 case Prepare(spec=content):
-                    spec = RunSpec.from_proto(runspec_pb2.RunSpec.FromString(content))
+                    spec = RunSpec.model_validate_json(content)
                     _, model, prompter = load_models(settings, spec)
                     features = ShardFeatures(settings, spec, model, prompter, group)
                 case Extract() as command if features:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from peft import PeftConfig, XLoraConfig, get_peft_model, set_peft_model_state_dict
 
-from fedhds.errors import AdapterError, ModelError
-from fedhds.runspec import RunSpec
+from fedhds.errors import AdapterError, ModelError, TaskError
+from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.codecs import CODECS, Codec
 from fedhds.tensors.manifest import AdapterManifest, FloatArray, Initial, TensorSpec
@@ -63,7 +63,7 @@ class AdapterModel(InferenceModel):
 
     def __init__(self, base: BaseModel, spec: RunSpec) -> None:
         """A new adapter as the run wants it; raises ModelError when the model cannot carry it."""
-        method = PEFT_METHODS["lora"]
+        method = PEFT_METHODS[spec.peft.method]
         self._spec = spec
         super().__init__(base, _wrapped(base, method.config(spec, base)))
         self._manifest = method.manifest(spec, self.module)
@@ -72,9 +72,20 @@ class AdapterModel(InferenceModel):
         """The adapter's tensors, named as PEFT saves them, and its configuration."""
         return self._manifest
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """The adapter's tensors."""
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+    def parameters(self, roles: frozenset[str] = frozenset()) -> list[torch.nn.Parameter]:
+        """The adapter's parameters, of the tensors with these roles; without roles all of them.
+
+        Raises TaskError for a PEFT method whose saved tensors are not its parameters.
+        """
+        own = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        if not roles:
+            return own
+        state = adapter_state(self.module)
+        addresses = {state[spec.name].data_ptr() for spec in self._manifest.tensors if spec.role in roles}
+        selected = [parameter for parameter in own if parameter.data_ptr() in addresses]
+        if len(selected) != len(addresses) or not selected:
+            raise TaskError(f"this PEFT method cannot train {', '.join(sorted(roles))} alone; use another --aggregator")
+        return selected
 
     def load(self, path: Path) -> None:
         """Sets the adapter from a safetensors file; raises AdapterError when it does not fit."""
@@ -83,7 +94,7 @@ class AdapterModel(InferenceModel):
     @property
     def codec(self) -> Codec:
         """How the run's updates are written."""
-        return CODECS[self._spec.wire_dtype]
+        return CODECS[self._spec.aggregation.wire_dtype]
 
     def values(self) -> Callable[[TensorSpec], FloatArray]:
         """The adapter's tensors, float32 on the CPU."""
@@ -92,7 +103,7 @@ class AdapterModel(InferenceModel):
 
     def save(self, path: Path) -> Artifact:
         """Writes the adapter in the run's type of global adapters."""
-        return write_adapter(path, self._manifest, self.values(), self._spec.adapter_dtype)
+        return write_adapter(path, self._manifest, self.values(), self._spec.aggregation.adapter_dtype)
 
 
 def _folder_config(folder: Path) -> PeftConfig:

@@ -15,7 +15,7 @@ import torch
 
 from fedhds.errors import ModelError
 from fedhds.runtime.files import replace_file
-from fedhds.v1 import federation_pb2 as pb
+from fedhds.v2 import federation_pb2 as pb
 
 if TYPE_CHECKING:
     from fedhds_client.models.loading import BaseModel

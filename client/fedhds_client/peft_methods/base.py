@@ -13,7 +13,7 @@ from fedhds.tensors.manifest import AdapterManifest, Initial, TensorSpec
 if TYPE_CHECKING:
     import torch
 
-    from fedhds.runspec import RunSpec
+    from fedhds.spec import RunSpec
     from fedhds_client.models.loading import BaseModel
 
 
@@ -59,8 +59,8 @@ def adapter_state(module: Any) -> dict[str, torch.Tensor]:
 def _config_text(config: PeftConfig, spec: RunSpec) -> str:
     """adapter_config.json as PEFT writes it, but the same at every site: no path of this machine, sets in order."""
     values = config.to_dict() | {
-        "base_model_name_or_path": spec.model,
-        "revision": spec.model_revision or None,
+        "base_model_name_or_path": spec.model.name,
+        "revision": spec.model.revision or None,
         "inference_mode": True,
     }
     return json.dumps(values, indent=2, sort_keys=True, default=sorted) + "\n"

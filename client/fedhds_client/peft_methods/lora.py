@@ -10,11 +10,12 @@ from peft import LoraConfig
 from transformers.pytorch_utils import Conv1D
 
 from fedhds.errors import ModelError
+from fedhds.spec import LoraSpec
 from fedhds.tensors.manifest import Initial
 from fedhds_client.peft_methods.base import PeftMethod
 
 if TYPE_CHECKING:
-    from fedhds.runspec import RunSpec
+    from fedhds.spec import RunSpec
     from fedhds_client.models.loading import BaseModel
 
 # The axis that counts the rank: rows of A (rank, in), columns of B (out, rank).
@@ -26,20 +27,22 @@ class Lora(PeftMethod):
 
     def config(self, spec: RunSpec, base: BaseModel) -> LoraConfig:
         """LoRA on the run's target modules; raises ModelError for a target that the model lacks."""
+        lora = spec.peft
+        assert isinstance(lora, LoraSpec)
         head = base.model.get_output_embeddings()
         linear = {
             name.rsplit(".", 1)[-1]
             for name, module in base.model.named_modules()
             if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
         }
-        targets = sorted(linear) if spec.lora_targets == ("all-linear",) else sorted(set(spec.lora_targets))
+        targets = sorted(linear) if lora.targets == ("all-linear",) else sorted(set(lora.targets))
         unknown = [target for target in targets if target not in linear]
         if unknown:
             raise ModelError(f"the model has no linear module {unknown[0]!r}; it has {', '.join(sorted(linear))}")
         return LoraConfig(
-            r=spec.lora_rank,
-            lora_alpha=spec.lora_alpha,  # type: ignore[arg-type]  # PEFT scales by any number
-            lora_dropout=spec.lora_dropout,
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT scales by any number
+            lora_dropout=lora.dropout,
             target_modules=targets,
             task_type="CAUSAL_LM",
             bias="none",

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from fedhds.errors import StorageError
 from fedhds.runtime.files import replace_file
-from fedhds_client.clustering import NOISE
-from fedhds_client.fusion import fuse
+from fedhds_client.features.clustering import NOISE
+from fedhds_client.features.reduction import reduce
 from fedhds_client.report.scores import calinski_harabasz, silhouette
 
 
@@ -61,7 +61,7 @@ def cluster_map(
         scores[f"calinski_harabasz_{space}"] = calinski_harabasz(values[clustered], labels[clustered])
         scores[f"silhouette_{space}"] = silhouette(values[clustered], labels[clustered], seed=seed)
     dimensions = points.shape[1]
-    plane = points if dimensions == 2 else fuse(points, "pca", seed=seed)[0]
+    plane = points if dimensions == 2 else reduce(points, "pca", seed=seed)[0]
     return ClusterMap(ids, plane, labels, scores, dimensions)
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedhds.runtime.files import replace_file
-from fedhds_client.clustering import NOISE
+from fedhds_client.features.clustering import NOISE
 from fedhds_client.report.cluster_map import ClusterMap
 from fedhds_client.report.scores import MAX_SILHOUETTE_ROWS
 

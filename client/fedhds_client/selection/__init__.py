@@ -1,24 +1,18 @@
-"""Intra-client selection: one file per strategy that reports, and the one place that knows them all."""
+"""Intra-client selection: one file per strategy that reports, one interface.
 
-from __future__ import annotations
+A new strategy is a file here with an `IntraClientSelection` and its entry below, beside its specification in
+`fedhds.spec.strategies` and its coordinator's half in `fedhds_server.selection`.
+"""
 
-from fedhds.errors import TaskError
-from fedhds.runspec import Strategy
 from fedhds_client.selection.base import IntraClientSelection, SelectionContext
-from fedhds_client.selection.federated_lloyd import Global
+from fedhds_client.selection.federated_kmeans import FederatedKMeans
 from fedhds_client.selection.fedhds import FedHds
 
-__all__ = ["REPORTING", "IntraClientSelection", "SelectionContext", "selection_of"]
-
-REPORTING: dict[Strategy, IntraClientSelection] = {
-    "fedhds": FedHds(aligned=False),
-    "fedhds-aligned": FedHds(aligned=True),
-    "global": Global(),
+# Strategies whose coresets need nothing of the rows themselves have no half at the site.
+STRATEGIES: dict[str, IntraClientSelection] = {
+    "fedhds": FedHds(),
+    "fedhds-aligned": FedHds(),
+    "federated-kmeans": FederatedKMeans(),
 }
 
-
-def selection_of(strategy: Strategy) -> IntraClientSelection:
-    """The strategy of a select task; raises TaskError for one that reports nothing ("full", "random")."""
-    if strategy not in REPORTING:
-        raise TaskError(f"the strategy {strategy} reports no clusters, so none are released")
-    return REPORTING[strategy]
+__all__ = ["STRATEGIES", "IntraClientSelection", "SelectionContext"]

@@ -27,7 +27,7 @@ from fedhds.errors import CoordinatorUnreachable, NotLeading, SettingsError, Sto
 
 if TYPE_CHECKING:
     from fedhds.security.credentials import TlsFiles
-    from fedhds.v1 import federation_pb2 as pb
+    from fedhds.v2 import status_pb2
 
 Answer = TypeVar("Answer")
 
@@ -206,10 +206,10 @@ def coordinator(target: str, files: TlsFiles | None) -> Iterator[Finding]:
     import grpc
 
     from fedhds.cli.connection import LARGE_ANSWERS
+    from fedhds.grpc_errors import error_of
     from fedhds.security.credentials import diagnose_handshake, probe_credentials
-    from fedhds.status import error_of
-    from fedhds.v1 import federation_pb2 as pb
-    from fedhds.v1 import federation_pb2_grpc as rpc
+    from fedhds.v2 import status_pb2
+    from fedhds.v2 import status_pb2_grpc as status_rpc
 
     check = f"server {target}"
     if reason := diagnose_handshake(target, files, _ANSWER_S):
@@ -223,7 +223,10 @@ def coordinator(target: str, files: TlsFiles | None) -> Iterator[Finding]:
         try:
             serving = channel.unary_unary(_HEALTH)(b"", timeout=_ANSWER_S) == _SERVING
             # The journal has no such line.
-            request, ask = pb.GetStatusRequest(journal_after=2**63), rpc.OperationsStub(channel).GetStatus
+            request, ask = (
+                status_pb2.GetStatusRequest(journal_after=2**63),
+                status_rpc.OperationsStub(channel).GetStatus,
+            )
             asked = [_timed(lambda: ask(request, timeout=_ANSWER_S)) for _ in range(_ASKED)]
         except grpc.RpcError as error:
             known = error_of(error)
@@ -240,7 +243,7 @@ def coordinator(target: str, files: TlsFiles | None) -> Iterator[Finding]:
         yield _skew(answer.now - (sent + took / 2), took / 2)
 
 
-def _spoken(check: str, answer: pb.GetStatusResponse, serving: bool, took: float) -> Finding:
+def _spoken(check: str, answer: status_pb2.GetStatusResponse, serving: bool, took: float) -> Finding:
     speaks = set(answer.protocol_versions) or set(PROTOCOL_VERSIONS)
     if speaks.isdisjoint(PROTOCOL_VERSIONS):
         return Finding(

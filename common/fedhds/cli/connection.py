@@ -38,10 +38,10 @@ def call(method: str, request: Message, server: str, ca: Path | None, cert: Path
     import grpc
 
     from fedhds.errors import CoordinatorUnreachable, NotLeading
+    from fedhds.grpc_errors import error_of
     from fedhds.security.credentials import TlsFiles, channel_credentials, diagnose_handshake
     from fedhds.settings import addresses
-    from fedhds.status import error_of
-    from fedhds.v1 import federation_pb2_grpc as rpc
+    from fedhds.v2 import status_pb2_grpc as status_rpc
 
     files = TlsFiles.from_settings(ca, cert, key)
     reasons = []
@@ -52,7 +52,7 @@ def call(method: str, request: Message, server: str, ca: Path | None, cert: Path
             channel = grpc.insecure_channel(target, options=LARGE_ANSWERS)
         with channel:
             try:
-                return getattr(rpc.OperationsStub(channel), method)(request, timeout=_ANSWER_S)
+                return getattr(status_rpc.OperationsStub(channel), method)(request, timeout=_ANSWER_S)
             except grpc.RpcError as error:
                 known = error_of(error)
                 if known and not isinstance(known, NotLeading):

@@ -19,9 +19,9 @@ def pause(
     tls_key: TlsKey = None,
 ) -> None:
     """Hand out no new task; what sites work on may still come in."""
-    from fedhds.v1 import federation_pb2 as pb
+    from fedhds.v2 import status_pb2
 
-    call("Pause", pb.PauseRequest(reason=reason), server, tls_ca, tls_cert, tls_key)
+    call("Pause", status_pb2.PauseRequest(reason=reason), server, tls_ca, tls_cert, tls_key)
     typer.echo("The run is paused; `fedhds resume` lets it go on.")
 
 
@@ -33,9 +33,9 @@ def resume(
     tls_key: TlsKey = None,
 ) -> None:
     """Let a paused run go on."""
-    from fedhds.v1 import federation_pb2 as pb
+    from fedhds.v2 import status_pb2
 
-    call("Resume", pb.ResumeRequest(reason=reason), server, tls_ca, tls_cert, tls_key)
+    call("Resume", status_pb2.ResumeRequest(reason=reason), server, tls_ca, tls_cert, tls_key)
     typer.echo("The run goes on.")
 
 
@@ -47,9 +47,9 @@ def stop(
     tls_key: TlsKey = None,
 ) -> None:
     """End the run for good; every site gets the adapter as it is."""
-    from fedhds.v1 import federation_pb2 as pb
+    from fedhds.v2 import status_pb2
 
-    call("Stop", pb.StopRequest(reason=reason), server, tls_ca, tls_cert, tls_key)
+    call("Stop", status_pb2.StopRequest(reason=reason), server, tls_ca, tls_cert, tls_key)
     typer.echo("The run is stopped; its sites are given the last adapter.")
 
 
@@ -62,7 +62,7 @@ def evict(
     tls_key: TlsKey = None,
 ) -> None:
     """Exclude a site from the run for good."""
-    from fedhds.v1 import federation_pb2 as pb
+    from fedhds.v2 import status_pb2
 
-    call("Evict", pb.EvictRequest(site=site, reason=reason), server, tls_ca, tls_cert, tls_key)
+    call("Evict", status_pb2.EvictRequest(site=site, reason=reason), server, tls_ca, tls_cert, tls_key)
     typer.echo(f"{site} is evicted.")

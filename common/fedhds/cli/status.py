@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json as codec
 import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedhds.cli.connection import DEFAULT_SERVER, Server, TlsCa, TlsCert, TlsKey, call
+from fedhds.evaluation import label_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rich.console import Console, RenderableType
 
-    from fedhds.v1 import federation_pb2 as pb
+    from fedhds.v2 import status_pb2
 
 _WATCH_EVERY_S = 2.0
 _JOURNAL_LINES = 5
@@ -31,23 +33,19 @@ def status(
 ) -> None:
     """Show a run: phase, rounds, sites, evaluations, the last lines of its journal."""
     from fedhds.errors import UsageError
-    from fedhds.v1 import federation_pb2 as pb
+    from fedhds.v2 import status_pb2
 
-    def ask(journal_after: int = 0) -> pb.GetStatusResponse:
-        request = pb.GetStatusRequest(journal_after=journal_after)
-        answer: pb.GetStatusResponse = call("GetStatus", request, server, tls_ca, tls_cert, tls_key)
+    def ask(journal_after: int = 0) -> status_pb2.GetStatusResponse:
+        request = status_pb2.GetStatusRequest(journal_after=journal_after)
+        answer: status_pb2.GetStatusResponse = call("GetStatus", request, server, tls_ca, tls_cert, tls_key)
         return answer
 
     if json and watch:
         raise UsageError("--json prints one object and --watch goes on; choose one of them")
     if json:
-        from google.protobuf import json_format
+        from fedhds.status import status_dict
 
-        typer.echo(
-            json_format.MessageToJson(
-                ask(), preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-            )
-        )
+        typer.echo(codec.dumps(status_dict(ask()), indent=2))
         return
     from rich.console import Console
 
@@ -67,7 +65,7 @@ def status(
         return
 
 
-def _watch(console: Console, ask: Callable[[int], pb.GetStatusResponse]) -> None:
+def _watch(console: Console, ask: Callable[[int], status_pb2.GetStatusResponse]) -> None:
     """Prints the journal as it grows; in a terminal the run's picture stands below it."""
     from rich.live import Live
 
@@ -95,24 +93,25 @@ def _watch(console: Console, ask: Callable[[int], pb.GetStatusResponse]) -> None
             live.update(_picture(answer), refresh=True)
 
 
-def _print_line(console: Console, line: pb.JournalLine) -> None:
+def _print_line(console: Console, line: status_pb2.JournalLine) -> None:
     from rich.text import Text
 
     at = time.strftime("%H:%M:%S", time.localtime(line.at))
     console.print(Text(f"{at} {line.message}", "yellow" if line.trouble else ""), soft_wrap=True)
 
 
-def _picture(answer: pb.GetStatusResponse) -> RenderableType:
+def _picture(answer: status_pb2.GetStatusResponse) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    spec = answer.run
+    spec = codec.loads(answer.spec)
+    rounds, strategy = spec["rounds"]["count"], spec["selection"]["strategy"]["name"]
     parts: list[RenderableType] = [
         Text.assemble(
             f"run {answer.run_id}: ",
             (answer.phase, "bold"),
-            f", round {answer.round} of {spec.rounds}, strategy {spec.strategy}, {answer.running_s:.0f} s",
+            f", round {answer.round_number} of {rounds}, strategy {strategy}, {answer.running_s:.0f} s",
         )
     ]
     if answer.HasField("paused"):
@@ -133,10 +132,12 @@ def _picture(answer: pb.GetStatusResponse) -> RenderableType:
         )
     parts.append(sites)
     if answer.evaluations:
-        measured = Table("round", "held-out rows", "loss", "Rouge-L")
+        metrics = sorted({metric for line in answer.evaluations for metric in line.metrics})
+        evaluations = Table("round", "held-out rows", *map(label_of, metrics))
         for line in answer.evaluations:
-            measured.add_row(str(line.round), str(line.rows), f"{line.loss:.4f}", f"{line.rouge_l:.4f}")
-        parts.append(measured)
+            means = [f"{line.metrics[metric]:.4f}" if metric in line.metrics else "" for metric in metrics]
+            evaluations.add_row(str(line.round_number), str(line.rows), *means)
+        parts.append(evaluations)
     if answer.checkpoint:
         parts.append(Text(f"checkpoint: {answer.checkpoint}"))
     return Group(*parts)

@@ -34,7 +34,7 @@ class Entry(BaseModel):
     time: str = Field(default_factory=_now, description="When it was recorded: UTC, ISO 8601.")
     run_id: str = Field(description="The run it was released in.")
     task_id: str = Field(description="The task it answered; unique only within the run.")
-    release: Literal["centroids", "cells"] = Field(default="centroids", description="What was released.")
+    release: str = Field(default="centroids", description="What was released.")
     mechanism: Literal["gaussian", "none"] = Field(description="How it was protected.")
     noise_multiplier: float = Field(ge=0, allow_inf_nan=False, description="Noise deviation over sensitivity; 0: none.")
     sensitivity: float | None = Field(allow_inf_nan=False, description="L2 sensitivity; null: unbounded, not clipped.")
@@ -104,7 +104,7 @@ class Ledger:
         released: int,
         dimension: int,
         delta: float,
-        release: Literal["centroids", "cells"] = "centroids",
+        release: str = "centroids",
         unit: Unit = "client",
     ) -> Entry:
         """Makes a release and its entry durable; only then may `payload` be sent.

@@ -1,12 +1,12 @@
 """The Gaussian mechanism on a site's centroids: clipping, noise, and what they cost in (epsilon, delta).
 
 Epsilon is exact (Balle & Wang 2018, "Improving the Gaussian Mechanism for Differential Privacy", Thm 8), rounded
-upwards in the last bits. Releases compose without loss as Gaussian differential privacy (Dong, Roth & Su 2019,
+upwards in the last bits. PrivateReporter compose without loss as Gaussian differential privacy (Dong, Roth & Su 2019,
 "Gaussian Differential Privacy", Cor. 2): a release with noise multiplier z is 1/z-GDP, and mu adds in squares.
 
 Not claimed: these are real-number mechanisms computed in floating point. Mironov 2012 ("On Significance of the Least
 Significant Bits for Differential Privacy") shows that the low bits of floating-point noise can tell neighboring
-inputs apart. Releases are rounded to float32, which blunts that attack on doubles but is no proof against it.
+inputs apart. PrivateReporter are rounded to float32, which blunts that attack on doubles but is no proof against it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def site_rng() -> random.Random:
 def noised_centroids(
     centroids: npt.ArrayLike, *, clip_norm: float, noise_multiplier: float, released: int, rng: random.Random
 ) -> FloatArray:
-    """Releases exactly `released` centroids (released, d) under Gaussian noise on every value.
+    """PrivateReporter exactly `released` centroids (released, d) under Gaussian noise on every value.
 
     Takes the first `released` rows of `centroids` (k, d; k may be 0), clips each to `clip_norm`, fills up with zero
     rows, so that the number of clusters stays hidden, and adds noise of standard deviation
@@ -81,7 +81,7 @@ def noised_centroids(
     return released_rows
 
 
-def cell_sensitivity(*, clip_norm: float) -> float:
+def cluster_sensitivity(*, clip_norm: float) -> float:
     """L2 sensitivity of all cells' sums and counts together, when one row of norm at most `clip_norm` is left out.
 
     Centers are given from outside, so that a row is in one cell: it moves that cell's sum by its own norm at most and
@@ -90,16 +90,16 @@ def cell_sensitivity(*, clip_norm: float) -> float:
     return math.hypot(clip_norm, 1.0)
 
 
-def noised_cells(
+def noised_clusters(
     sums: npt.ArrayLike, counts: npt.ArrayLike, *, clip_norm: float, noise_multiplier: float, rng: random.Random
 ) -> tuple[FloatArray, FloatArray]:
-    """Sums (k, d) and counts (k,) under Gaussian noise of deviation `noise_multiplier * cell_sensitivity(...)`.
+    """Sums (k, d) and counts (k,) under Gaussian noise of deviation `noise_multiplier * cluster_sensitivity(...)`.
 
     Unit: one row, left out (zero-out adjacency); local, as the site itself adds the noise. `sums` must be over rows
     of norm at most `clip_norm`, and the cells those of centers that do not depend on this shard but through earlier
     releases. Lapses when `rng` is not `site_rng()`, or when one release is drawn twice and both draws are sent.
     """
-    std = noise_multiplier * cell_sensitivity(clip_norm=clip_norm)
+    std = noise_multiplier * cluster_sensitivity(clip_norm=clip_norm)
     values = np.column_stack([np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)])
     noise = np.array([rng.gauss(0.0, std) for _ in range(values.size)]).reshape(values.shape)
     noised = values + noise

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedhds.errors import EnrolmentRefused, SettingsError
+from fedhds.errors import EnrollmentRefused, SettingsError
 from fedhds.security.identity import PeerIdentity, Role, identity_from_certificate
 
 if TYPE_CHECKING:
@@ -88,12 +88,12 @@ class TlsFiles:
             _check_dates("--tls-ca", self.ca, authorities[0])
         try:
             identity_from_certificate(self.cert.read_bytes())
-        except EnrolmentRefused as error:
+        except EnrollmentRefused as error:
             raise SettingsError("--tls-cert", f"{self.cert}: {error}") from error
 
 
 def own_identity(files: TlsFiles) -> PeerIdentity:
-    """Who this process is. Raises EnrolmentRefused for a certificate without a fedhds identity."""
+    """Who this process is. Raises EnrollmentRefused for a certificate without a fedhds identity."""
     return identity_from_certificate(files.cert.read_bytes())
 
 

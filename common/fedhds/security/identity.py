@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from fedhds.errors import EnrolmentRefused, UsageError
+from fedhds.errors import EnrollmentRefused, UsageError
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -58,7 +58,7 @@ def check_name(name: str) -> str:
 def identity_from_certificate(pem: bytes) -> PeerIdentity:
     """The identity in the first certificate of `pem`; checks no signature, for TLS has done so.
 
-    Raises EnrolmentRefused if there is no certificate, or if it does not carry exactly one well-formed urn.
+    Raises EnrollmentRefused if there is no certificate, or if it does not carry exactly one well-formed urn.
     """
     from cryptography import x509
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -68,28 +68,28 @@ def identity_from_certificate(pem: bytes) -> PeerIdentity:
         urns = _urns(certificate)
         public_key = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
-        raise EnrolmentRefused(f"the certificate cannot be read: {error}") from error
+        raise EnrollmentRefused(f"the certificate cannot be read: {error}") from error
     if len(urns) != 1:
         found = "no" if not urns else "more than one"
-        raise EnrolmentRefused(
+        raise EnrollmentRefused(
             f"the certificate carries {found} {URN_PREFIX}ROLE:NAME; have one issued with `fedhds certs issue`"
         )
     role, _, name = urns[0].removeprefix(URN_PREFIX).partition(":")
     if role not in {known.value for known in Role} or _NAME.fullmatch(name) is None:
-        raise EnrolmentRefused(f"the certificate's identity {urns[0]!r} is malformed; have it issued anew")
+        raise EnrollmentRefused(f"the certificate's identity {urns[0]!r} is malformed; have it issued anew")
     return PeerIdentity(name, Role(role), hashlib.sha256(public_key).hexdigest())
 
 
 def identity_of(auth_context: Mapping[str, Sequence[bytes]]) -> PeerIdentity | None:
     """The caller's identity, from `grpc.ServicerContext.auth_context()`; None when there is no TLS.
 
-    Raises EnrolmentRefused if there is TLS, but no certificate or not one of this federation's making.
+    Raises EnrollmentRefused if there is TLS, but no certificate or not one of this federation's making.
     """
     certificates = auth_context.get("x509_pem_cert", ())
     if certificates:
         return identity_from_certificate(certificates[0])
     if b"ssl" in auth_context.get("transport_security_type", ()):
-        raise EnrolmentRefused("the peer showed no certificate; start it with --tls-cert and --tls-key")
+        raise EnrollmentRefused("the peer showed no certificate; start it with --tls-cert and --tls-key")
     return None
 
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedhds.errors import EnrolmentRefused, StorageError, UsageError
+from fedhds.errors import EnrollmentRefused, StorageError, UsageError
 from fedhds.runtime.files import make_folder, replace_file
 from fedhds.security.credentials import TlsFiles
 from fedhds.security.identity import URN_PREFIX, Role, check_name, identity_from_certificate
@@ -29,7 +29,7 @@ AUTHORITY = "ca"
 BACKDATE = timedelta(hours=1)
 """How long before its issue a certificate begins: machines disagree about the time, and it must not lie ahead."""
 
-_LONGEST_DAYS = 36_500
+_MAX_DAYS = 36_500
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOST = re.compile(rf"(?:\*\.)?{_LABEL}(?:\.{_LABEL})*")
 # A coordinator also asks itself for its health; its role lets it do nothing else with another's.
@@ -199,8 +199,8 @@ def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 
 def _validity(days: int) -> tuple[datetime, datetime]:
-    if not 1 <= days <= _LONGEST_DAYS:
-        raise UsageError(f"--days {days}: a certificate is valid for 1 to {_LONGEST_DAYS} days")
+    if not 1 <= days <= _MAX_DAYS:
+        raise UsageError(f"--days {days}: a certificate is valid for 1 to {_MAX_DAYS} days")
     now = datetime.now(UTC).replace(microsecond=0)
     return now - BACKDATE, now + timedelta(days=days)
 
@@ -229,7 +229,7 @@ def _renewed_hosts(
     pem = _read(certificate_path)
     try:
         identity = identity_from_certificate(pem)
-    except EnrolmentRefused as error:
+    except EnrollmentRefused as error:
         raise UsageError(f"{certificate_path}: {error}") from error
     certificate = x509.load_pem_x509_certificate(pem)
     if certificate.public_key() != key.public_key():

@@ -16,7 +16,7 @@ def run_main(program: str, body: Callable[[], int]) -> NoReturn:
     2: a mistake in what was asked for; 1: any other domain error; 130, 143: ended by
     Ctrl-C or SIGTERM before the daemon ran.
     """
-    from fedhds.telemetry import last_words
+    from fedhds.runtime.logging import last_words
 
     # Until the daemon installs its own handler: the first process of a container ignores SIGTERM by default.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

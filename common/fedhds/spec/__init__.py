@@ -18,7 +18,9 @@ from fedhds.spec.rounds import RoundsSpec
 from fedhds.spec.run import SCHEMA_VERSION, RunSpec
 from fedhds.spec.selection import Schedule, SelectionSpec
 from fedhds.spec.strategies import (
+    REDUCED_DIMENSION,
     STRATEGY_SPECS,
+    ClusteringSpec,
     FederatedKMeansSpec,
     FedHdsAlignedSpec,
     FedHdsSpec,
@@ -33,10 +35,12 @@ __all__ = [
     "AGGREGATOR_SPECS",
     "OPTIMIZER_SPECS",
     "PEFT_SPECS",
+    "REDUCED_DIMENSION",
     "SCHEMA_VERSION",
     "STRATEGY_SPECS",
     "AggregationSpec",
     "AggregatorSpec",
+    "ClusteringSpec",
     "EvaluationSpec",
     "FeaturePooling",
     "FeatureSpec",

@@ -32,6 +32,11 @@ class SelectionSpec(Parameters):
     )
     features: FeatureSpec = Field(default_factory=FeatureSpec)
 
+    @property
+    def one_shot(self) -> bool:
+        """Whether rows are selected once, before the first round."""
+        return self.schedule == "one-shot"
+
     def budget_of(self, pool: int) -> int | None:
         """Rows to train on of `pool` rows; None where the strategy sets it itself."""
         return self.strategy.auto_budget(pool) if self.budget == "auto" else budget_rows(self.budget, pool)

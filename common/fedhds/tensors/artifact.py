@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from fedhds.errors import AdapterError
-from fedhds.v1 import federation_pb2 as pb
+from fedhds.v2 import transfer_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +19,12 @@ class Artifact:
     digest: str
     size: int
 
-    def to_proto(self) -> pb.ArtifactRef:
+    def to_proto(self) -> transfer_pb2.ArtifactRef:
         """The same reference as a wire message."""
-        return pb.ArtifactRef(digest=self.digest, size=self.size)
+        return transfer_pb2.ArtifactRef(digest=self.digest, size=self.size)
 
     @classmethod
-    def from_proto(cls, message: pb.ArtifactRef) -> Self:
+    def from_proto(cls, message: transfer_pb2.ArtifactRef) -> Self:
         """Reads a wire message; raises AdapterError when the digest is not one."""
         if len(message.digest) != 64 or set(message.digest) - set("0123456789abcdef"):
             raise AdapterError("artifact digest is not 64 lower-case hexadecimal digits")

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedhds.errors import AdapterError
-from fedhds.v1 import federation_pb2 as pb
+from fedhds.v2 import federation_pb2 as pb
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -156,6 +156,11 @@ class AdapterManifest:
 
     tensors: tuple[TensorSpec, ...]
     config: str
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """What the tensors are to their PEFT method."""
+        return frozenset(tensor.role for tensor in self.tensors)
 
     def parsed_config(self) -> dict[str, Any]:
         """The configuration as JSON; raises AdapterError when it is not an object."""

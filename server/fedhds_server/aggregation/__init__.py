@@ -1,8 +1,12 @@
-"""How updates become the next global adapter: one file per rule, one interface."""
+"""How updates become the next global adapter: one file per rule, one interface; and the pipeline around it.
 
-from fedhds_server.aggregation.base import Aggregator, Update, validate_update
+A new rule is a file with an `Aggregator`, its entry here, and its parameters in `fedhds.spec.aggregation`.
+"""
+
+from fedhds_server.aggregation.base import Aggregator, Update
 from fedhds_server.aggregation.fedavg import FedAvg
+from fedhds_server.aggregation.pipeline import aggregate
 
 AGGREGATORS: dict[str, Aggregator] = {"fedavg": FedAvg()}
 
-__all__ = ["AGGREGATORS", "Aggregator", "Update", "validate_update"]
+__all__ = ["AGGREGATORS", "Aggregator", "Update", "aggregate"]

@@ -1,7 +1,11 @@
-"""The coordinator's half of selection: one file per strategy, one interface."""
+"""The coordinator's half of selection: one file per strategy, one interface.
+
+A new strategy is a file here, one in `fedhds.spec.strategies` and, if sites report, one in
+`fedhds_client.selection`, each with its entry in the registry of its folder.
+"""
 
 from fedhds_server.selection.base import Group, InterClientSelection, Report, Selection, SelectionContext
-from fedhds_server.selection.federated_lloyd import Global
+from fedhds_server.selection.federated_kmeans import FederatedKMeans
 from fedhds_server.selection.fedhds import FedHds
 from fedhds_server.selection.full import Full
 from fedhds_server.selection.random import Random
@@ -11,7 +15,7 @@ STRATEGIES: dict[str, InterClientSelection] = {
     "random": Random(),
     "fedhds": FedHds(),
     "fedhds-aligned": FedHds(),
-    "global": Global(),
+    "federated-kmeans": FederatedKMeans(),
 }
 
 __all__ = ["STRATEGIES", "Group", "InterClientSelection", "Report", "Selection", "SelectionContext"]

@@ -5,43 +5,44 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from fedhds.runspec import RunSpec
-from fedhds.v1 import federation_pb2 as pb
+from google.protobuf.message import Message
+
+from fedhds.spec import RunSpec
+from fedhds.v2 import selection_pb2
 
 
 @dataclass(frozen=True, slots=True)
 class SelectionContext:
-    """What every strategy knows: declared rows per taking part site, and the rows allowed over all of them.
+    """What every strategy knows: declared rows per participating site, and the rows allowed over all of them.
 
-    `budget` is None only for strategies that set it themselves (RunSpec.budget_of).
+    `budget` is None only for strategies that set it themselves (StrategySpec.auto_budget).
     """
 
-    seed: int
-    round: int
+    spec: RunSpec
+    round_number: int
     rows: Mapping[str, int]
     budget: int | None
-    spec: RunSpec
-    passes: int = 0
-    """Passes over the sites that were done before the one that the reports are of."""
-    centres: pb.Centres | None = None
-    """The centres of that pass; None in the first."""
-    cells: pb.CellReport = field(default_factory=pb.CellReport)
-    """What the sites' sums of that pass add up to."""
+    step: int = 0
+    """Steps of this selection that are done; the reports are of the step after them."""
+    request: Any = None
+    """The message of type `request_type` that the sites answered; None in the first step."""
+    totals: Any = None
+    """What the sites' reports add up to, where the strategy adds them up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A site's clusters, or the counts of its cells, and the task by which it will know them again."""
+    """A site's report, of the strategy's `report_type`, and the task by which the site will know it again."""
 
-    select_task_id: str
-    clusters: pb.ClusterReport = field(default_factory=pb.ClusterReport)
-    cells: pb.CellReport = field(default_factory=pb.CellReport)
+    task_id: str
+    message: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Clusters, as (site, cluster), that were found to be alike, and those of them that give rows."""
+    """Clusters, as (site, cluster_id), that are alike, and those of them that give rows."""
 
     members: tuple[tuple[str, int], ...]
     winners: tuple[tuple[str, int], ...]
@@ -51,25 +52,36 @@ class Group:
 class Selection:
     """A coreset for every site that trains; sites without one do not. `notes` and `places` are for people."""
 
-    coresets: Mapping[str, pb.Coreset]
+    coresets: Mapping[str, selection_pb2.Coreset]
     groups: tuple[Group, ...] = ()
     notes: tuple[str, ...] = ()
     places: Mapping[tuple[str, int], Sequence[float]] = field(default_factory=dict)
-    """Where in the plane the clusters (site, cluster) lie, those of no group too."""
+    """Where in the plane the clusters (site, cluster_id) are, those of no group too."""
 
 
 class InterClientSelection(ABC):
     """Decides which rows of which sites train.
 
     Implementations MUST depend on nothing but their arguments, and not on the order of sites; MUST name only sites of
-    the context that hold rows; and MUST NOT ask for more rows than a site declared.
+    the context that have rows; and MUST NOT ask for more rows than a site declared. Messages are of the types that the
+    strategy's specification names.
     """
 
-    needs_reports: bool
+    def check(self, spec: RunSpec, request: Any, report: Any, *, rows: int) -> str:
+        """Why a report of a site with `rows` rows cannot count, given the step's `request`; empty when it can."""
+        return ""
+
+    def add(self, totals: Any, report: Any) -> tuple[Message | None, Message]:
+        """Adds a report to what earlier ones of the step add up to (None: it is the first).
+
+        Returns the new totals, and what must be kept of the report itself. Totals of None: nothing is added up. The
+        result MUST NOT depend on the order of reports.
+        """
+        return None, report
 
     @abstractmethod
-    def select(self, context: SelectionContext, reports: Mapping[str, Report]) -> Selection | pb.Centres:
-        """The decision, or the centres of one more pass over the sites that answered.
+    def select(self, context: SelectionContext, reports: Mapping[str, Report]) -> Selection | Message:
+        """The decision, or the request of one more step for the sites that answered.
 
-        `reports` holds the sites that answered, and is empty unless `needs_reports`.
+        `reports` has the sites that answered; it is empty when the strategy asks for none.
         """

@@ -1,4 +1,4 @@
-"""The bar for every strategy: a uniform draw of the budget from the pooled rows of all sites."""
+"""The baseline of every strategy: a uniform draw of the budget from the pooled rows of all sites."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from fedhds.v1 import federation_pb2 as pb
+from fedhds.v2 import selection_pb2 as pb
 from fedhds_server.selection.base import InterClientSelection, Report, Selection, SelectionContext
 
 
@@ -19,14 +19,12 @@ class Random(InterClientSelection):
     But no site gives more than its largest share of a round's weight: what that exceeds is drawn from the others.
     """
 
-    needs_reports = False
-
     def select(self, context: SelectionContext, reports: Mapping[str, Report]) -> Selection:
         sites = sorted(context.rows)
         pool = sum(context.rows.values())
-        rng = np.random.default_rng([context.seed, context.round])
+        rng = np.random.default_rng([context.spec.seed, context.round_number])
         rows = np.array([context.rows[site] for site in sites], dtype=np.int64)
-        counts = _drawn(rng, rows, min(context.budget or 0, pool), largest=context.spec.max_weight_share)
+        counts = _draw(rng, rows, min(context.budget or 0, pool), largest=context.spec.aggregation.max_weight_share)
         return Selection(
             {
                 site: pb.Coreset(random=pb.RandomRows(count=int(count), seed=_site_seed(context, site)))
@@ -36,27 +34,27 @@ class Random(InterClientSelection):
         )
 
 
-def _drawn(
+def _draw(
     rng: np.random.Generator, rows: npt.NDArray[np.int64], budget: int, *, largest: float
 ) -> npt.NDArray[np.int64]:
     """How many of its `rows` (n,) each site gives: none more than the share `largest` while others have rows left.
 
-    Beyond that share an update has no weight (aggregation.weights), and what a site declares nobody can check.
+    Beyond that share an update has no weight (aggregation.weights), and what a site declares cannot be checked.
     """
-    most = math.ceil(budget * max(largest, 1 / max(1, int((rows > 0).sum()))))
+    limit = math.ceil(budget * max(largest, 1 / max(1, int((rows > 0).sum()))))
     counts = np.zeros_like(rows)
     free = rows > 0
     while missing := budget - int(counts.sum()):
         room = np.where(free, rows - counts, 0)
         if not room.any():
-            # The others have given all that they hold.
+            # The others have given all their rows.
             return counts + rng.multivariate_hypergeometric(rows - counts, missing, method="marginals")
         counts += rng.multivariate_hypergeometric(room, min(missing, int(room.sum())), method="marginals")
-        free &= counts < most
-        counts = np.minimum(counts, most)
+        free &= counts < limit
+        counts = np.minimum(counts, limit)
     return counts
 
 
 def _site_seed(context: SelectionContext, site: str) -> int:
-    text = f"{context.seed}/{context.round}/{site}".encode()
+    text = f"{context.spec.seed}/{context.round_number}/{site}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")

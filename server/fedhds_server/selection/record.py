@@ -12,16 +12,16 @@ from fedhds.errors import StorageError
 from fedhds.runtime.files import replace_file
 from fedhds_server.selection.base import Selection
 
-# A browser draws and lists as many at once; whoever wants all of a larger selection reads the file.
-_MOST_GROUPS = 200
-_MOST_DOTS = 1500
-_MOST_NAMES = 8
+# A browser draws and lists as many at once; the file has all of a larger selection.
+_MAX_GROUPS = 200
+_MAX_DOTS = 1500
+_MAX_NAMES = 8
 
 
 def write_selection(folder: Path, selection: Selection, *, run_id: str, number: int, strategy: str) -> None:
     """Writes the selection of round `number`; all of it follows from what the sites sent. Raises StorageError."""
 
-    def told(clusters: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
+    def as_json(clusters: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
         return [
             {"site": site, "cluster": cluster}
             | ({"at": [float(f"{value:.5g}") for value in at]} if (at := selection.places.get((site, cluster))) else {})
@@ -36,13 +36,13 @@ def write_selection(folder: Path, selection: Selection, *, run_id: str, number: 
         "notes": list(selection.notes),
         "groups": [
             {
-                "members": told(group.members),
+                "members": as_json(group.members),
                 "winners": [{"site": site, "cluster": cluster} for site, cluster in group.winners],
                 "sites": len({site for site, _ in group.members}),
             }
             for group in selection.groups
         ],
-        "dropped": told(sorted(selection.places.keys() - grouped)),
+        "dropped": as_json(sorted(selection.places.keys() - grouped)),
     }
     replace_file(_path(folder, number), json.dumps(content, indent=1))
 
@@ -62,10 +62,12 @@ def abridged_selection(folder: Path, number: int) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StorageError(f"cannot read {path}: {error}; restore it from a backup, or do without the map") from error
-    groups, room = [], _MOST_DOTS
+        raise StorageError(
+            f"cannot read {path}: {error}; restore it from a backup; the run goes on without the map"
+        ) from error
+    groups, room = [], _MAX_DOTS
     listed = sorted(content["groups"], key=lambda group: (-group["sites"], -len(group["members"])))
-    for group in listed[:_MOST_GROUPS]:
+    for group in listed[:_MAX_GROUPS]:
         members = [((member["site"], member["cluster"]), member.get("at")) for member in group["members"]]
         winners = dict.fromkeys((winner["site"], winner["cluster"]) for winner in group["winners"])
         placed = [(tuple(at), cluster) for cluster, at in members if at]
@@ -78,8 +80,8 @@ def abridged_selection(folder: Path, number: int) -> dict[str, Any]:
             {
                 "sites": group["sites"],
                 "clusters": len(members),
-                "members": [f"{site}/{cluster}" for (site, cluster), _ in members[:_MOST_NAMES]],
-                "winners": [f"{site}/{cluster}" for site, cluster in [*winners][:_MOST_NAMES]],
+                "members": [f"{site}/{cluster}" for (site, cluster), _ in members[:_MAX_NAMES]],
+                "winners": [f"{site}/{cluster}" for site, cluster in [*winners][:_MAX_NAMES]],
                 "winner_count": len(winners),
                 "dots": [[*at, dots[at], at in won] for at in drawn],
             }

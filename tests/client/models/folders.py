@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from fedhds.runspec import RunSpec
+from fedhds.spec import RunSpec
 
 
 def spec_of(model: object = "m", **fields: Any) -> RunSpec:

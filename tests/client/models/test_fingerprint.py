@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from fedhds.v1 import federation_pb2 as pb
+from fedhds.v2 import federation_pb2 as pb
 from fedhds_client.models.adapter import AdapterModel
 from fedhds_client.models.fingerprint import fingerprint
 from fedhds_client.models.loading import BaseModel, load_base_model

@@ -11,7 +11,7 @@ import torch
 from peft import IA3Config, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from fedhds.runspec import RunSpec
+from fedhds.spec import RunSpec
 from fedhds.tensors.codecs import CODECS
 from fedhds.tensors.manifest import AdapterManifest, Initial
 from fedhds.tensors.safetensors import AdapterReader, write_adapter
@@ -41,7 +41,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def manifest(llama: Path) -> AdapterManifest:
     """Of the method above on it."""
-    spec = RunSpec(model="org/base", rounds=1)
+    spec = RunSpec.of(model="org/base", rounds=1)
     base = load_base_model(str(llama), device="cpu")
     return Ia3().manifest(spec, get_peft_model(base.model, Ia3().config(spec, base)))
 

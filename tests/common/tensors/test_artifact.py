@@ -9,7 +9,7 @@ import pytest
 
 from fedhds.errors import AdapterError
 from fedhds.tensors.artifact import Artifact
-from fedhds.v1 import federation_pb2 as pb
+from fedhds.v2 import transfer_pb2
 
 
 def test_a_reference_is_the_digest_and_size_of_the_file(tmp_path: Path) -> None:
@@ -25,4 +25,4 @@ def test_a_reference_is_the_digest_and_size_of_the_file(tmp_path: Path) -> None:
 )
 def test_a_reference_whose_digest_is_none_is_refused(digest: str) -> None:
     with pytest.raises(AdapterError, match="64 lower-case"):
-        Artifact.from_proto(pb.ArtifactRef(digest=digest, size=1))
+        Artifact.from_proto(transfer_pb2.ArtifactRef(digest=digest, size=1))

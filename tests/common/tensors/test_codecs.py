@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from fedhds.runspec import RunSpec, WireDtype
+from fedhds.spec import RunSpec, WireDtype
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.codecs import CODECS
 from fedhds.tensors.safetensors import AdapterReader

@@ -3,7 +3,7 @@
 from fedhds.settings import Variants
 from fedhds.spec.strategies.base import StrategySpec
 from fedhds.spec.strategies.federated_kmeans import FederatedKMeansSpec
-from fedhds.spec.strategies.fedhds import FedHdsAlignedSpec, FedHdsSpec, Reduction
+from fedhds.spec.strategies.fedhds import REDUCED_DIMENSION, ClusteringSpec, FedHdsAlignedSpec, FedHdsSpec, Reduction
 from fedhds.spec.strategies.full import FullSpec
 from fedhds.spec.strategies.random import RandomSpec
 
@@ -17,8 +17,10 @@ STRATEGY_SPECS: dict[str, type[StrategySpec]] = {
 STRATEGIES = Variants(STRATEGY_SPECS, key="name", default="fedhds-aligned", kind="selection strategy")
 
 __all__ = [
+    "REDUCED_DIMENSION",
     "STRATEGIES",
     "STRATEGY_SPECS",
+    "ClusteringSpec",
     "FedHdsAlignedSpec",
     "FedHdsSpec",
     "FederatedKMeansSpec",

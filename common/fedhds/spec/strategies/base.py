@@ -34,12 +34,20 @@ class StrategySpec(Parameters):
     """What a site sends for selection, for the model card; empty: nothing."""
     clipped_and_noised: ClassVar[str] = "Released centroids were clipped to L2 norm {clip_norm:g} and noised"
     """The model card's words for what clipping and noise did."""
-    request_type: ClassVar[type[Message] | None] = None
-    """The message that the coordinator sends with a selection task; None: the task says enough."""
-    report_type: ClassVar[type[Message] | None] = None
-    """The message that a site answers with; None: sites are not asked."""
-
     name: str = parameter(..., "Which rows train.", setting="selection_strategy")
+
+    @property
+    def request_type(self) -> type[Message] | None:
+        """The message that the coordinator sends with a selection task; None: the task says enough.
+
+        Message types are properties so that `--help` need not import protobuf.
+        """
+        return None
+
+    @property
+    def report_type(self) -> type[Message] | None:
+        """The message that a site answers with; None: sites are not asked."""
+        return None
 
     def auto_budget(self, pool: int) -> int | None:
         """Rows that the budget "auto" means of `pool` rows; None where the strategy itself decides."""

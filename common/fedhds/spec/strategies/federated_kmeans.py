@@ -9,6 +9,8 @@ from fedhds.settings import parameter
 from fedhds.spec.strategies.base import StrategySpec
 
 if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
     from fedhds.spec.run import RunSpec
 
 
@@ -23,6 +25,18 @@ class FederatedKMeansSpec(StrategySpec):
 
     name: Literal["federated-kmeans"] = "federated-kmeans"
     kmeans_iterations: int = parameter(5, "Passes over all sites with the full number of centers.", ge=1, le=100)
+
+    @property
+    def request_type(self) -> type[Message]:
+        from fedhds.v2.selection_pb2 import KMeansCenters
+
+        return KMeansCenters
+
+    @property
+    def report_type(self) -> type[Message]:
+        from fedhds.v2.selection_pb2 import KMeansStats
+
+        return KMeansStats
 
     def releases(self, spec: RunSpec) -> int:
         return total_passes(spec.privacy.selection.released_centroids, self.kmeans_iterations)

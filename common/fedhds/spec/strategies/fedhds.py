@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fedhds.settings import parameter
 from fedhds.spec.amounts import MAX_COUNT
 from fedhds.spec.strategies.base import StrategySpec
 
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+    from fedhds.spec.run import RunSpec
+
 Reduction = Literal["tsne", "umap", "pca", "kpca", "none"]
+
+
+# Dimensions of a reduction: those of a map, as published.
+REDUCED_DIMENSION = 2
 
 
 class ClusteringSpec(StrategySpec):
@@ -19,6 +28,17 @@ class ClusteringSpec(StrategySpec):
 
     reduction: Reduction = parameter("tsne", "Reduction of the features before a site clusters them.")
     min_cluster_size: int = parameter(2, "Smallest cluster at a site, in rows.", ge=2, le=MAX_COUNT)
+
+    @property
+    def report_type(self) -> type[Message]:
+        from fedhds.v2.selection_pb2 import ClusterReport
+
+        return ClusterReport
+
+    def centroid_dimension(self, spec: RunSpec) -> int:
+        """Values of a centroid: those of the features in a shared space, else those of the site's own reduction."""
+        reduced = self.reduction != "none" and not self.shared_space
+        return REDUCED_DIMENSION if reduced else spec.selection.features.dimension
 
 
 class FedHdsSpec(ClusteringSpec):

@@ -1,0 +1,1 @@
+"""The commands that the client package adds to the toolbox `fedhds`."""

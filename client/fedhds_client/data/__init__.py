@@ -1,0 +1,1 @@
+"""Instruction data: files to rows, rows to prompts and tokens."""

@@ -1,0 +1,221 @@
+"""A site's rows: read once from any known file, checked, and then read row by row from a spool on disk."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self, cast
+
+from fedhds.errors import DataError
+from fedhds_client.data.row_formats import BadRow, Row, is_task_file, normalized, task_rows
+
+_KEPT_REASONS = 10
+_ENDINGS = ".jsonl, .jsonl.gz, .json, .json.gz, .parquet"
+
+
+class Shard:
+    """Rows of one file, by id 0 to len - 1. Memory: eight bytes a row; the text lies in an unnamed file on disk."""
+
+    def __init__(self, path: Path, spool: IO[bytes]) -> None:
+        self.path = path
+        self.skipped = 0
+        self.skipped_reasons: list[tuple[int, str]] = []
+        """Line (or row of a list or table, from 1) and reason of the first rows that were skipped."""
+        self.categories: Counter[str] = Counter()
+        self.digest = ""
+        """SHA-256 over the digests of all rows."""
+        self._spool = spool
+        self._offsets = array("Q", [0])
+
+    @classmethod
+    def open(cls, path: Path, *, skip_bad_rows: bool = False, spool_dir: Path | None = None) -> Shard:
+        """Reads and checks a whole file; raises DataError naming file, line and reason.
+
+        With `skip_bad_rows` a bad row is counted and left out; a file that cannot be read at all is an error still.
+        """
+        if path.is_dir():
+            raise DataError(path, "is a folder; name a file in it")
+        if not path.exists():
+            raise DataError(path, "there is no such file")
+        spool = cast(IO[bytes], tempfile.TemporaryFile(dir=spool_dir))  # noqa: SIM115 - the shard closes it
+        shard = cls(path, spool)
+        try:
+            shard._fill(skip_bad_rows)
+        except OSError as error:
+            spool.close()
+            raise DataError(path, f"cannot be read: {error.strerror or error}") from error
+        except DataError:
+            spool.close()
+            raise
+        return shard
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, number: int) -> Row:
+        if not 0 <= number < len(self):
+            raise IndexError(f"row {number} of {len(self)}")
+        begin, end = self._offsets[number], self._offsets[number + 1]
+        # pread: the position of the file is shared by threads, this call's is not.
+        content = json.loads(os.pread(self._spool.fileno(), end - begin, begin))
+        return Row.from_content(number, content)
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[number] for number in range(len(self)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """PrivateReporter the spool."""
+        self._spool.close()
+
+    def _fill(self, skip_bad_rows: bool) -> None:
+        digest = hashlib.sha256()
+        seen = 0
+        for place, raw in _raw_rows(self.path):
+            seen += 1
+            try:
+                content = normalized(raw() if callable(raw) else raw)
+            except BadRow as fault:
+                if not skip_bad_rows:
+                    raise DataError(
+                        self.path, f"{fault}; mend the row or leave such rows out with --skip-bad-rows", place
+                    ) from None
+                self.skipped += 1
+                if len(self.skipped_reasons) < _KEPT_REASONS:
+                    self.skipped_reasons.append((place, str(fault)))
+                continue
+            row = Row.from_content(len(self), content)
+            digest.update(bytes.fromhex(row.digest))
+            self.categories[row.category] += 1
+            line = json.dumps(content).encode()
+            self._spool.write(line)
+            self._offsets.append(self._offsets[-1] + len(line))
+        self._spool.flush()
+        self.digest = digest.hexdigest()
+        if not seen:
+            raise DataError(self.path, "the file is empty; a shard needs at least one row")
+        if not len(self):
+            raise DataError(self.path, f"none of its {seen} rows can be used; the first: {self.skipped_reasons[0][1]}")
+
+
+def _raw_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows of a file with their line (JSON lines) or ordinal; a value or a function that reads it or raises BadRow."""
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        yield from _parquet_rows(path)
+    elif name.endswith((".jsonl", ".jsonl.gz")):
+        yield from _lines(path)
+    elif name.endswith((".json", ".json.gz")):
+        yield from _document_rows(path)
+    else:
+        raise DataError(path, f"the ending is not known; known are {_ENDINGS}")
+
+
+def _opened(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    with _opened(path) as file:
+        number = 0
+        while True:
+            try:
+                line = file.readline()
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise DataError(
+                    path, "the compressed file is cut short or damaged; copy it again", number + 1
+                ) from error
+            if not line:
+                return
+            number += 1
+            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if text.strip():
+                yield number, lambda text=text: _parsed(text)
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise BadRow("it is not valid UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise BadRow(f"it is not valid JSON ({error.msg})") from None
+    except RecursionError:
+        raise BadRow("it is not valid JSON (nested too deeply)") from None
+    except ValueError:
+        raise BadRow("it is not valid JSON (a number has too many digits)") from None
+
+
+def _document_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        with _opened(path) as file:
+            text = file.read().removeprefix(b"\xef\xbb\xbf")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(path, "the compressed file is cut short or damaged; copy it again") from error
+    if not text.strip():
+        return
+    try:
+        document = _parsed(text)
+    except BadRow as fault:
+        # Many files of JSON lines are called .json.
+        if text.lstrip().startswith(b"{") and text.strip().count(b"\n"):
+            yield from _lines(path)
+            return
+        raise DataError(path, str(fault)) from None
+    if is_task_file(document):
+        try:
+            yield from enumerate(task_rows(document), 1)
+        except BadRow as fault:
+            raise DataError(path, str(fault)) from None
+    elif isinstance(document, list):
+        yield from enumerate(document, 1)
+    else:
+        yield 1, document
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in _table_rows(batch):
+                    number += 1
+                    yield number, row
+    except pyarrow.ArrowException as error:
+        raise DataError(path, "is not a readable Parquet file; write it anew", number + 1) from error
+
+
+def _table_rows(batch: Any) -> list[Any]:
+    try:
+        rows: list[Any] = batch.to_pylist()
+    except UnicodeDecodeError:
+        # Parquet does not check its strings; one by one, so that only the rows at fault are bad.
+        return [partial(_decoded, batch.slice(index, 1)) for index in range(batch.num_rows)]
+    return rows
+
+
+def _decoded(row: Any) -> Any:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError:
+        raise BadRow("it is not valid UTF-8") from None

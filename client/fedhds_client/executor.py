@@ -1,0 +1,114 @@
+"""What all sites of a process share: the loaded models, the fetched adapters, and the tasks that run on them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedhds.errors import StorageError, TaskError
+from fedhds.runtime.files import make_folder
+from fedhds.tensors.artifact import Artifact
+from fedhds_client.distributed.process_group import Prepare, ProcessGroup, Stop
+from fedhds_client.tasks import TASKS, TaskContext, TaskResult
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from fedhds.spec import RunSpec
+    from fedhds.tensors.manifest import AdapterManifest
+    from fedhds.v2 import federation_pb2 as pb
+    from fedhds.v2 import transfer_pb2
+    from fedhds_client.computation import Control
+    from fedhds_client.data.prompts import Prompter
+    from fedhds_client.features.shard_features import ShardFeatures
+    from fedhds_client.models.adapter import AdapterModel
+    from fedhds_client.rpc_client import CoordinatorClient
+    from fedhds_client.settings import ClientSettings
+    from fedhds_client.site import Site
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunModels:
+    """What a run loads once per process."""
+
+    spec: RunSpec
+    model: AdapterModel
+    prompter: Prompter
+    features: ShardFeatures
+
+
+class TaskExecutor:
+    """Loads the base model once per process and computes for every site, one computation at a time.
+
+    `prepare` must have returned before any other computation. All but `fetch` run in the process's one worker thread.
+    """
+
+    def __init__(self, settings: ClientSettings, sites: Sequence[Site], group: ProcessGroup) -> None:
+        self._settings = settings
+        self._group = group
+        self._indices = {site.name: index for index, site in enumerate(sites)}
+        self._models: RunModels | None = None
+        self._proof: tuple[pb.ModelFingerprint, AdapterManifest]
+        # Below a folder that this process holds: a fetch resumes the partial file that it finds.
+        self._adapters = sites[0].folder / "adapters"
+        self._fetching = asyncio.Lock()
+
+    def prepare(self, spec: RunSpec) -> tuple[pb.ModelFingerprint, AdapterManifest]:
+        """Loads the run's base model, or takes the one that another site of this process loaded."""
+        from fedhds_client.features.shard_features import ShardFeatures
+        from fedhds_client.models.fingerprint import fingerprint
+        from fedhds_client.run_models import load_models
+
+        if self._models is None:
+            self._group.broadcast(Prepare(spec.model_dump_json().encode()))
+            base, model, prompter = load_models(self._settings, spec)
+            features = ShardFeatures(self._settings, spec, model, prompter, self._group)
+            proof = fingerprint(base, prompter.fingerprint)
+            proof.feature_model = features.proof
+            self._proof = proof, model.manifest()
+            self._models = RunModels(spec, model, prompter, features)
+            logger.info("the base model is on %s, rows of up to %d tokens", base.device, prompter.max_length)
+        elif spec != self._models.spec:
+            raise TaskError("the coordinator gave the sites of this process different runs; start one process per run")
+        return self._proof
+
+    def close(self) -> None:
+        """Stops the workers of this site's process group; nothing may be computed after it."""
+        self._group.broadcast(Stop())
+        self._group.close()
+
+    async def fetch(
+        self,
+        client: CoordinatorClient,
+        session: str,
+        reference: transfer_pb2.ArtifactRef,
+        progress: Callable[[float], None],
+    ) -> Path:
+        """The global adapter on this machine's disk."""
+        artifact = Artifact.from_proto(reference)
+        path = self._adapters / artifact.digest
+        async with self._fetching:
+            if not path.exists():
+                try:
+                    make_folder(self._adapters)
+                    await client.download(session, artifact, path, progress)
+                except OSError as error:
+                    raise StorageError(f"cannot keep the adapter in {self._adapters}: {error.strerror}") from error
+        return path
+
+    def execute(self, site: Site, run_id: str, task: pb.Task, adapter: Path, control: Control) -> TaskResult:
+        """Does a task of `site`; raises TaskError for a kind that this version does not know."""
+        if self._models is None:
+            raise TaskError("the base model is not loaded yet")
+        kind = TASKS.get(task.kind)
+        if kind is None:
+            raise TaskError(
+                f"this version of fedhds knows no task {task.kind!r}; install the coordinator's version here"
+            )
+        index = self._indices[site.name]
+        return kind.run(TaskContext(task, run_id, site, index, self._settings, self._models, adapter, control))

@@ -1,0 +1,1 @@
+"""Features of rows: hidden states, projected, cached, reduced and grouped."""

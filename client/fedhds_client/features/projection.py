@@ -1,0 +1,115 @@
+"""The space of features: hidden states of chosen layers, pooled and projected, the same at every site.
+
+The projection follows from the run's specification alone: random signs (Achlioptas 2003, "Database-friendly random
+projections", Thm 1.1), drawn from a counter-based generator whose stream numpy keeps fixed, so that it is bit-identical
+on every machine. Nothing is fitted on rows. It is applied to each batch as it comes, so that no more than one batch of
+hidden states is held, whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from fedhds.errors import TaskError
+
+if TYPE_CHECKING:
+    from fedhds.spec import RunSpec
+
+
+def signs(*, seed: int, layer: int, hidden: int, dimension: int) -> npt.NDArray[np.int8]:
+    """Random signs (hidden, dimension), each -1 or 1, for one layer; bit-identical wherever it is called."""
+    key = hashlib.sha256(f"fedhds projection/{seed}/{layer}/{hidden}/{dimension}".encode()).digest()
+    count = hidden * dimension
+    words = np.random.Philox(key=int.from_bytes(key[:16], "big")).random_raw(-(-count // 64))
+    # Bytes in a fixed order: the machine's own would give others elsewhere.
+    bits = np.unpackbits(words.astype("<u8").view(np.uint8), bitorder="little")[:count]
+    return (bits.astype(np.int8) * 2 - 1).reshape(hidden, dimension)
+
+
+Pooling = Literal["last", "mean"]
+
+
+@dataclass(frozen=True)
+class FeatureSpace:
+    """How hidden states become features of `dimension` values."""
+
+    seed: int
+    dimension: int
+    layers: str = "all"
+    """all, last, or numbers such as 0,6,-1, where 0 is the embeddings' output."""
+    pooling: Pooling = "last"
+    """Hidden state of the last token, or the mean over a row's tokens."""
+    shared: bool = False
+    """Every layer's vector and the result are normalized to L2 norm 1, so that sites' features compare."""
+    _signs: dict[tuple[int, torch.device], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, spec: RunSpec) -> FeatureSpace:
+        """The space that a run's specification describes."""
+        shared = spec.selection.strategy.shared_space
+        pooling = spec.selection.features.pooling
+        if pooling == "auto":
+            pooling = "mean" if shared else "last"
+        return cls(spec.seed, spec.selection.features.dimension, spec.selection.features.layers, pooling, shared)
+
+    @property
+    def key(self) -> str:
+        """Names the space: equal exactly when the features of equal states are."""
+        return f"{self.seed}/{self.dimension}/{self.layers}/{self.pooling}/{self.shared}"
+
+    def layer_indices(self, count: int) -> list[int]:
+        """Indices of the layers in use, out of `count`, ascending; raises TaskError for one that the model does not have."""
+        if self.layers == "all":
+            return list(range(count))
+        if self.layers == "last":
+            return [count - 1]
+        numbers = [int(text) for text in self.layers.split(",")]
+        beyond = next((number for number in numbers if not -count <= number < count), None)
+        if beyond is not None:
+            raise TaskError(
+                f"--feature-layers names layer {beyond}, the model has 0 (embeddings) to {count - 1}; choose among them"
+            )
+        return sorted({number % count for number in numbers})
+
+    def features(self, states: tuple[torch.Tensor, ...], lengths: torch.Tensor) -> torch.Tensor:
+        """Projects hidden states, per layer (batch, tokens, hidden), padded on the right; float32 (batch, dimension).
+
+        `lengths` (batch,): tokens of every row. float32 throughout, so that features agree between thread counts and
+        devices to 1e-4 of their norm for float32 models; for 16-bit models as far as their states do.
+        """
+        layers = self.layer_indices(len(states))
+        total: torch.Tensor | None = None
+        for layer in layers:
+            # On each layer's own device: a model that is spread over several GPUs has them on several.
+            pooled = self._pooled(states[layer], lengths.to(states[layer].device))
+            if self.shared:
+                pooled = nn.functional.normalize(pooled, dim=1) / math.sqrt(len(layers))
+            projected = pooled @ self._layer_signs(layer, pooled.shape[1], pooled.device).float()
+            total = projected if total is None else total + projected.to(total.device)
+        assert total is not None
+        total = total / math.sqrt(self.dimension)
+        return nn.functional.normalize(total, dim=1) if self.shared else total
+
+    def _pooled(self, states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        if self.pooling == "last":
+            return states[torch.arange(len(states), device=states.device), lengths - 1].float()
+        mask = torch.arange(states.shape[1], device=states.device)[None, :] < lengths[:, None]
+        # where, not a product: what stands at padding may be anything.
+        summed = torch.where(mask[:, :, None], states.float(), 0.0).sum(dim=1)
+        return summed / lengths[:, None]
+
+    def _layer_signs(self, layer: int, hidden: int, device: torch.device) -> torch.Tensor:
+        """As bytes: a quarter of what float32 takes for a model of many wide layers."""
+        layer_signs = self._signs.get((layer, device))
+        if layer_signs is None or layer_signs.shape[0] != hidden:
+            drawn = signs(seed=self.seed, layer=layer, hidden=hidden, dimension=self.dimension)
+            layer_signs = self._signs[layer, device] = torch.from_numpy(drawn).to(device)
+        return layer_signs

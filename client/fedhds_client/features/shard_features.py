@@ -1,0 +1,134 @@
+"""Features of a site's shard under the run's model: from memory, the cache, or the extraction by its process group."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedhds.errors import TaskError
+from fedhds_client.computation import Cancelled, Control
+from fedhds_client.data.prompts import Prompter
+from fedhds_client.data.shard import Shard
+from fedhds_client.distributed.process_group import Extract, ProcessGroup
+from fedhds_client.features.cache import cached_features
+from fedhds_client.features.extraction import Features, extract_features
+from fedhds_client.features.projection import FeatureSpace
+from fedhds_client.models.adapter import AdapterModel
+from fedhds_client.models.fingerprint import fingerprint
+from fedhds_client.models.loading import load_base_model
+
+if TYPE_CHECKING:
+    from fedhds.spec import RunSpec
+    from fedhds_client.settings import ClientSettings
+    from fedhds_client.site import Site
+
+logger = logging.getLogger(__name__)
+
+
+class ShardFeatures:
+    """Takes features with the run's feature model, or with the base model under the adapter of the task."""
+
+    def __init__(
+        self, settings: ClientSettings, spec: RunSpec, model: AdapterModel, prompter: Prompter, group: ProcessGroup
+    ) -> None:
+        self._model, self._prompter, self._group = model, prompter, group
+        self._space = FeatureSpace.of(spec)
+        self._batch_size = settings.inference_batch_size
+        self._body = model.base
+        self._own = bool(spec.selection.features.model)
+        # By site: features of the last key. A strategy that makes many passes asks again within the second.
+        self._recent: dict[str, tuple[str, Features]] = {}
+        if self._own:
+            logger.info("loading the feature model %s", spec.selection.features.model)
+            self._body = load_base_model(
+                spec.selection.features.model, device=settings.device, cache_dir=settings.state, body_only=True
+            )
+            length = min(spec.model.max_length, self._body.max_length)
+            self._prompter = Prompter(self._body.tokenizer, max_length=length, prompt_format=spec.model.prompt_format)
+
+    @property
+    def proof(self) -> str:
+        """Digest of the feature model and how it is used; empty where that is the base model."""
+        if not self._own:
+            return ""
+        whole = fingerprint(self._body, self._prompter.fingerprint)
+        return hashlib.sha256(whole.SerializeToString(deterministic=True)).hexdigest()
+
+    def of(self, site: Site, index: int, adapter: Path, control: Control) -> Features:
+        """Features of the shard of `site`, which is this process's with that `index`.
+
+        Raises TaskError, and Cancelled when `control` says so.
+        """
+        shard = site.shard
+        if shard is None:
+            raise TaskError("this site holds no training rows to take features of")
+        key = "/".join(
+            (self._body.weights, "" if self._own else adapter.name, self._space.key, str(self._body.model.dtype))
+        )
+        recent = self._recent.get(site.name)
+        if recent and recent[0] == key:
+            return recent[1]
+
+        def extract(rows: Sequence[int]) -> Features:
+            logger.info("%s: taking the features of %d rows", site.name, len(rows))
+
+            def progress(share: float) -> None:
+                control.report(share)
+                # With workers it runs to its end: they would not learn of it.
+                if control.cancelled() and self._group.size == 1:
+                    raise Cancelled("the extraction of features was stopped")
+
+            content = b"" if self._own else adapter.read_bytes()
+            self._group.broadcast(Extract(index, tuple(rows), content))
+            values = self._group.gather(rows, lambda share: self.extract(shard, share, adapter, progress).values)
+            return Features(np.asarray(rows, dtype=np.int64), values)
+
+        features = cached_features(
+            site.folder / "features",
+            key=key,
+            encode=lambda row: self._encode(shard, row),
+            ids=range(len(shard)),
+            dimension=self._space.dimension,
+            extract=extract,
+            note=lambda text: logger.warning("%s: %s", site.name, text),
+        )
+        self._recent[site.name] = (key, features)
+        return features
+
+    def release(self, site: str) -> None:
+        """Frees the memory that a site's features take."""
+        self._recent.pop(site, None)
+
+    def extract(
+        self,
+        shard: Shard,
+        rows: Sequence[int],
+        adapter: Path,
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> Features:
+        """Extracts the features of `rows` in this process; raises TaskError, AdapterError and ModelError."""
+        if not self._own:
+            self._model.load(adapter)
+        return extract_features(
+            self._body.model if self._own else self._model.module,
+            lambda row: self._encode(shard, row),
+            rows,
+            self._space,
+            pad_id=int(self._body.tokenizer.pad_token_id or 0),
+            batch_size=self._batch_size,
+            progress=progress,
+        )
+
+    def _encode(self, shard: Shard, row: int) -> list[int]:
+        encoded = self._prompter.encode(shard[row])
+        end = self._body.tokenizer.eos_token_id
+        if encoded.truncated and end is not None:
+            # All rows end alike: else the last token's state says first of all whether a row was cut. On Dolly, where
+            # 16 % of the rows are, 98 % of the picks were, and they covered the pool worse than a random draw.
+            return [*encoded.input_ids[:-1], end]
+        return encoded.input_ids

@@ -1,0 +1,296 @@
+"""One site's life: enroll, register, then task after task until the run is over."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from fedhds import PROTOCOL_VERSIONS, __version__
+from fedhds.errors import (
+    ArtifactError,
+    CoordinatorUnreachable,
+    EnrollmentRefused,
+    Evicted,
+    FedhdsError,
+    SessionLost,
+    StorageError,
+)
+from fedhds.runtime.logging import about
+from fedhds.spec import RunSpec
+from fedhds.v2 import federation_pb2 as pb
+from fedhds.v2 import transfer_pb2
+from fedhds_client.computation import Cancelled, Control
+from fedhds_client.counters import ENDED, ENROLLING, TASK_FAILURES, TASK_SECONDS, WAITING
+from fedhds_client.executor import TaskExecutor
+from fedhds_client.progress import ProgressDisplay
+from fedhds_client.rpc_client import CoordinatorClient
+from fedhds_client.settings import ClientSettings
+from fedhds_client.site import Site
+from fedhds_client.tasks import TASKS
+from fedhds_client.updates.delivery import write_adapter_folder
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_POLL_S = 25.0
+# A process that ends tells the coordinator, but does not wait for one that is gone.
+_LEAVE_S = 2.0
+_STORAGE_RETRY_S = 5.0
+_ENDS = (SessionLost, CoordinatorUnreachable, EnrollmentRefused)
+
+
+class SiteLoop:
+    """Talks to the coordinator for one site; its computations run in the process's worker thread."""
+
+    def __init__(
+        self,
+        site: Site,
+        client: CoordinatorClient,
+        executor: TaskExecutor,
+        worker: ThreadPoolExecutor,
+        settings: ClientSettings,
+        display: ProgressDisplay,
+    ) -> None:
+        self._site = site
+        self._client = client
+        self._executor = executor
+        self._worker = worker
+        self._settings = settings
+        self._display = display
+        self._session = ""
+        self._heartbeat_timeout_s = 60.0
+        self._run_id = ""
+        self._round_number = 0
+        self._control: Control | None = None
+        self._blocked_since = 0.0
+        self.activity = ENROLLING
+        """What the site does now: a kind of task, or one of the words of `fedhds_client.counters`."""
+
+    @property
+    def progress(self) -> float:
+        """The share of the current computation that is done, 0 to 1."""
+        return self._control.progress if self._control else 0.0
+
+    async def run(self) -> bool:
+        """Whether the run ended as it should; raises FedhdsError when the site cannot go on."""
+        about(lambda: {"run": self._run_id, "site": self._site.name, "round": self._round_number})
+        try:
+            return await self._live()
+        except Evicted as error:
+            # The other sites of this process go on.
+            logger.error("%s: %s", self._site.name, error)
+            return False
+        finally:
+            self.activity = ENDED
+
+    async def _live(self) -> bool:
+        await self._enroll()
+        self.activity = WAITING
+        reason = ""
+        # A poll that lasts longer than the heartbeat time-out would look like silence.
+        wait_s = min(_POLL_S, self._heartbeat_timeout_s / 3)
+        while True:
+            request = pb.NextTaskRequest(session=self._session, wait_s=wait_s)
+            answer = await self._client.call(self._client.federation.NextTask, request, wait_s=wait_s)
+            match answer.WhichOneof("next"):
+                case "wait":
+                    if answer.wait.reason != reason:
+                        reason = answer.wait.reason
+                        logger.info("%s: %s", self._site.name, reason or "waiting")
+                case "done":
+                    return await self._finish(answer.done)
+                case "task":
+                    reason, task = "", answer.task
+                    # A kind that this version does not know fails in the executor, under one name for all.
+                    self.activity, self._round_number = task.kind if task.kind in TASKS else WAITING, task.round_number
+                    with TASK_SECONDS.labels(self.activity).time():
+                        await self._work(task)
+                    self.activity = WAITING
+                case other:
+                    raise FedhdsError(f"the coordinator gave an answer that this version does not know ({other})")
+
+    def abandon(self) -> None:
+        """Asks a running computation to stop."""
+        if self._control:
+            self._control.cancel()
+
+    async def leave(self) -> None:
+        """Tells the coordinator that the site stops, if it can be reached at once."""
+        if not self._session:
+            return
+        request = pb.LeaveRequest(session=self._session)
+        try:
+            await self._client.federation.Leave(request, timeout=_LEAVE_S)
+        except Exception as error:  # noqa: BLE001 - nothing depends on it: the session ends by itself
+            logger.debug("the coordinator did not hear that the site leaves: %s", type(error).__name__)
+
+    async def _enroll(self) -> None:
+        request = pb.EnrollRequest(
+            site=self._site.name,
+            protocol_versions=PROTOCOL_VERSIONS,
+            fedhds_version=__version__,
+            previous_session=self._site.session(),
+            session=self._site.next_session(),
+        )
+        answer = await self._client.call(self._client.federation.Enroll, request)
+        self._session, self._run_id = answer.session, answer.run_id
+        self._heartbeat_timeout_s = answer.heartbeat_timeout_s
+        self._site.keep_session()
+        try:
+            spec = RunSpec.model_validate_json(answer.spec)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise EnrollmentRefused(
+                f"the run's specification is not one that fedhds {__version__} knows"
+                f"{f' ({where})' if where else ''}: {problem['msg']}; install the coordinator's version here"
+            ) from error
+        logger.info(
+            "%s: enrolled in run %s (%s, %d rounds of %s)",
+            self._site.name,
+            self._run_id,
+            spec.model.name,
+            spec.rounds.count,
+            spec.selection.strategy.name,
+        )
+        fingerprint, manifest = await self._computed("", lambda _: self._executor.prepare(spec))
+        registration = pb.RegisterRequest(
+            session=self._session,
+            fingerprint=fingerprint,
+            manifest=manifest.to_proto(),
+            rows=self._site.rows,
+            evaluates=self._site.evaluates,
+        )
+        await self._client.call(self._client.federation.Register, registration)
+
+    async def _work(self, task: pb.Task) -> None:
+        name, kind, number = self._site.name, task.kind, task.round_number
+        try:
+            answer = await self._result(task)
+        except _ENDS:
+            raise
+        except Cancelled:
+            logger.info("%s: %s task of round %d is no longer needed", name, kind, number)
+        except StorageError as error:
+            # People free disks in minutes; a task that failed at once would cost the site its rounds meanwhile.
+            now = asyncio.get_running_loop().time()
+            self._blocked_since = self._blocked_since or now
+            logger.error("%s: %s task of round %d: %s", name, kind, number, error)
+            if now - self._blocked_since > self._settings.reconnect_timeout:
+                await self._fail(task, error, str(error))
+            else:
+                logger.info("%s: trying again in %.0f s", name, _STORAGE_RETRY_S)
+                await asyncio.sleep(min(_STORAGE_RETRY_S, self._heartbeat_timeout_s / 3))
+        except FedhdsError as error:
+            logger.error("%s: %s task of round %d failed: %s", name, kind, number, error)
+            await self._fail(task, error, str(error))
+        except Exception as error:
+            # Whatever a library throws must not end the site, nor leave it: its text could contain data.
+            logger.exception("%s: %s task of round %d failed", name, kind, number)
+            await self._fail(task, error, "the site's log has the details")
+        else:
+            self._blocked_since = 0.0
+            if not answer.accepted:
+                logger.warning("%s: the coordinator did not take the result: %s", name, answer.reason)
+
+    async def _result(self, task: pb.Task) -> pb.CompleteTaskResponse:
+        adapter = await self._fetch(task.id, task.adapter, task.round_number)
+        doing = TASKS[task.kind].doing if task.kind in TASKS else task.kind
+        with self._shown(doing, task.round_number) as show:
+            result = await self._computed(
+                task.id,
+                lambda control: self._executor.execute(self._site, self._run_id, task, adapter, control),
+                show,
+            )
+        request = pb.CompleteTaskRequest(session=self._session, task_id=task.id)
+        request.result.Pack(result.message)
+        update = result.update
+        if update is None:
+            return await self._complete(request)
+        with self._shown("sending the update", task.round_number) as show:
+            upload = self._client.upload(self._session, update.path, update.artifact, show)
+            await self._transferred(task.id, upload)
+        try:
+            answer = await self._complete(request)
+        except ArtifactError as error:
+            # A coordinator that took over, or found the bytes damaged, asks for what was uploaded once more.
+            logger.warning("%s: %s", self._site.name, error)
+            await self._client.upload(self._session, update.path, update.artifact)
+            answer = await self._complete(request)
+        update.path.unlink(missing_ok=True)
+        return answer
+
+    async def _complete(self, request: pb.CompleteTaskRequest) -> pb.CompleteTaskResponse:
+        answer: pb.CompleteTaskResponse = await self._client.call(self._client.federation.CompleteTask, request)
+        return answer
+
+    async def _finish(self, done: pb.Done) -> bool:
+        if done.HasField("adapter"):
+            adapter = await self._fetch("", done.adapter, 0)
+            await asyncio.to_thread(
+                write_adapter_folder, self._settings.out, adapter, done.adapter_config, done.model_card
+            )
+            logger.info("%s: the final adapter is in %s", self._site.name, self._settings.out)
+        request = pb.ConfirmDeliveryRequest(session=self._session)
+        await self._client.call(self._client.federation.ConfirmDelivery, request)
+        failed = done.outcome == "failed"
+        verb = "is stopped" if done.outcome == "stopped" else done.outcome
+        level = logging.ERROR if failed else logging.INFO
+        logger.log(level, "%s: the run %s: %s", self._site.name, verb, done.message)
+        return not failed
+
+    async def _fail(self, task: pb.Task, error: Exception, reason: str) -> None:
+        name = type(error).__name__
+        TASK_FAILURES.labels(self.activity, name).inc()
+        request = pb.FailTaskRequest(session=self._session, task_id=task.id, kind=name, reason=reason)
+        await self._client.call(self._client.federation.FailTask, request)
+
+    def _shown(self, doing: str, round_number: int) -> AbstractContextManager[Callable[[float], None]]:
+        return self._display.work(f"{self._site.name}: {doing}" + f", round {round_number}" * bool(round_number))
+
+    async def _fetch(self, task_id: str, reference: transfer_pb2.ArtifactRef, round_number: int) -> Path:
+        with self._shown("fetching the adapter", round_number) as show:
+            fetching = self._executor.fetch(self._client, self._session, reference, show)
+            return await self._transferred(task_id, fetching)
+
+    async def _computed(
+        self, task_id: str, compute: Callable[[Control], Result], show: Callable[[float], None] = lambda share: None
+    ) -> Result:
+        """Computes in the worker thread and sends heartbeats meanwhile."""
+        control = self._control = Control(show=show)
+        context = contextvars.copy_context()
+        future = asyncio.get_running_loop().run_in_executor(self._worker, context.run, compute, control)
+        try:
+            return await self._awaited(task_id, future, control)
+        finally:
+            self._control = None
+            control.cancel()
+            # Nobody may be waiting any more: how the computation then ends is not reported.
+            future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+
+    async def _transferred(self, task_id: str, transfer: Coroutine[Any, Any, Result]) -> Result:
+        """Waits for a transfer and sends heartbeats meanwhile: a slow link, or a turn to wait for, is no silence."""
+        future = asyncio.ensure_future(transfer)
+        try:
+            return await self._awaited(task_id, future, Control())
+        finally:
+            future.cancel()
+
+    async def _awaited(self, task_id: str, future: asyncio.Future[Result], control: Control) -> Result:
+        while True:
+            done, _ = await asyncio.wait([future], timeout=self._heartbeat_timeout_s / 3)
+            if done:
+                return future.result()
+            beat = pb.HeartbeatRequest(session=self._session, task_id=task_id, progress=control.progress)
+            answer = await self._client.call(self._client.federation.Heartbeat, beat)
+            if answer.withdrawn:
+                control.cancel()

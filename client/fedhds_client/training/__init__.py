@@ -1,0 +1,1 @@
+"""Local training: the loop and the loss."""

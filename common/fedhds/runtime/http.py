@@ -1,0 +1,95 @@
+"""What a daemon answers over HTTP: /metrics, /healthz, /readyz."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+
+import uvicorn
+from prometheus_client import disable_created_metrics
+from prometheus_client.core import Metric
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from fedhds.errors import SettingsError
+from fedhds.runtime.metrics import exposition
+
+logger = logging.getLogger(__name__)
+
+# Scrapes and probes come one at a time, and the status page bounds its own; whoever opens more keeps them waiting.
+_MAX_CONNECTIONS = 100
+_LAST_ANSWERS_S = 1
+
+# Read on the event loop, where the state is whole; cheap.
+Families = Callable[[], Sequence[Metric]]
+# What keeps the process from being ready, by kind.
+Problems = Callable[[], Mapping[str, str]]
+
+
+@asynccontextmanager
+async def served(
+    address: str, families: Families, problems: Problems, routes: Collection[BaseRoute] = ()
+) -> AsyncIterator[str]:
+    """Answers on `address` (HOST:PORT; port 0 takes a free one) within the caller's event loop; gives the URL.
+
+    /healthz is answered by the loop itself: no answer within the prober's patience means that it stands still.
+    Raises SettingsError when the address cannot be had.
+    """
+
+    async def metrics(request: Request) -> Response:
+        read = families()
+        # The process's own figures are files to read.
+        content, media_type = await asyncio.to_thread(exposition, read, request.headers.get("accept", ""))
+        return Response(content, headers={"content-type": media_type})
+
+    async def healthz(request: Request) -> Response:
+        return PlainTextResponse("alive\n")
+
+    async def readyz(request: Request) -> Response:
+        found = problems()
+        text = "".join(f"{kind}: {problem}\n" for kind, problem in found.items())
+        return PlainTextResponse(text or "ready\n", status_code=503 if found else 200)
+
+    # The time at which each counter was made: as many series again, for nothing that is asked here.
+    disable_created_metrics()
+    own = [Route(f"/{endpoint.__name__}", endpoint) for endpoint in (metrics, healthz, readyz)]
+    config = uvicorn.Config(
+        Starlette(routes=[*own, *routes]),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        limit_concurrency=_MAX_CONNECTIONS,
+        timeout_graceful_shutdown=_LAST_ANSWERS_S,
+    )
+    listener = _bound(address)
+    host, port = address.rpartition(":")[0], listener.getsockname()[1]
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve([listener]))
+    logger.info("metrics at http://%s:%d/metrics", host, port)
+    try:
+        yield f"http://{host}:{port}"
+    finally:
+        server.should_exit = True
+        await serving
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves signals to the daemon."""
+        yield
+
+
+def _bound(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host.strip("[]"), int(port)), family=family)
+    except OSError as error:
+        raise SettingsError("--http", f"cannot listen on {address}: {error.strerror or error}") from error

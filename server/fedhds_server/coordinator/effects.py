@@ -1,0 +1,174 @@
+"""What the machine's instructions do: adapters are drawn and combined, selections decided, checkpoints written."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedhds.errors import DamagedArtifact, StorageError
+from fedhds.runtime.files import replace_file
+from fedhds.status import status_dict
+from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.safetensors import write_adapter
+from fedhds_server.aggregation import AGGREGATORS, Update, aggregate
+from fedhds_server.aggregation.weights import bounded_shares
+from fedhds_server.counters import AGGREGATION_SECONDS
+from fedhds_server.optimizers import OPTIMIZERS
+from fedhds_server.run.events import (
+    AdapterDrawn,
+    AdapterUpdated,
+    Discard,
+    DrawAdapter,
+    Instruction,
+    Resolve,
+    StageResolved,
+    WriteCheckpoint,
+)
+from fedhds_server.run.state import RunState, Stage
+from fedhds_server.selection.base import Selection
+from fedhds_server.selection.record import newest_selection, write_selection
+from fedhds_server.status import model_card_of, status_of
+from fedhds_server.storage.checkpoint import write_checkpoint
+from fedhds_server.workflows import WORKFLOWS
+from fedhds_server.workflows.training import contributions
+
+if TYPE_CHECKING:
+    from fedhds_server.coordinator.coordinator import Coordinator
+
+logger = logging.getLogger(__name__)
+
+_STORAGE_RETRY_S = 5.0
+
+
+class Effects:
+    """Performs instructions one after the other; it is the workspace of the workflows, too."""
+
+    def __init__(self, coordinator: Coordinator, *, keep_updates: bool) -> None:
+        self._coordinator = coordinator
+        self._artifacts = coordinator.artifacts
+        self._folder = coordinator.folder
+        self._keep_updates = keep_updates
+        self._queue: asyncio.Queue[Instruction] = asyncio.Queue()
+        # Of a former leader, a thread may still be writing into the same folder.
+        self._scratch = secrets.token_hex(4)
+        self.newest_selection = newest_selection(coordinator.folder)
+        """The last round of which this run folder has a selection; 0: one for all; None before the first."""
+
+    def start(self, instructions: Iterable[Instruction]) -> None:
+        """Queues instructions."""
+        for instruction in instructions:
+            self._queue.put_nowait(instruction)
+
+    async def done(self) -> None:
+        """Returns when nothing is queued any more."""
+        await self._queue.join()
+
+    async def run(self) -> None:
+        """Works until cancelled; what a storage failure stops is tried again."""
+        while True:
+            instruction = await self._queue.get()
+            while True:
+                try:
+                    await self._perform(instruction)
+                    break
+                except StorageError as error:
+                    logger.error("%s; trying again in %.0f s", error, _STORAGE_RETRY_S)
+                    await asyncio.sleep(_STORAGE_RETRY_S)
+            self._queue.task_done()
+
+    async def _perform(self, instruction: Instruction) -> None:
+        state = self._coordinator.state
+        match instruction:
+            case DrawAdapter() if 0 not in state.adapters:
+                artifact = await asyncio.to_thread(self._draw_adapter)
+                await self._coordinator.post(AdapterDrawn(time.time(), artifact))
+            # Resolved already, if the machine has moved on: what was decided is not decided again.
+            case Resolve(name) if (stage := state.stage) is not None and stage.closed and stage.name == name:
+                workflow = WORKFLOWS[stage.kind]
+                outcome = await asyncio.to_thread(workflow.resolve, state, stage, self)
+                await self._coordinator.post(StageResolved(time.time(), name, outcome))
+            case Discard(artifact) if artifact not in state.artifacts:
+                await asyncio.to_thread(self._artifacts.delete, artifact)
+            case WriteCheckpoint() if state.adapters:
+                await asyncio.to_thread(self._write_checkpoint)
+                if state.phase.over:
+                    # What a crash between a round's result and its deletions left behind, updates of single sites too.
+                    keep = {artifact.digest for artifact in state.artifacts}
+                    await asyncio.to_thread(self._artifacts.sweep, keep, over=True)
+
+    # The workspace of workflows; in a thread.
+
+    def verified(self, artifact: Artifact) -> Path:
+        """A local file with the artifact's bytes; raises DamagedArtifact."""
+        return self._artifacts.verified(artifact)
+
+    def record_selection(self, round_number: int, selection: Selection) -> None:
+        """Keeps a selection for people, as selection-N.json; raises StorageError."""
+        state = self._coordinator.state
+        strategy = state.spec.selection.strategy.name
+        write_selection(self._folder, selection, run_id=state.run_id, number=round_number, strategy=strategy)
+        self.newest_selection = round_number
+
+    @AGGREGATION_SECONDS.time()
+    def aggregate(self, state: RunState, stage: Stage) -> AdapterUpdated:
+        """Combines the stage's updates into the next global adapter, durably; raises StorageError.
+
+        An update whose bytes are no longer those that were accepted is left out.
+        """
+        spec, manifest = state.spec.aggregation, state.adapter_manifest
+        damaged: dict[str, str] = {}
+        paths: dict[str, Path] = {}
+        results = contributions(stage)
+        for site in results:
+            artifact = stage.replies[site].artifact
+            try:
+                if artifact is not None:
+                    paths[site] = self._artifacts.verified(artifact)
+            except DamagedArtifact as error:
+                damaged[site] = str(error)
+        shares = bounded_shares([results[site].samples for site in paths], spec.max_weight_share)
+        updates = [Update(site, path, float(share)) for (site, path), share in zip(paths.items(), shares, strict=True)]
+        result = aggregate(
+            manifest,
+            self._artifacts.verified(state.adapter),
+            updates,
+            aggregator=AGGREGATORS[spec.aggregator.name],
+            optimizer=OPTIMIZERS[spec.optimizer.name],
+            spec=spec,
+            slots={name: self._artifacts.verified(slot) for name, slot in state.slots.items()},
+            scratch=lambda name: self._artifacts.scratch(f"{name}-{self._scratch}"),
+            round_number=stage.round_number,
+        )
+        for path, artifact in result.files:
+            self._artifacts.adopt(path, artifact)
+        if self._keep_updates:
+            # Before the result is durable: nothing names the updates from then on.
+            for site in paths:
+                if artifact := stage.replies[site].artifact:
+                    self._artifacts.keep_update(artifact, stage.round_number, site)
+        return AdapterUpdated(result.adapter, result.slots, damaged)
+
+    def _draw_adapter(self) -> Artifact:
+        state = self._coordinator.state
+        path = self._artifacts.scratch(f"initial-{self._scratch}")
+        artifact = write_adapter(
+            path,
+            state.adapter_manifest,
+            lambda tensor: tensor.initial_value(state.spec.seed),
+            state.spec.aggregation.adapter_dtype,
+        )
+        self._artifacts.adopt(path, artifact)
+        return artifact
+
+    def _write_checkpoint(self) -> None:
+        state = self._coordinator.state
+        adapter = self._artifacts.verified(state.adapter)
+        write_checkpoint(self._folder, adapter, state.adapter_manifest.config, model_card_of(state))
+        report = status_dict(status_of(state, self._coordinator.checkpoint))
+        replace_file(self._folder / "report.json", json.dumps(report, indent=2))

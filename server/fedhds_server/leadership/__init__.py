@@ -1,0 +1,1 @@
+"""Which of several coordinators leads, what the port answers meanwhile, and whether the process could do its work."""

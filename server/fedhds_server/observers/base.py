@@ -1,0 +1,120 @@
+"""The interface of observers, and their queue: they hear of what is durable, and can never hold the run up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedhds_server.run.state import ClosedRound, Evaluation, Phase, RunState
+from fedhds_server.storage.base import JournalEntry
+
+logger = logging.getLogger(__name__)
+
+# What an observer that stands still at the end of a run is waited for.
+_CLOSE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ObserverContext:
+    """What an observer is made with."""
+
+    folder: Path
+    """The run folder."""
+
+
+class RunObserver(ABC):
+    """Hears of a run after each save, in order, in a thread of its own.
+
+    After a restart `started` comes first, with everything that happened before; what an observer heard in the seconds
+    before a crash may not have reached its place, so it should compare. What it raises is logged and stops nothing.
+    """
+
+    def __init__(self, context: ObserverContext) -> None:
+        self.context = context
+
+    def started(self, run_id: str, rounds: Sequence[ClosedRound]) -> None:
+        """This coordinator leads the run from now on; `rounds` are closed already."""
+
+    def recorded(self, entry: JournalEntry) -> None:
+        """A line of the journal."""
+
+    def round_closed(self, closed: ClosedRound) -> None:
+        """A round is over, and its adapter durable."""
+
+    def evaluated(self, round_number: int, site: str, evaluation: Evaluation) -> None:
+        """An evaluator measured the adapter of a round; 0 is the base model."""
+
+    def ended(self, phase: Phase, message: str) -> None:
+        """The run is over."""
+
+
+class Observers:
+    """Tells the observers of a coordinator what each save changed."""
+
+    def __init__(self, observers: Sequence[RunObserver]) -> None:
+        self._observers = observers
+        self._queue: asyncio.Queue[Callable[[RunObserver], None]] = asyncio.Queue()
+        self._rounds = 0
+        self._evaluations: set[tuple[int, str]] = set()
+        self._over = False
+
+    def started(self, state: RunState) -> None:
+        """Everything in `state` counts as told with this call, but evaluations, which are told each."""
+        self._rounds, self._over = len(state.closed_rounds), state.phase.over
+        run_id, rounds = state.run_id, tuple(state.closed_rounds)
+        self._tell(lambda observer: observer.started(run_id, rounds))
+        self._tell_evaluations(state)
+
+    def committed(self, state: RunState, entries: Sequence[JournalEntry]) -> None:
+        """Compares the saved state with what was told before."""
+        if not self._observers:
+            return
+        for entry in entries:
+            self._tell(lambda observer, entry=entry: observer.recorded(entry))
+        for closed in state.closed_rounds[self._rounds :]:
+            self._tell(lambda observer, closed=closed: observer.round_closed(closed))
+        self._rounds = len(state.closed_rounds)
+        self._tell_evaluations(state)
+        if state.phase.over and not self._over:
+            self._over = True
+            phase, message = state.phase, state.message
+            self._tell(lambda observer: observer.ended(phase, message))
+
+    async def run(self) -> None:
+        """Tells the observers, until cancelled."""
+        while True:
+            call = await self._queue.get()
+            await asyncio.to_thread(self._call_all, call)
+            self._queue.task_done()
+
+    async def close(self) -> None:
+        """Tells what is left."""
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                while not self._queue.empty():
+                    await asyncio.to_thread(self._call_all, self._queue.get_nowait())
+        except TimeoutError:
+            logger.warning("the observers have not finished within %.0f s; what is left is dropped", _CLOSE_S)
+
+    def _tell_evaluations(self, state: RunState) -> None:
+        for number, sites in state.evaluations.items():
+            for site, evaluation in sites.items():
+                if (number, site) not in self._evaluations:
+                    self._evaluations.add((number, site))
+                    self._tell(lambda observer, told=(number, site, evaluation): observer.evaluated(*told))
+
+    def _tell(self, call: Callable[..., None]) -> None:
+        if self._observers:
+            self._queue.put_nowait(call)
+
+    def _call_all(self, call: Callable[[RunObserver], None]) -> None:
+        for observer in self._observers:
+            try:
+                call(observer)
+            except Exception:
+                # A run must not end because a tracking service does not answer.
+                logger.exception("the observer %s failed", type(observer).__name__)

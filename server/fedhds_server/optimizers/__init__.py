@@ -1,0 +1,12 @@
+"""Server optimizers: what the coordinator does with the combined update. One file each, one interface.
+
+A new one is a file with a `ServerOptimizer`, its entry here, and its parameters in `fedhds.spec.aggregation`.
+"""
+
+from fedhds_server.optimizers.base import ServerOptimizer
+from fedhds_server.optimizers.momentum import Momentum
+from fedhds_server.optimizers.none import NoOptimizer
+
+OPTIMIZERS: dict[str, ServerOptimizer] = {"none": NoOptimizer(), "momentum": Momentum()}
+
+__all__ = ["OPTIMIZERS", "ServerOptimizer"]

@@ -1,0 +1,108 @@
+"""What comes in is checked here, before it can change the run's state."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+from google.protobuf.any_pb2 import Any
+
+from fedhds.errors import AdapterError, ArtifactError, DamagedArtifact, RequestError
+from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.manifest import AdapterManifest
+from fedhds.tensors.safetensors import AdapterReader
+from fedhds.v2 import federation_pb2 as pb
+from fedhds_server.coordinator import Coordinator
+from fedhds_server.run.state import Task
+from fedhds_server.workflows import TASK_KINDS
+
+logger = logging.getLogger(__name__)
+
+_MAX_TEXT = 500
+
+
+def registration(request: pb.RegisterRequest) -> tuple[dict[str, str], AdapterManifest]:
+    """Fingerprint and manifest of a registering site; raises AdapterError for a manifest that describes no adapter."""
+    fingerprint = {field.name: str(getattr(request.fingerprint, field.name)) for field in _FINGERPRINT.fields}
+    return fingerprint, AdapterManifest.from_proto(request.manifest)
+
+
+_FINGERPRINT = pb.ModelFingerprint.DESCRIPTOR
+
+
+async def check_result(
+    coordinator: Coordinator, task: Task, result: Any
+) -> tuple[Artifact | None, tuple[str, str] | None]:
+    """The durable upload that a result names, if any; and why the result cannot count: (what is wrong, why).
+
+    Raises RequestError for a result that is not one of the task's kind, ArtifactError when the upload is not here.
+    """
+    kind = TASK_KINDS[task.kind]
+    artifact = kind.upload_of(result)
+    rejection = kind.check(coordinator.state, task, result)
+    if artifact is None:
+        return None, rejection
+    artifacts, state = coordinator.artifacts, coordinator.state
+    if not await asyncio.to_thread(artifacts.has, artifact):
+        raise ArtifactError("the update is not here; upload it before completing its task")
+    if rejection:
+        return artifact, rejection
+    try:
+        path = await asyncio.to_thread(artifacts.verified, artifact)
+    except DamagedArtifact as error:
+        logger.error("%s", error)
+        if artifact not in state.artifacts:
+            await asyncio.to_thread(artifacts.delete, artifact)
+        raise ArtifactError("the update was damaged where it was kept; upload it again") from error
+    current = await asyncio.to_thread(artifacts.verified, state.adapter)
+    max_norm = state.spec.aggregation.max_update_norm
+    try:
+        await asyncio.to_thread(check_update, path, state.adapter_manifest, current=current, max_norm=max_norm)
+    except AdapterError as error:
+        return artifact, ("adapter", f"the update is rejected: {error}")
+    return artifact, None
+
+
+def named_upload(task_id: str, result: Any) -> Artifact | None:
+    """The upload that the result of a closed task names, if there is one; whatever else it says no longer matters."""
+    kind = TASK_KINDS.get(task_id.partition("/")[0])
+    try:
+        return kind.upload_of(result) if kind else None
+    except (RequestError, ArtifactError):
+        return None
+
+
+def check_update(path: Path, manifest: AdapterManifest, *, current: Path, max_norm: float) -> None:
+    """Checks names, shapes, types and finiteness of an update, and its distance from the adapter `current`.
+
+    The distance is the L2 norm of the difference over all tensors; a `max_norm` of 0 allows any. Raises AdapterError,
+    naming the tensor if there is one.
+    """
+    square = 0.0
+    with ExitStack() as stack, np.errstate(over="ignore"):
+        reader = stack.enter_context(AdapterReader(path, manifest, differences=True))
+        base = stack.enter_context(AdapterReader(current, manifest)) if max_norm or reader.is_difference else None
+        for tensor in manifest.tensors:
+            difference = reader.tensor(tensor)
+            if base is None:
+                continue
+            start = base.tensor(tensor)
+            if not reader.is_difference:
+                difference = difference - start
+            elif not np.isfinite(start + difference).all():
+                raise AdapterError(f"{tensor.name} holds a difference that leads to values that are not finite")
+            square += float(np.square(difference, dtype=np.float64).sum())
+    # Written so that a difference too large for a float is rejected too.
+    if max_norm and not math.sqrt(square) <= max_norm:
+        raise AdapterError(
+            f"it is {math.sqrt(square):.4g} away from the round's adapter, beyond --max-update-norm {max_norm:.4g}"
+        )
+
+
+def printable(text: str) -> str:
+    """A peer's words as one short line that harms neither a log, nor a terminal, nor a database."""
+    return "".join(character if character.isprintable() else " " for character in text[:_MAX_TEXT])

@@ -1,0 +1,255 @@
+"""What the state machine hears and what it asks for: events and instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from google.protobuf.any_pb2 import Any
+from google.protobuf.message import Message
+
+from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.manifest import AdapterManifest
+from fedhds.v2 import selection_pb2
+
+# Outcomes: what a workflow makes of a closed stage.
+
+
+@dataclass(frozen=True, slots=True)
+class NextStep:
+    """The sites that answered get another task of the same workflow, with this request."""
+
+    request: Message
+
+
+@dataclass(frozen=True, slots=True)
+class CoresetsSelected:
+    """The rows that train; sites without a coreset do not."""
+
+    coresets: Mapping[str, selection_pb2.Coreset]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUpdated:
+    """The next global adapter and the server optimizer's slots are durable."""
+
+    adapter: Artifact
+    slots: Mapping[str, Artifact] = field(default_factory=dict)
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    """Sites whose update was left out, as its bytes are no longer those that were accepted; and what is wrong."""
+
+
+Outcome = NextStep | CoresetsSelected | AdapterUpdated
+
+
+# Events: what happened. `at` is wall time in seconds, given by whoever feeds the machine.
+
+
+@dataclass(frozen=True, slots=True)
+class SiteConnected:
+    """A site took its name (checked by membership.admit before)."""
+
+    site: str
+    key: str
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRegistered:
+    """A site proved its base model and declared what it brings (checked by membership.check_registration before)."""
+
+    at: float
+    site: str
+    rows: int
+    evaluates: bool
+    fingerprint: dict[str, str]
+    manifest: AdapterManifest
+
+
+@dataclass(frozen=True, slots=True)
+class SiteSilent:
+    """No sign of life for longer than the heartbeat time-out."""
+
+    at: float
+    site: str
+
+
+@dataclass(frozen=True, slots=True)
+class SiteHeard:
+    """A lost site gave a sign of life in its old session."""
+
+    at: float
+    site: str
+
+
+@dataclass(frozen=True, slots=True)
+class SiteLeft:
+    """A site ended its session, or was refused for `reason`."""
+
+    at: float
+    site: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SiteEvicted:
+    """An operator excluded a site for good."""
+
+    at: float
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterDrawn:
+    """The initial adapter is durable."""
+
+    at: float
+    adapter: Artifact
+
+
+@dataclass(frozen=True, slots=True)
+class ResultReceived:
+    """A task's result (checked by rpc.validation before); `artifact` is the durable upload that it names."""
+
+    at: float
+    task_id: str
+    result: Any
+    artifact: Artifact | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResultRejected:
+    """A task's result did not pass validation."""
+
+    at: float
+    task_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFailed:
+    """A task failed at its site."""
+
+    at: float
+    task_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageResolved:
+    """What the workflow of the closed stage `stage` made of it."""
+
+    at: float
+    stage: str
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlineReached:
+    """The open stage, named by `stage`, has been open for as long as the run allows."""
+
+    at: float
+    stage: str
+
+
+@dataclass(frozen=True, slots=True)
+class RetryDue:
+    """The open stage, named by `stage`, has been short of its quorum for one heartbeat time-out."""
+
+    at: float
+    stage: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunPaused:
+    """An operator wants no new task handed out."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunResumed:
+    """An operator ended the pause."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunStopped:
+    """An operator ends the run with the adapter as it is."""
+
+    at: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FinalDelivered:
+    """A site has the final adapter."""
+
+    site: str
+
+
+Event = (
+    SiteConnected
+    | SiteRegistered
+    | SiteSilent
+    | SiteHeard
+    | SiteLeft
+    | SiteEvicted
+    | AdapterDrawn
+    | ResultReceived
+    | ResultRejected
+    | TaskFailed
+    | StageResolved
+    | DeadlineReached
+    | RetryDue
+    | RunPaused
+    | RunResumed
+    | RunStopped
+    | FinalDelivered
+)
+
+
+# Instructions: what the shell should do. All can be repeated; RunMachine.pending gives those that a crash cut short.
+
+
+@dataclass(frozen=True, slots=True)
+class DrawAdapter:
+    """Draw the initial adapter from the seed; answer with AdapterDrawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolve:
+    """Have the workflow of the closed stage `stage` decide what follows; answer with StageResolved."""
+
+    stage: str
+
+
+@dataclass(frozen=True, slots=True)
+class WriteCheckpoint:
+    """Write the PEFT folder of the last global adapter and its card, and drop artifacts that nothing names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Delete an artifact that no longer counts."""
+
+    artifact: Artifact
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Answer the long polls: somebody's work has changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Write a line for people into the journal and the log."""
+
+    message: str
+    trouble: bool = False
+
+
+Instruction = DrawAdapter | Resolve | WriteCheckpoint | Discard | Wake | Record

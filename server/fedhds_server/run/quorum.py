@@ -1,0 +1,98 @@
+"""What an open stage has collected from its cohort, and whether that is enough to close it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+from fedhds_server.run.state import RunState
+from fedhds_server.workflows import WORKFLOWS
+from fedhds_server.workflows.base import Workflow
+
+_MAX_NAMES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class CohortProgress:
+    """The cohort of the open stage, divided by what its sites have done."""
+
+    workflow: Workflow
+    answered: frozenset[str]
+    """Delivered, or had nothing to give."""
+    working: frozenset[str]
+    """Live, with an open task."""
+    failed: frozenset[str]
+    """Their task failed or its result was rejected."""
+    disconnected: frozenset[str]
+    """The others: lost or left; each may yet come back and deliver."""
+    target: int
+    """Answers that close the stage at once: the cohort's size before over-selection."""
+    quorum: int
+    """Fewest answers that close it at all."""
+    deadline_reached: bool
+
+    @classmethod
+    def of(cls, state: RunState) -> Self | None:
+        """What the open stage has collected; None while none is open."""
+        stage = state.stage
+        if stage is None or stage.closed:
+            return None
+        cohort = frozenset(stage.cohort)
+        answered = cohort & set(stage.replies)
+        with_task = {task.site for task in state.tasks.values() if task.kind == stage.kind}
+        working = frozenset(site for site in cohort - answered if site in with_task and state.sites[site].live)
+        failed = cohort & set(stage.failed) - answered - working
+        disconnected = cohort - answered - working - failed
+        quorum = state.spec.rounds.quorum_of(stage.target)
+        workflow = WORKFLOWS[stage.kind]
+        return cls(workflow, answered, working, failed, disconnected, stage.target, quorum, stage.deadline_reached)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the stage closes now: with what came, or with nothing when all that could be tried has failed."""
+        if not self.answered and self.failed:
+            return not self.working and not self.disconnected
+        if self.workflow.closes_at_target and len(self.answered) >= max(self.target, self.quorum):
+            return True
+        return len(self.answered) >= self.quorum and (self.deadline_reached or not self.working)
+
+    @property
+    def short(self) -> bool:
+        """Whether it cannot close, and no live site works on it."""
+        return not self.complete and not self.working
+
+    @property
+    def message(self) -> str:
+        """How it stands, for people."""
+        things = self.workflow.answers
+        so_far = f"{len(self.answered)} of {max(self.target, self.quorum)} {things}"
+        if not self.short:
+            return f"{so_far}, waiting for {listed(self.working)}"
+        parts = [f"waits for its quorum: {len(self.answered)} of at least {self.quorum} {things}"]
+        parts += [f"disconnected: {listed(self.disconnected)}"] * bool(self.disconnected)
+        parts += [f"failed, will be asked again: {listed(self.failed)}"] * bool(self.failed)
+        return "; ".join(parts)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message; many are abbreviated."""
+    ordered = sorted(names)
+    more = len(ordered) - _MAX_NAMES
+    return ", ".join(ordered[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "") if ordered else "no site"
+
+
+def cohort_size(count: int, fraction: float) -> int:
+    """Sites in a cohort out of `count` (at least one): max(1, round(fraction * count))."""
+    return min(count, max(1, math.floor(fraction * count + 0.5)))
+
+
+def draw(sites: Iterable[str], size: int, *, seed: int, round_number: int) -> list[str]:
+    """`size` of `sites`, uniformly, in name order.
+
+    Sites are ranked by a hash of seed, round and name, so that the draw depends on no order, library or version.
+    """
+    ranked = sorted(sites, key=lambda site: hashlib.sha256(f"{seed}/{round_number}/{site}".encode()).digest())
+    return sorted(ranked[:size])

@@ -1,0 +1,256 @@
+"""The plan of a run: when it starts, which stage follows which, and how it ends."""
+
+from __future__ import annotations
+
+import math
+
+from fedhds.tensors.artifact import Artifact
+from fedhds_server.run import stages
+from fedhds_server.run.events import (
+    AdapterUpdated,
+    CoresetsSelected,
+    Discard,
+    Instruction,
+    NextStep,
+    Outcome,
+    Record,
+    Wake,
+    WriteCheckpoint,
+)
+from fedhds_server.run.quorum import CohortProgress, cohort_size, draw, listed
+from fedhds_server.run.state import ClosedRound, Phase, Reply, RunState, Stage, packed
+from fedhds_server.workflows import WORKFLOWS
+from fedhds_server.workflows.evaluation import EvaluationTasks, evaluated_rounds, missing_evaluations
+from fedhds_server.workflows.selection import SelectionWorkflow
+from fedhds_server.workflows.training import TrainingWorkflow, contributions
+
+# A round whose every task failed leaves the adapter as it is. One may be bad luck (a full disk, a GPU that another
+# job uses); three in a row mean that the run cannot make progress and that somebody should look.
+_MAX_FAILED_ROUNDS = 3
+_SELECT, _TRAIN, _EVALUATE = SelectionWorkflow.kind, TrainingWorkflow.kind, EvaluationTasks.kind
+
+
+def activity(state: RunState) -> str:
+    """Where the run stands, for people: its phase, or what its open stage does."""
+    if state.phase is not Phase.RUNNING or state.stage is None:
+        return Phase.ENROLLING.value if state.phase is Phase.RUNNING else state.phase.value
+    workflow = WORKFLOWS[state.stage.kind]
+    return workflow.resolving if state.stage.closed else workflow.collecting
+
+
+def activities() -> list[str]:
+    """Everything that `activity` can say."""
+    running = [name for workflow in WORKFLOWS.values() for name in (workflow.collecting, workflow.resolving)]
+    return [
+        Phase.ENROLLING.value,
+        *running,
+        *(phase.value for phase in Phase if phase.over or phase is Phase.FINISHING),
+    ]
+
+
+def advance(state: RunState, at: float) -> list[Instruction]:
+    """Moves on when enough has come."""
+    if state.phase is Phase.ENROLLING:
+        return _start_if_ready(state, at)
+    if state.phase is Phase.FINISHING and not _evaluating(state):
+        stages.withdraw(state, kind=_EVALUATE)
+        return end(state, Phase.COMPLETED, f"{state.spec.rounds.count} rounds are done", at)
+    progress = CohortProgress.of(state)
+    if progress is None:
+        return []
+    if progress.complete:
+        return stages.close(state)
+    if progress.short:
+        return _fill_up(state, progress, at)
+    stages.describe(state)
+    return []
+
+
+def resolved(state: RunState, outcome: Outcome, at: float) -> list[Instruction]:
+    """What follows the closed stage."""
+    stage = state.stage
+    if stage is None:
+        return []
+    match outcome:
+        case NextStep(request):
+            sites = sorted(stage.replies)
+            stages.open_stage(state, stage.kind, sites, len(sites), request=request, step=stage.step + 1)
+            return [Wake()]
+        case CoresetsSelected():
+            return [*_selected(state, stage, outcome, at), Wake()]
+        case AdapterUpdated():
+            return [*_round_closed(state, stage, outcome, at), Wake()]
+
+
+def add_evaluations(state: RunState) -> None:
+    """Opens the tasks of evaluations that are due."""
+    for task_id, number, site in missing_evaluations(state):
+        stages.add_task(state, task_id, _EVALUATE, number, site)
+
+
+def end(state: RunState, phase: Phase, message: str, at: float) -> list[Instruction]:
+    """Ends the run; its last global adapter stays."""
+    uploads = state.artifacts - {*state.adapters.values(), *state.slots.values()}
+    state.phase, state.message, state.ended_at = phase, message, at
+    state.tasks, state.stage, state.paused = {}, None, None
+    verb = {Phase.COMPLETED: "is complete", Phase.STOPPED: "is stopped"}.get(phase, "failed")
+    note = Record(f"the run {verb}: {message}", trouble=phase is not Phase.COMPLETED)
+    return [note, *_discards(uploads), WriteCheckpoint(), Wake()]
+
+
+def _start_if_ready(state: RunState, at: float) -> list[Instruction]:
+    rounds = state.spec.rounds
+    sites, evaluators = rounds.min_sites - len(state.trainers), rounds.min_evaluators - len(state.evaluators)
+    missing = [f"{sites} more site{'s' * (sites > 1)}"] if sites > 0 else []
+    missing += [f"{evaluators} more evaluator{'s' * (evaluators > 1)}"] if evaluators > 0 else []
+    if missing or 0 not in state.adapters:
+        state.message = f"waiting for {' and '.join(missing) or 'the initial adapter'}"
+        return []
+    state.started_at, state.phase = at, Phase.RUNNING
+    pool = sum(state.sites[name].rows for name in state.trainers)
+    note = Record(f"the run starts with {len(state.trainers)} sites that have {pool} rows")
+    add_evaluations(state)
+    first = _open_selection(state) if state.spec.selection.one_shot else _open_round(state, at)
+    return [note, WriteCheckpoint(), *first, Wake()]
+
+
+def _open_selection(state: RunState) -> list[Instruction]:
+    """Asks the trainers (one-shot) or the round's cohort (per round) for reports, if the strategy needs any."""
+    state.coresets = {}
+    sites = state.trainers if state.spec.selection.one_shot else _draw(state, state.trainers)
+    if state.spec.selection.strategy.report_type is not None:
+        stages.open_stage(state, _SELECT, sites, len(sites))
+        return []
+    replies = {site: Reply(task_id="") for site in sites}
+    state.stage = Stage(kind=_SELECT, round_number=state.round_number, cohort=sites, target=len(sites), replies=replies)
+    return stages.close(state)
+
+
+def _open_round(state: RunState, at: float) -> list[Instruction]:
+    state.round_number += 1
+    return _fill_round(state, at)
+
+
+def _fill_round(state: RunState, at: float) -> list[Instruction]:
+    """Draws the cohort of the open round; waits, with a message, while no live site could be in it."""
+    state.round_opened_at = at
+    stages.open_stage(state, _TRAIN, [], 0)
+    eligible = _eligible(state)
+    state.round_size = cohort_size(len(eligible), state.spec.rounds.cohort_fraction)
+    if not eligible:
+        return stages.waits(state)
+    if not state.spec.selection.one_shot:
+        return _open_selection(state)
+    return _open_training(state, _draw(state, eligible), at)
+
+
+def _eligible(state: RunState) -> list[str]:
+    """Sites that a round may draw: with one-shot selection those that it gave rows."""
+    anyone = not state.spec.selection.one_shot
+    return [site for site in state.trainers if anyone or site in state.coresets]
+
+
+def _draw(state: RunState, sites: list[str]) -> list[str]:
+    """The round's cohort out of `sites`, over-selection included; never fewer than the quorum."""
+    rounds = state.spec.rounds
+    size = max(math.ceil(state.round_size * (1 + rounds.over_selection)), rounds.quorum_of(state.round_size))
+    return draw(sites, size, seed=state.spec.seed, round_number=state.round_number)
+
+
+def _open_training(state: RunState, cohort: list[str], at: float) -> list[Instruction]:
+    stages.open_stage(state, _TRAIN, cohort, min(len(cohort), state.round_size))
+    if not cohort:
+        note = Record(f"round {state.round_number}: no row was selected, the adapter stays as it is")
+        return [note, *stages.close(state)]
+    return [Record(f"round {state.round_number} of {state.spec.rounds.count} opens with {listed(cohort)}")]
+
+
+def _fill_up(state: RunState, progress: CohortProgress, at: float) -> list[Instruction]:
+    """Asks others in place of disconnected sites, or starts again where others cannot replace them."""
+    stage = state.stage
+    if stage is None:
+        return []
+    workflow, spare = progress.workflow, []
+    if workflow.replaceable(state, stage):
+        able = _eligible(state) if stage.kind == _TRAIN else state.trainers
+        spare = [site for site in able if site not in progress.answered | progress.failed]
+    elif not progress.answered and not progress.failed and state.trainers:
+        # Nothing has come that a new start would throw away.
+        stages.withdraw(state, kind=stage.kind)
+        return _fill_round(state, at) if stage.kind == _TRAIN else _open_selection(state)
+    if not stage.cohort:
+        return _fill_round(state, at) if spare else stages.waits(state)
+    return stages.ask_others(state, progress, spare)
+
+
+def _selected(state: RunState, stage: Stage, outcome: CoresetsSelected, at: float) -> list[Instruction]:
+    # Sites that were excluded while the strategy was at work get no coreset.
+    coresets = {site: rows for site, rows in sorted(outcome.coresets.items()) if not state.sites[site].excluded}
+    state.coresets = {site: packed(rows) for site, rows in coresets.items()}
+    notes: list[Instruction] = [Record(note) for note in outcome.notes]
+    notes.append(Record(f"selection: {len(coresets)} of {len(stage.replies)} sites have rows to train on"))
+    if not state.spec.selection.one_shot:
+        return [*notes, *_open_training(state, sorted(coresets), at)]
+    if not coresets:
+        message = "the selection chose no row of any site; give it a --selection-budget"
+        return [*notes, *end(state, Phase.FAILED, message, at)]
+    return [*notes, *_open_round(state, at)]
+
+
+def _round_closed(state: RunState, stage: Stage, outcome: AdapterUpdated, at: float) -> list[Instruction]:
+    before = state.artifacts
+    notes: list[Instruction] = []
+    for site, reason in sorted(outcome.damaged.items()):
+        stage.replies.pop(site, None)
+        message = f"round {state.round_number} goes on without the update of site {site}: {reason}"
+        notes.append(Record(message, trouble=True))
+    updates = contributions(stage)
+    samples = sum(update.samples for update in updates.values())
+    loss = sum(update.samples * update.loss for update in updates.values())
+    closed = ClosedRound(
+        round_number=state.round_number,
+        cohort=stage.cohort,
+        contributions={site: update.samples for site, update in updates.items()},
+        loss=loss / samples if samples else 0.0,
+        seconds=at - state.round_opened_at,
+    )
+    state.closed_rounds.append(closed)
+    state.adapters[state.round_number] = outcome.adapter
+    state.slots = dict(outcome.slots)
+    state.stage = None
+    kept = {*evaluated_rounds(state), state.round_number}
+    state.adapters = {number: adapter for number, adapter in state.adapters.items() if number in kept}
+    add_evaluations(state)
+    notes.append(
+        Record(
+            f"round {state.round_number} closed with {len(updates)} updates over {samples} samples"
+            + (f", training loss {closed.loss:.4f}" if samples else "")
+        )
+    )
+    notes += [WriteCheckpoint(), *_after_round(state, at)]
+    return [*notes, *_discards(before - state.artifacts)]
+
+
+def _after_round(state: RunState, at: float) -> list[Instruction]:
+    recent = state.closed_rounds[-_MAX_FAILED_ROUNDS:]
+    # Per-round selection may rightly choose no site; a round failed only when tasks were given and all failed.
+    if len(recent) == _MAX_FAILED_ROUNDS and all(closed.cohort and not closed.contributions for closed in recent):
+        message = f"no site delivered an update in {_MAX_FAILED_ROUNDS} rounds in a row"
+        return end(state, Phase.FAILED, message, at)
+    if state.round_number < state.spec.rounds.count:
+        return _open_round(state, at)
+    if not any(closed.contributions for closed in state.closed_rounds):
+        return end(state, Phase.FAILED, "no site delivered an update in any round; the adapter is untrained", at)
+    state.phase = Phase.FINISHING
+    state.message = "waiting for the last evaluations"
+    add_evaluations(state)
+    return advance(state, at)
+
+
+def _evaluating(state: RunState) -> bool:
+    """Whether a live site still has an evaluation to make."""
+    return any(task.kind == _EVALUATE and state.sites[task.site].live for task in state.tasks.values())
+
+
+def _discards(artifacts: set[Artifact]) -> list[Instruction]:
+    return [Discard(artifact) for artifact in sorted(artifacts, key=lambda artifact: artifact.digest)]

@@ -1,0 +1,254 @@
+"""What the coordinator remembers of a run."""
+
+from __future__ import annotations
+
+import base64
+from enum import StrEnum
+from typing import TypeVar
+
+from google.protobuf.any_pb2 import Any
+from google.protobuf.message import Message
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedhds.spec import RunSpec
+from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.manifest import AdapterManifest
+from fedhds.v2 import federation_pb2 as pb
+from fedhds.v2 import selection_pb2
+
+MessageType = TypeVar("MessageType", bound=Message)
+
+
+class Phase(StrEnum):
+    """Where a run stands."""
+
+    ENROLLING = "enrolling"
+    RUNNING = "running"  # stage after stage; `RunState.activity` says which
+    FINISHING = "finishing"  # waits for the last evaluations
+    COMPLETED = "completed"
+    STOPPED = "stopped"  # by an operator
+    FAILED = "failed"
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has ended."""
+        return self in (Phase.COMPLETED, Phase.STOPPED, Phase.FAILED)
+
+
+class SiteState(StrEnum):
+    """How the coordinator sees a site."""
+
+    CONNECTING = "connecting"  # has its name, has not yet proved its base model
+    ENROLLED = "enrolled"
+    LOST = "lost"  # silent for longer than the heartbeat time-out; may come back
+    LEFT = "left"  # said so, or was refused
+    EVICTED = "evicted"  # by an operator; never comes back
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=False)
+
+
+class Site(_Record):
+    """One site, by the name that its certificate or its flag gives it."""
+
+    name: str
+    key: str = ""  # SHA-256 of the certificate's public key; empty without TLS
+    session: str = ""  # SHA-256 of the session's secret
+    state: SiteState = SiteState.CONNECTING
+    rows: int = 0
+    evaluates: bool = False
+    last_error: str = ""
+    last_accepted: str = ""  # task whose result was accepted last: a site whose answer was lost asks again
+    delivered: bool = False
+    bytes_received: int = 0
+    rejections: int = 0  # results that did not pass validation
+    quarantined: bool = False  # after repeated rejections: gets no more work that changes the adapter
+
+    @property
+    def excluded(self) -> bool:
+        """Whether the run takes no rows of this site any more."""
+        return self.quarantined or self.state is SiteState.EVICTED
+
+    @property
+    def live(self) -> bool:
+        """Whether the site has its name now."""
+        return self.state in (SiteState.CONNECTING, SiteState.ENROLLED)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the site can be asked for rows now.
+
+        A site that has just restarted keeps its name and its rows while it loads its model, and is drawn all the same:
+        otherwise a crash would decide who takes part.
+        """
+        return self.live and self.rows > 0 and not self.excluded
+
+
+class Task(_Record):
+    """One open piece of work; it stays open until it is completed, failed or withdrawn."""
+
+    id: str
+    kind: str
+    round_number: int
+    site: str
+
+
+class Reply(_Record):
+    """What is kept of a site's accepted result in the open stage."""
+
+    task_id: str
+    message: str = ""  # packed; what its workflow needs of the result
+    artifact: Artifact | None = None  # the upload that the result names
+    empty: bool = False  # the site had nothing to give
+
+
+class Stage(_Record):
+    """The open step of a run: one task for each site of a cohort, and what came of it."""
+
+    kind: str  # of its tasks, and of the workflow that they belong to
+    round_number: int
+    step: int = 0  # steps of the same workflow before it
+    digest: str = ""  # of the request: an answer to another question must not count
+    request: str = ""  # packed; what every site gets with its task
+    cohort: list[str] = Field(default_factory=list)
+    target: int = 0  # answers that close it at once
+    replies: dict[str, Reply] = Field(default_factory=dict)
+    totals: str = ""  # packed; what the replies add up to, where the workflow adds them up as they arrive
+    failed: list[str] = Field(default_factory=list)  # sites whose task failed or whose result was rejected
+    deadline_reached: bool = False
+    closed: bool = False  # enough has come; its workflow decides what follows
+
+    @property
+    def name(self) -> str:
+        """Names the stage, so that an event about it cannot hit the next."""
+        return f"{self.kind}/{self.round_number}" + (f".{self.step}-{self.digest}" if self.step else "")
+
+    def task_id(self, site: str) -> str:
+        """The id of a site's task: the same for the same question."""
+        return f"{self.name}/{site}"
+
+
+class ClosedRound(_Record):
+    """What came of a round."""
+
+    round_number: int
+    cohort: list[str]
+    contributions: dict[str, int]  # site -> rows trained on
+    loss: float
+    seconds: float
+
+    @property
+    def samples(self) -> int:
+        """Rows trained on, over all contributors."""
+        return sum(self.contributions.values())
+
+
+class MetricSum(_Record):
+    """A metric, summed over what it is a mean of; adds up in any order."""
+
+    value_sum: float
+    weight: float
+
+
+class Evaluation(_Record):
+    """One evaluator's sums over its held-out rows."""
+
+    rows: int
+    metrics: dict[str, MetricSum]
+
+
+class RunState(_Record):
+    """All that survives a crash, as one row. Task ids, cohorts and first values follow from it and the seed."""
+
+    run_id: str
+    spec: RunSpec
+    phase: Phase = Phase.ENROLLING
+    message: str = ""
+    round_number: int = 0
+    round_size: int = 0  # sites in the open round's cohort before over-selection
+    started_at: float = 0.0
+    round_opened_at: float = 0.0
+    ended_at: float = 0.0
+    fingerprint: dict[str, str] = Field(default_factory=dict)
+    manifest: str = ""  # packed; empty until the first site registers
+    sites: dict[str, Site] = Field(default_factory=dict)
+    tasks: dict[str, Task] = Field(default_factory=dict)
+    stage: Stage | None = None
+    coresets: dict[str, str] = Field(default_factory=dict)  # site -> its packed coreset, of the last selection
+    paused: str | None = None  # the reason, while an operator's pause lasts
+    adapters: dict[int, Artifact] = Field(default_factory=dict)  # global adapters kept, by round
+    slots: dict[str, Artifact] = Field(default_factory=dict)  # of the server optimizer
+    closed_rounds: list[ClosedRound] = Field(default_factory=list)
+    evaluations: dict[int, dict[str, Evaluation]] = Field(default_factory=dict)  # round -> evaluator -> sums
+
+    @property
+    def adapter(self) -> Artifact:
+        """The newest global adapter; raises ValueError before the first."""
+        return self.adapters[max(self.adapters)]
+
+    @property
+    def artifacts(self) -> set[Artifact]:
+        """Everything that the run still needs from the artifact store."""
+        replies = self.stage.replies.values() if self.stage else ()
+        uploads = {reply.artifact for reply in replies if reply.artifact}
+        return {*self.adapters.values(), *self.slots.values(), *uploads}
+
+    @property
+    def pool_rows(self) -> int:
+        """Training rows that all sites declared."""
+        return sum(site.rows for site in self.sites.values())
+
+    @property
+    def trainers(self) -> list[str]:
+        """Sites that can be asked for rows now, by name."""
+        return sorted(site.name for site in self.sites.values() if site.trains)
+
+    @property
+    def evaluators(self) -> list[str]:
+        """Sites that evaluate now, by name."""
+        sites = self.sites.values()
+        return sorted(site.name for site in sites if site.state is SiteState.ENROLLED and site.evaluates)
+
+    @property
+    def trained_rows(self) -> int:
+        """Distinct rows trained on: exact for one-shot selection, where a site's rows stay; else an upper bound."""
+        per_site: dict[str, list[int]] = {}
+        for closed in self.closed_rounds:
+            for site, samples in closed.contributions.items():
+                per_site.setdefault(site, []).append(samples)
+        if self.spec.selection.one_shot:
+            return sum(max(samples) for samples in per_site.values())
+        return sum(min(self.sites[site].rows, sum(samples)) for site, samples in per_site.items())
+
+    @property
+    def adapter_manifest(self) -> AdapterManifest:
+        """The manifest that the first site's registration fixed; raises ValueError before that."""
+        if not self.manifest:
+            raise ValueError("no site has registered yet")
+        return AdapterManifest.from_proto(unpacked(self.manifest, pb.AdapterManifest))
+
+    def coreset_of(self, site: str) -> selection_pb2.Coreset:
+        """The rows that `site` trains on by the last selection."""
+        return unpacked(self.coresets[site], selection_pb2.Coreset)
+
+
+def packed(message: Message | Any) -> str:
+    """A message with its type as text for the state's row; the same message gives the same text."""
+    if not isinstance(message, Any):
+        content, message = message, Any()
+        message.Pack(content, deterministic=True)
+    return base64.b64encode(message.SerializeToString(deterministic=True)).decode()
+
+
+def unpacked_any(text: str) -> Any:
+    """The message behind `packed`, still with its type."""
+    return Any.FromString(base64.b64decode(text))
+
+
+def unpacked(text: str, kind: type[MessageType]) -> MessageType:
+    """The message behind `packed`; raises ValueError when it is of another kind."""
+    message = kind()
+    if not unpacked_any(text).Unpack(message):
+        raise ValueError(f"the state holds a {unpacked_any(text).TypeName()} where a {kind.__name__} belongs")
+    return message

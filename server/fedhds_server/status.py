@@ -1,0 +1,145 @@
+"""What the coordinator tells people about a run: the status message, and what the model card is made of."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from fedhds import PROTOCOL_VERSIONS, __version__
+from fedhds.v2 import status_pb2
+from fedhds_server.run.quorum import CohortProgress
+from fedhds_server.run.rounds import activity
+from fedhds_server.run.state import Evaluation, RunState, Site, SiteState
+from fedhds_server.storage.base import JournalEntry
+from fedhds_server.storage.model_card import CardFacts, model_card
+
+Item = TypeVar("Item")
+
+
+def means_of(sums: Mapping[str, Evaluation]) -> tuple[int, dict[str, float]]:
+    """Rows, and means by metric, of one evaluation over its evaluators' sums."""
+    totals: dict[str, tuple[float, float]] = {}
+    for part in sums.values():
+        for name, metric in part.metrics.items():
+            value_sum, weight = totals.get(name, (0.0, 0.0))
+            totals[name] = value_sum + metric.value_sum, weight + metric.weight
+    rows = sum(part.rows for part in sums.values())
+    return rows, {name: value_sum / weight for name, (value_sum, weight) in sorted(totals.items())}
+
+
+def status_of(
+    state: RunState,
+    checkpoint: Path,
+    journal: Sequence[tuple[int, JournalEntry]] = (),
+    *,
+    deadline_s: float | None = None,
+    limit: int | None = None,
+) -> status_pb2.GetStatusResponse:
+    """The run at this instant, with numbered lines of its journal.
+
+    `deadline_s`: until the open stage closes with its quorum. With a `limit` it is abridged: that many sites, those
+    with trouble first, then those at work; at most that many rounds and evaluations, evenly spaced, with the first and
+    the last; no contributors by name.
+    """
+    status = status_pb2.GetStatusResponse(
+        run_id=state.run_id,
+        phase=activity(state),
+        round_number=state.round_number,
+        message=state.message,
+        spec=state.spec.model_dump_json(),
+        running_s=(state.ended_at or time.time()) - state.started_at if state.started_at else 0.0,
+        bytes_received=sum(site.bytes_received for site in state.sites.values()),
+        checkpoint=str(checkpoint) if checkpoint.exists() else "",
+        trained_rows=state.trained_rows,
+        pool_rows=state.pool_rows,
+        now=time.time(),
+        fedhds_version=__version__,
+        protocol_versions=PROTOCOL_VERSIONS,
+        site_states=Counter(map(_state_name, state.sites.values())),
+    )
+    # The first of every site; not a search per site, which takes minutes for ten thousand.
+    tasks = {task.site: task.kind for task in reversed(state.tasks.values())}
+    sites = list(state.sites.values())
+    if limit is not None and len(sites) > limit:
+        sites = heapq.nsmallest(limit, sites, key=lambda site: (not _trouble(site), site.name not in tasks, site.name))
+    for site in sorted(sites, key=lambda site: site.name):
+        status.sites.add(
+            site=site.name,
+            state=_state_name(site),
+            rows=site.rows,
+            evaluates=site.evaluates,
+            task=tasks.get(site.name, ""),
+            last_error=site.last_error,
+            bytes_received=site.bytes_received,
+            delivered=site.delivered,
+            rejections=site.rejections,
+        )
+    for closed in _spaced(state.closed_rounds, limit, first=1):
+        status.closed_rounds.add(
+            round_number=closed.round_number,
+            contributors=sorted(closed.contributions) if limit is None else (),
+            contributor_count=len(closed.contributions),
+            samples=closed.samples,
+            loss=closed.loss,
+            seconds=closed.seconds,
+        )
+    for number in _spaced(sorted(state.evaluations), limit, first=0):
+        rows, means = means_of(state.evaluations[number])
+        status.evaluations.add(round_number=number, rows=rows, metrics=means)
+    for number, entry in journal:
+        status.journal.add(number=number, at=entry.at, message=entry.message, trouble=entry.trouble)
+    if state.paused is not None:
+        status.paused = state.paused
+    if progress := CohortProgress.of(state):
+        groups = ("answered", "working", "failed", "disconnected")
+        status.cohort.CopyFrom(
+            status_pb2.CohortProgress(
+                task=progress.workflow.kind,
+                target=progress.target,
+                quorum=progress.quorum,
+                deadline_s=deadline_s,
+                **{name: len(getattr(progress, name)) for name in groups},
+            )
+        )
+    return status
+
+
+def _state_name(site: Site) -> str:
+    return "quarantined" if site.quarantined and site.live else site.state.value
+
+
+def _trouble(site: Site) -> bool:
+    return bool(site.last_error or site.rejections or site.quarantined) or site.state is SiteState.LOST
+
+
+def _spaced(items: Sequence[Item], limit: int | None, *, first: int) -> Sequence[Item]:
+    """All, or at most `limit`: the ends, and of those in between, counted from `first`, every 2nd, 4th, 8th, ...
+
+    Powers of two, so that what is left out stays out while the run goes on.
+    """
+    if limit is None or len(items) <= limit:
+        return items
+    step = 1
+    while len(items) > step * (limit - 2):
+        step *= 2
+    ends = (first, first + len(items) - 1)
+    return [item for at, item in enumerate(items, first) if at % step == 0 or at in ends]
+
+
+def model_card_of(state: RunState) -> str:
+    """The model card of the last global adapter."""
+    contributors = {site for closed in state.closed_rounds for site in closed.contributions}
+    facts = CardFacts(
+        rounds=state.round_number if state.closed_rounds else 0,
+        sites=len(contributors),
+        rows=state.pool_rows,
+        samples=state.trained_rows,
+        fingerprint=state.fingerprint,
+        version=__version__,
+        evaluations={number: means_of(sums) for number, sums in sorted(state.evaluations.items())},
+    )
+    return model_card(state.spec, facts)

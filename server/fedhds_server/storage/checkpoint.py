@@ -1,0 +1,43 @@
+"""The last global adapter as a PEFT folder with its model card, whole at every instant."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from fedhds.errors import StorageError
+from fedhds.runtime.files import sync
+
+
+def write_checkpoint(folder: Path, adapter: Path, config: str, card: str) -> None:
+    """Makes `folder/checkpoint` a link to a new complete folder and removes the one before; raises StorageError.
+
+    The link is swapped by a rename, so that a reader, or a crash at any instant, finds one whole version.
+    """
+    link, versions = folder / "checkpoint", folder / "checkpoints"
+    try:
+        versions.mkdir(exist_ok=True)
+        current = os.readlink(link) if link.is_symlink() else ""
+        # Two names that take turns: the one that is not linked may be half-written and is overwritten.
+        version = versions / ("b" if current.endswith("a") else "a")
+        shutil.rmtree(version, ignore_errors=True)
+        version.mkdir()
+        (version / "adapter_config.json").write_text(config, encoding="utf-8")
+        (version / "README.md").write_text(card, encoding="utf-8")
+        shutil.copyfile(adapter, version / "adapter_model.safetensors")
+        for file in version.iterdir():
+            sync(file)
+        sync(version)
+        sync(versions)
+        partial = folder / "checkpoint.partial"
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(Path("checkpoints") / version.name)
+        partial.replace(link)
+        sync(folder)
+        if current:
+            shutil.rmtree(folder / current, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the checkpoint to {folder}: {error.strerror or error}; make room there"
+        ) from error

@@ -1,1 +1,0 @@
-"""Durable state of a run: an interface, and its SQL implementation."""

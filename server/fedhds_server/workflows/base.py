@@ -1,0 +1,93 @@
+"""The interfaces of task kinds and workflows: what results mean, and what follows a closed stage."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from google.protobuf.any_pb2 import Any
+    from google.protobuf.message import Message
+
+    from fedhds.tensors.artifact import Artifact
+    from fedhds_server.run.events import AdapterUpdated, Instruction, Outcome, ResultReceived
+    from fedhds_server.run.state import RunState, Stage, Task
+    from fedhds_server.selection.base import Selection
+
+
+class Workspace(Protocol):
+    """What a workflow may do outside the state while it resolves a stage; the coordinator implements it."""
+
+    def verified(self, artifact: Artifact) -> Path:
+        """A local file with the artifact's bytes; raises DamagedArtifact."""
+
+    def record_selection(self, round_number: int, selection: Selection) -> None:
+        """Keeps a selection for people, as selection-N.json; raises StorageError."""
+
+    def aggregate(self, state: RunState, stage: Stage) -> AdapterUpdated:
+        """Combines the stage's updates into the next global adapter, durably; raises StorageError."""
+
+
+class TaskKind(ABC):
+    """The tasks of one kind. All methods run on the event loop and MUST be pure and quick."""
+
+    kind: ClassVar[str]
+    """Of its tasks; the site's executor has the same name."""
+
+    @abstractmethod
+    def request(self, state: RunState, task: Task) -> Message | Any | None:
+        """What a task's site gets besides the adapter."""
+
+    def adapter(self, state: RunState, task: Task) -> Artifact:
+        """The global adapter that a task starts from: the newest one."""
+        return state.adapter
+
+    def upload_of(self, result: Any) -> Artifact | None:
+        """The uploaded update that a result names; raises ArtifactError for a reference that is none."""
+        return None
+
+    @abstractmethod
+    def check(self, state: RunState, task: Task, result: Any) -> tuple[str, str] | None:
+        """Why a result cannot count: (what is wrong, for metrics; why, for people); None when it can.
+
+        Raises RequestError for a message of another kind.
+        """
+
+    @abstractmethod
+    def accept(self, state: RunState, task: Task, event: ResultReceived) -> list[Instruction]:
+        """Puts a checked result into the state."""
+
+
+class Workflow(TaskKind):
+    """Tasks that are given out in stages.
+
+    `resolve` runs in a thread, may compute for minutes, and MUST depend on nothing but its arguments, so that a crash
+    can repeat it.
+    """
+
+    collecting: ClassVar[str]
+    """The run's activity while a stage collects results."""
+    resolving: ClassVar[str]
+    """The run's activity while a closed stage is resolved."""
+    answers: ClassVar[str]
+    """What sites send, for messages: "reports"."""
+    closes_at_target: ClassVar[bool] = False
+    """Whether a stage closes as soon as its target is reached, though other sites still work."""
+
+    @abstractmethod
+    def title(self, state: RunState, stage: Stage) -> str:
+        """Names an open stage for people."""
+
+    @abstractmethod
+    def closing(self, state: RunState, stage: Stage) -> str:
+        """Says for people what happens with a closed stage."""
+
+    @abstractmethod
+    def replaceable(self, state: RunState, stage: Stage) -> bool:
+        """Whether a site that was not asked before can take the place of one that is disconnected."""
+
+    @abstractmethod
+    def resolve(self, state: RunState, stage: Stage, workspace: Workspace) -> Outcome:
+        """What follows a closed stage; nothing of the stage changes meanwhile."""

@@ -1,0 +1,92 @@
+"""Evaluation: sites with held-out rows measure global adapters beside the rounds; no stage waits for them."""
+
+from __future__ import annotations
+
+import re
+
+from google.protobuf.any_pb2 import Any
+from google.protobuf.message import DecodeError
+
+from fedhds.errors import RequestError
+from fedhds.evaluation import METRICS
+from fedhds.tensors.artifact import Artifact
+from fedhds.v2 import federation_pb2 as pb
+from fedhds_server.run.events import Instruction, ResultReceived
+from fedhds_server.run.state import Evaluation, MetricSum, Phase, RunState, Task
+from fedhds_server.workflows.base import TaskKind
+
+_MAX_WEIGHT = 1e15
+_MAX_METRICS = 32
+# Values that no metric has; what is summed over sites and rounds stays finite below it.
+_MAX_MEAN = 1e9
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+class EvaluationTasks(TaskKind):
+    """A task for each evaluator and each evaluated round; results count whenever they come before the run's end."""
+
+    kind = "evaluate"
+
+    def request(self, state: RunState, task: Task) -> None:
+        return None
+
+    def adapter(self, state: RunState, task: Task) -> Artifact:
+        return state.adapters[task.round_number]
+
+    def check(self, state: RunState, task: Task, result: Any) -> None:
+        read(result)
+
+    def accept(self, state: RunState, task: Task, event: ResultReceived) -> list[Instruction]:
+        state.evaluations.setdefault(task.round_number, {})[task.site] = read(event.result)
+        return []
+
+
+def evaluated_rounds(state: RunState) -> list[int]:
+    """Rounds whose adapters are evaluated, of those that have one now."""
+    every = state.spec.evaluation.every
+    last = state.round_number if state.phase is Phase.FINISHING else state.spec.rounds.count
+    return sorted(number for number in state.adapters if number in (0, last) or (every and number % every == 0))
+
+
+def missing_evaluations(state: RunState) -> list[tuple[str, int, str]]:
+    """Task id, round and site of every evaluation that should be asked for and has not come."""
+    if not state.started_at or state.phase.over:
+        return []
+    return [
+        (f"evaluate/{number}/{site}", number, site)
+        for site in state.evaluators
+        for number in evaluated_rounds(state)
+        if site not in state.evaluations.get(number, {})
+    ]
+
+
+def read(result: Any) -> Evaluation:
+    """An evaluator's sums; raises RequestError for a message that is none, or that says what no model gives."""
+    message = pb.EvaluationResult()
+    try:
+        if not result.Unpack(message):
+            raise RequestError(
+                f"an evaluate task is completed by a fedhds.v2.EvaluationResult, not by a {result.TypeName()[:100]!r}"
+            )
+    except DecodeError as error:
+        raise RequestError("the evaluation's bytes are no message of its type") from error
+    if not 0 < message.rows <= _MAX_WEIGHT:
+        raise RequestError(f"an evaluation needs rows, at most {_MAX_WEIGHT:.0e}")
+    if not 0 < len(message.metrics) <= _MAX_METRICS:
+        raise RequestError(f"an evaluation needs 1 to {_MAX_METRICS} metrics, it has {len(message.metrics)}")
+    return Evaluation(
+        rows=message.rows, metrics={name: _checked(name, message.metrics[name]) for name in sorted(message.metrics)}
+    )
+
+
+def _checked(name: str, metric: pb.MetricSum) -> MetricSum:
+    if not _NAME.fullmatch(name):
+        raise RequestError(f"{name[:64]!r} is no name of a metric: it needs small letters, digits and underscores")
+    if not 0 < metric.weight <= _MAX_WEIGHT:
+        raise RequestError(f"the metric {name} has the weight {metric.weight:g}; it must be above 0 and below 1e15")
+    known = METRICS.get(name)
+    low, high = (known.low, known.high) if known else (-_MAX_MEAN, _MAX_MEAN)
+    slack = 1e-9 * metric.weight
+    if not low * metric.weight - slack <= metric.value_sum <= high * metric.weight + slack:
+        raise RequestError(f"the sum of {name} is {metric.value_sum:g} over {metric.weight:g}, which no model gives")
+    return MetricSum(value_sum=metric.value_sum, weight=metric.weight)

@@ -1,0 +1,108 @@
+"""Training: the cohort trains on its coresets, and the updates become the next global adapter."""
+
+from __future__ import annotations
+
+from google.protobuf.any_pb2 import Any
+from google.protobuf.message import DecodeError
+
+from fedhds.errors import RequestError
+from fedhds.tensors.artifact import Artifact
+from fedhds.v2 import federation_pb2 as pb
+from fedhds_server.aggregation import AGGREGATORS
+from fedhds_server.run.events import Instruction, Outcome, Record, ResultReceived
+from fedhds_server.run.state import Reply, RunState, Stage, Task, packed, unpacked
+from fedhds_server.workflows.base import Workflow, Workspace
+
+# Nats per response token that no model gives; what is summed over sites and rounds stays finite below it.
+MAX_LOSS = 1e9
+
+
+class TrainingWorkflow(Workflow):
+    """Coresets and the global adapter out, updates in."""
+
+    kind = "train"
+    collecting = "training"
+    resolving = "aggregating"
+    answers = "updates"
+    closes_at_target = True
+
+    def title(self, state: RunState, stage: Stage) -> str:
+        return f"round {stage.round_number} of {state.spec.rounds.count}"
+
+    def closing(self, state: RunState, stage: Stage) -> str:
+        return f"round {stage.round_number}: combining {len(contributions(stage))} updates"
+
+    def request(self, state: RunState, task: Task) -> pb.TrainRequest:
+        aggregator = AGGREGATORS[state.spec.aggregation.aggregator.name]
+        roles = aggregator.trainable(task.round_number, state.adapter_manifest.roles)
+        return pb.TrainRequest(
+            coreset=state.coreset_of(task.site),
+            trainable_roles=sorted(roles) if roles != state.adapter_manifest.roles else (),
+        )
+
+    def upload_of(self, result: Any) -> Artifact | None:
+        trained = read(result)
+        return Artifact.from_proto(trained.update) if trained.HasField("update") else None
+
+    def check(self, state: RunState, task: Task, result: Any) -> tuple[str, str] | None:
+        trained = read(result)
+        if not trained.HasField("update") and not trained.samples:
+            return None
+        limit = row_limit(state, task.site)
+        if not 0 < trained.samples <= limit:
+            claim = f"the update claims {trained.samples} samples, the site was asked to train on at most {limit} rows"
+            return "samples", claim
+        if not abs(trained.loss) <= MAX_LOSS:
+            return "loss", f"the training loss is {trained.loss:g}, which no model gives"
+        if not trained.HasField("update"):
+            return "adapter", "the result names no update"
+        return None
+
+    def accept(self, state: RunState, task: Task, event: ResultReceived) -> list[Instruction]:
+        stage = state.stage
+        if stage is None:
+            return []
+        trained = read(event.result)
+        empty = event.artifact is None
+        stage.replies[task.site] = Reply(task_id=task.id, message=packed(trained), artifact=event.artifact, empty=empty)
+        if not empty:
+            return []
+        return [Record(f"site {task.site} has nothing to train on in round {task.round_number}: no row was picked")]
+
+    def replaceable(self, state: RunState, stage: Stage) -> bool:
+        # With a selection per round, other sites have no coreset yet.
+        return state.spec.selection.one_shot
+
+    def resolve(self, state: RunState, stage: Stage, workspace: Workspace) -> Outcome:
+        return workspace.aggregate(state, stage)
+
+
+def contributions(stage: Stage) -> dict[str, pb.TrainResult]:
+    """What the sites with an update said of it, by site in the order of names."""
+    return {
+        site: unpacked(reply.message, pb.TrainResult)
+        for site, reply in sorted(stage.replies.items())
+        if not reply.empty
+    }
+
+
+def row_limit(state: RunState, site: str) -> int:
+    """Rows that `site` may train on at most by the last selection."""
+    coreset, rows = state.coreset_of(site), state.sites[site].rows
+    match coreset.WhichOneof("rows"):
+        case "random":
+            return min(rows, coreset.random.count)
+        case "picks":
+            return min(rows, sum(pick.count for pick in coreset.picks.clusters) + coreset.picks.unclustered)
+    return rows
+
+
+def read(result: Any) -> pb.TrainResult:
+    """The result of a training task; raises RequestError for another message."""
+    trained = pb.TrainResult()
+    try:
+        if result.Unpack(trained):
+            return trained
+    except DecodeError as error:
+        raise RequestError("the training result's bytes are no message of its type") from error
+    raise RequestError(f"a train task is completed by a fedhds.v2.TrainResult, not by a {result.TypeName()[:100]!r}")
