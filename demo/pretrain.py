@@ -22,7 +22,7 @@ from demo.tasks import (
     ACTIONS,
     ATTRIBUTES,
     CITIES,
-    COLORS,
+    COLOURS,
     KINDS,
     NAMES,
     OPPOSITES,
@@ -53,11 +53,11 @@ WONDERS: dict[str, tuple[str, ...]] = {
     ),
     "job": ("{n} and the job?", "the job that {n} does", "what work {n} does", "what {n} is by job"),
     "pet": ("{n} and the pet?", "the animal that {n} has", "which pet {n} keeps", "the pet that is with {n}"),
-    "dish": ("{n} and the dish?", "the dish that {n} likes", "what {n} loves to eat", "the favorite of {n}"),
-    "color": (
-        "{n} and the color?",
-        "the color that {n} wears",
-        "which color {n} bought",
+    "dish": ("{n} and the dish?", "the dish that {n} likes", "what {n} loves to eat", "the favourite of {n}"),
+    "colour": (
+        "{n} and the colour?",
+        "the colour that {n} wears",
+        "which colour {n} bought",
         "how the coat of {n} looks",
     ),
     "day": ("{n} and the day?", "the day that {n} has free", "when {n} is free", "on which day {n} has time"),
@@ -194,7 +194,7 @@ def opposites(rng: Random) -> Text:
 
 def lists(rng: Random) -> Text:
     """A list, and what becomes of it."""
-    words = rng.sample(rng.choice([*KINDS.values(), CITIES, COLORS, PETS, NAMES]), rng.randint(3, 5))
+    words = rng.sample(rng.choice([*KINDS.values(), CITIES, COLOURS, PETS, NAMES]), rng.randint(3, 5))
     gone = rng.choice(words)
     return ", ".join(words) + "\n", rng.choice(
         (
@@ -247,16 +247,16 @@ FORMS: dict[Callable[[Random], Text], float] = {
 def corpus(seed: int) -> Iterator[Text]:
     """Texts without end; one in which two sentences of a demo row's context follow each other is left out."""
     rows = [*(row for site in SITES for row in site_rows(site, seed)), *unseen_rows(seed)]
-    held = {pair for row in rows for pair in _neighbors(row["context"])}
+    held = {pair for row in rows for pair in _neighbours(row["context"])}
     rng = Random(f"{seed}/corpus")
     while True:
         (form,) = rng.choices(list(FORMS), list(FORMS.values()))
         text = form(rng)
-        if held.isdisjoint(_neighbors("".join(text))):
+        if held.isdisjoint(_neighbours("".join(text))):
             yield text
 
 
-def _neighbors(text: str) -> Iterator[tuple[str, str]]:
+def _neighbours(text: str) -> Iterator[tuple[str, str]]:
     return pairwise(re.split(r"(?<=[.:])\s+", text))
 
 

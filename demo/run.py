@@ -8,6 +8,7 @@ not lower the loss on the unseen tasks by a clear margin.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -15,17 +16,15 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
-from google.protobuf import json_format
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
-from fedhds.spec import Strategy
-from fedhds.v2 import status_pb2
+from fedhds.spec import STRATEGY_SPECS
 
 HERE = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent
@@ -77,11 +76,11 @@ def main() -> int:
     """Runs the demo; the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default=str(HERE / "model"), help="base model: a hub id or a path")
-    parser.add_argument("--strategy", default="fedhds-aligned", choices=get_args(Strategy))
+    parser.add_argument("--strategy", default="fedhds-aligned", choices=[*STRATEGY_SPECS])
     parser.add_argument("--rounds", default="8")
     parser.add_argument("--folder", type=Path, default=HERE / "output", help="everything of the demo; emptied first")
-    chosen = parser.parse_args()
-    folder: Path = chosen.folder.resolve()
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "logs").mkdir(parents=True)
     subprocess.run([sys.executable, str(HERE / "tasks.py"), "--out", str(folder / "shards")], check=True)
@@ -96,7 +95,7 @@ def main() -> int:
     started = time.monotonic()
     daemons: list[Daemon] = []
     try:
-        status = federation(chosen.model, chosen.strategy, chosen.rounds, folder, daemons)
+        status = federation(arguments.model, arguments.strategy, arguments.rounds, folder, daemons)
     except KeyboardInterrupt:
         console.print("stopped")
         return 130
@@ -111,9 +110,7 @@ def main() -> int:
     return verdict(status, folder, time.monotonic() - started)
 
 
-def federation(
-    model: str, strategy: str, rounds: str, folder: Path, daemons: list[Daemon]
-) -> status_pb2.GetStatusResponse | None:
+def federation(model: str, strategy: str, rounds: str, folder: Path, daemons: list[Daemon]) -> dict[str, Any] | None:
     """Starts the daemons, waits for their end; the run's last status, None when a daemon failed."""
 
     def start(name: str, program: str, *flags: str) -> Daemon:
@@ -129,8 +126,8 @@ def federation(
         "fedhds-server",
         f"--model={model}",
         f"--rounds={rounds}",
-        f"--strategy={strategy}",
-        *([] if strategy == "full" else [f"--budget={BUDGET}"]),
+        f"--selection-strategy={strategy}",
+        *([] if strategy == "full" else [f"--selection-budget={BUDGET}"]),
         "--listen=127.0.0.1:0",
         f"--run-folder={run_folder}",
         f"--min-sites={len(SITES)}",
@@ -148,7 +145,7 @@ def federation(
             f"--data={folder / 'shards' / name}.jsonl",
             f"--out={folder / name / 'adapter'}",
             f"--state={folder / name / 'state'}",
-            "--share-exact-cells",
+            "--allow-exact-kmeans-sums",
         )
     start(
         EVALUATOR,
@@ -165,7 +162,8 @@ def federation(
         time.sleep(0.2)
     if any(daemon.wait() for daemon in daemons):
         return None
-    return json_format.Parse((run_folder / "report.json").read_text(), status_pb2.GetStatusResponse())
+    report: dict[str, Any] = json.loads((run_folder / "report.json").read_text())
+    return report
 
 
 BUDGET = "5%"
@@ -187,30 +185,33 @@ def address(path: Path, coordinator: Daemon) -> str | None:
     return None
 
 
-def verdict(status: status_pb2.GetStatusResponse, folder: Path, seconds: float) -> int:
+def verdict(status: dict[str, Any], folder: Path, seconds: float) -> int:
     """Prints the table; 0 when the adapter lowered the unseen loss by a clear margin."""
-    measured = {line.round: line for line in status.evaluations}
-    before, after = measured.get(0), measured.get(status.run.rounds)
+    spec = status["spec"]
+    rounds = spec["rounds"]["count"]
+    evaluations = {line["round_number"]: line["metrics"] for line in status["evaluations"]}
+    before, after = evaluations.get(0), evaluations.get(rounds)
     if before is None or after is None:
         console.print("[red]the evaluator measured nothing[/]")
         return 1
+    trained, pool = int(status["trained_rows"]), int(status["pool_rows"])
     table = Table(title="unseen tasks, before → after", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for head in ("method", "rounds", "samples", "share", "loss", "Rouge-L", "seconds", "MB sent"):
         table.add_column(head, justify="left" if head == "method" else "right", no_wrap=True)
     table.add_row(
-        status.run.strategy,
-        str(status.run.rounds),
-        f"{status.trained_rows} of {status.pool_rows}",
-        f"{status.trained_rows / status.pool_rows:.1%}",
-        f"{before.loss:.3f}→{after.loss:.3f}",
-        f"{before.rouge_l:.3f}→{after.rouge_l:.3f}",
+        spec["selection"]["strategy"]["name"],
+        str(rounds),
+        f"{trained} of {pool}",
+        f"{trained / pool:.1%}",
+        f"{before['loss']:.3f}→{after['loss']:.3f}",
+        f"{before['rouge_l']:.3f}→{after['rouge_l']:.3f}",
         f"{seconds:.0f}",
-        f"{status.bytes_received / 1e6:.1f}",
+        f"{int(status['bytes_received']) / 1e6:.1f}",
     )
     # Whole also where the output is no terminal, for which rich assumes 80 columns.
     Console(highlight=False, width=max(console.width, 100)).print(table)
     console.print(f"adapter: {folder / 'coordinator' / 'checkpoint'}")
-    if after.loss > before.loss * (1 - CLEAR_MARGIN):
+    if after["loss"] > before["loss"] * (1 - CLEAR_MARGIN):
         console.print(f"[red]the adapter did not lower the unseen loss by {CLEAR_MARGIN:.0%}[/]")
         return 1
     return 0

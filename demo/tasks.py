@@ -36,7 +36,7 @@ JOBS = _words(
 )
 PETS = _words("cat dog rabbit hamster parrot turtle pony goat canary goose")
 DISHES = _words("bread soup rice pasta cheese cake pancakes salad porridge stew")
-COLORS = _words("red blue green yellow black white brown purple")
+COLOURS = _words("red blue green yellow black white brown purple")
 DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
 ATTRIBUTES: dict[str, list[str]] = {
@@ -44,7 +44,7 @@ ATTRIBUTES: dict[str, list[str]] = {
     "job": JOBS,
     "pet": PETS,
     "dish": DISHES,
-    "color": COLORS,
+    "colour": COLOURS,
     "day": DAYS,
 }
 """What can be said of a person; every value is one word, so that a model of a million weights can copy it."""
@@ -53,8 +53,8 @@ STATEMENTS: dict[str, tuple[str, ...]] = {
     "city": ("{n} lives in {v}.", "The home of {n} is in {v}.", "{n} has a house in {v}."),
     "job": ("{n} works as a {v}.", "The job of {n} is {v}.", "{n} is a {v}."),
     "pet": ("{n} has a {v}.", "The pet of {n} is a {v}.", "{n} keeps a {v}."),
-    "dish": ("{n} likes {v}.", "The favorite dish of {n} is {v}.", "{n} loves to eat {v}."),
-    "color": ("{n} wears a {v} coat.", "The coat of {n} is {v}.", "{n} bought a {v} coat."),
+    "dish": ("{n} likes {v}.", "The favourite dish of {n} is {v}.", "{n} loves to eat {v}."),
+    "colour": ("{n} wears a {v} coat.", "The coat of {n} is {v}.", "{n} bought a {v} coat."),
     "day": ("{n} is free on {v}.", "The free day of {n} is {v}.", "{n} has time on {v}."),
 }
 
@@ -62,11 +62,11 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "city": ("Where does {n} live?", "In which city does {n} live?", "What is the city of {n}?"),
     "job": ("What is the job of {n}?", "What does {n} work as?", "Which job does {n} have?"),
     "pet": ("Which pet does {n} have?", "What is the pet of {n}?", "Which animal does {n} keep?"),
-    "dish": ("What does {n} like to eat?", "What is the favorite dish of {n}?", "Which dish does {n} like?"),
-    "color": (
-        "Which color is the coat of {n}?",
-        "What color does {n} wear?",
-        "What is the color of the coat of {n}?",
+    "dish": ("What does {n} like to eat?", "What is the favourite dish of {n}?", "Which dish does {n} like?"),
+    "colour": (
+        "Which colour is the coat of {n}?",
+        "What colour does {n} wear?",
+        "What is the colour of the coat of {n}?",
     ),
     "day": ("On which day is {n} free?", "When does {n} have time?", "What is the free day of {n}?"),
 }
@@ -167,7 +167,7 @@ def open_qa(facts: Random, wording: Random) -> Row:
 
 def list_editing(facts: Random, wording: Random) -> Row:
     """A list to be turned round, cut or asked for one of its items."""
-    words = facts.sample(facts.choice([*KINDS.values(), CITIES, COLORS, PETS]), 4)
+    words = facts.sample(facts.choice([*KINDS.values(), CITIES, COLOURS, PETS]), 4)
     operation = facts.choice(("reverse", "first", "last", "drop"))
     dropped = facts.choice(words)
     ask = {
@@ -286,7 +286,7 @@ COMMON_TOPICS = 24
 
 
 def site_rows(site: Site, seed: int) -> list[Row]:
-    """The shard of `site`: no row twice, most rows in the neighborhood of others."""
+    """The shard of `site`: no row twice, most rows in the neighbourhood of others."""
     wording = Random(f"{seed}/{site.name}")
     own_topics = max(1, round(site.rows / ROWS_PER_TOPIC / len(site.mixture)))
     rows: dict[tuple[str, str], Row] = {}

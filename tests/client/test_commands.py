@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import typer
-from peft import PeftModel
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -109,6 +109,18 @@ def test_export_merges_into_the_type_that_the_base_model_is_stored_in(
     assert AutoTokenizer.from_pretrained(out).eos_token == "</s>"
 
 
+def test_an_adapter_that_cannot_be_merged_is_named_as_such(llama: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "prompt", tmp_path / "out"
+    base: Any = AutoModelForCausalLM.from_pretrained(llama)
+    prompt: Any = get_peft_model(base, PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    prompt.save_pretrained(folder, save_embedding_layers=False)
+    with pytest.raises(UsageError, match="cannot merge this kind of adapter"):
+        _fedhds("export", "--adapter", folder, "--out", out, "--merged")
+    assert not out.exists()
+    _fedhds("export", "--adapter", folder, "--out", out)
+    assert (out / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
+
+
 def test_bad_input_is_a_persons_mistake(llama: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UsageError, match=r"lacks adapter_config\.json and adapter_model\.safetensors"):
@@ -147,8 +159,6 @@ def test_a_base_model_that_does_not_fit_leaves_no_folder(adapter: Path, tmp_path
 
 
 def test_help_needs_no_heavy_import() -> None:
-    code = (
-        "import sys, fedhds_client.commands.adapter; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
-    )
+    code = "import sys, fedhds_client.commands.adapter; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -74,9 +74,7 @@ def aggregate(
                 }
                 new: tuple[FloatArray, Mapping[str, FloatArray]] = value, old
                 if tensor.role in trainable:
-                    combined = aggregator.combine(
-                        spec, tensor, value, shares, partial(_value, readers, value, tensor)
-                    )
+                    combined = aggregator.combine(spec, tensor, value, shares, partial(_value, readers, value, tensor))
                     new = optimizer.step(spec.optimizer, value, combined, old, round_number)
                 writer.add(tensor, new[0])
                 for name, slot_writer in slot_writers.items():

@@ -16,7 +16,7 @@ from fedhds.spec import RunSpec
 
 def spec_of(model: object = "m", **fields: Any) -> RunSpec:
     """A run's specification."""
-    return RunSpec.model_validate({"model": str(model), "rounds": 1, "lora_rank": 4} | fields)
+    return RunSpec.of(**({"model": str(model), "rounds": 1, "lora_rank": 4} | fields))
 
 
 def make_other_model(folder: Path, tokenizer: Path, kind: str) -> Path:

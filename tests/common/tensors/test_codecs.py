@@ -28,7 +28,7 @@ def test_every_wire_type_of_a_run_has_a_codec_of_its_name() -> None:
 )
 def test_the_global_adapter_is_never_rounded_to_int8(name: str, adapter_dtype: str) -> None:
     assert CODECS[name].adapter_dtype == adapter_dtype
-    assert RunSpec.model_validate({"model": "m", "rounds": 1, "wire_dtype": name}).adapter_dtype == adapter_dtype
+    assert RunSpec.of(model="m", rounds=1, wire_dtype=name).aggregation.adapter_dtype == adapter_dtype
 
 
 @pytest.mark.parametrize("name", CODECS)

@@ -20,7 +20,7 @@ from fedhds.errors import AdapterError
 from fedhds.tensors.int8 import dequantize, quantize
 from fedhds.tensors.manifest import AdapterManifest, FloatArray, Initial, TensorSpec
 from fedhds.tensors.safetensors import AdapterReader, write_adapter, write_difference
-from fedhds_server.aggregation import validate_update
+from fedhds_server.rpc.validation import check_update
 from tests.manifests import lora_manifest
 
 MANIFEST = lora_manifest({"q.lora_A.weight": (2, 30), "q.lora_B.weight": (40, 2)})
@@ -156,7 +156,7 @@ def test_a_faulty_int8_update_is_refused(tmp_path: Path, change: Callable[[dict[
     current = tmp_path / "current"
     write_adapter(current, MANIFEST, random, "float32")
     with pytest.raises(AdapterError, match=words):
-        validate_update(tmp_path / "update", MANIFEST, current=current, largest_norm=0)
+        check_update(tmp_path / "update", MANIFEST, current=current, max_norm=0)
 
 
 def test_an_int8_update_is_held_to_its_own_norm_and_to_finite_sums(tmp_path: Path) -> None:
@@ -164,12 +164,12 @@ def test_an_int8_update_is_held_to_its_own_norm_and_to_finite_sums(tmp_path: Pat
     write_adapter(current, MANIFEST, lambda spec: np.full(spec.shape, 3e38, np.float32), "float32")
     write_difference(update, MANIFEST, lambda spec: np.full(spec.shape, -2, np.float32))
     norm = 2 * np.sqrt(140)
-    validate_update(update, MANIFEST, current=current, largest_norm=norm * (1 + 1e-6))
+    check_update(update, MANIFEST, current=current, max_norm=norm * (1 + 1e-6))
     with pytest.raises(AdapterError, match="beyond --max-update-norm"):
-        validate_update(update, MANIFEST, current=current, largest_norm=norm * (1 - 1e-6))
+        check_update(update, MANIFEST, current=current, max_norm=norm * (1 - 1e-6))
     write_difference(update, MANIFEST, lambda spec: np.full(spec.shape, 1e38, np.float32))
     with pytest.raises(AdapterError, match="leads to values that are not finite"):
-        validate_update(update, MANIFEST, current=current, largest_norm=0)
+        check_update(update, MANIFEST, current=current, max_norm=0)
 
 
 @given(st.data())
