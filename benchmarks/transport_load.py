@@ -1,10 +1,10 @@
-"""Processes of the transport benchmark: sites without a model on both systems, and the floor's server.
+"""Processes of the transport benchmark: sites without a model on both systems, and the baseline's server.
 
-The floor is what gRPC alone costs: the same bytes as client-streamed and server-streamed messages of 1 MiB without
-protobuf, kept in memory, averaged by numpy; no hashing, no TLS, no validation, nothing durable. With duties the same
-floor does what no transport of adapters may leave out: TLS, a SHA-256 at either end, and files, durable ones at the
-server. Every process prints one JSON object per line for `benchmarks.transport`; times are CLOCK_MONOTONIC, which all
-processes of a host share.
+The baseline is what gRPC alone costs: the same bytes as client-streamed and server-streamed messages of 1 MiB without
+protobuf, kept in memory, averaged by numpy; no hashing, no TLS, no validation, nothing durable. The secure
+baseline also does what no transport of adapters may leave out: TLS, a SHA-256 at either end, and files, durable ones
+at the server. Every process prints one JSON object per line for `benchmarks.transport`; times are CLOCK_MONOTONIC,
+which all processes of a host share.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from typing import Any
 import grpc
 import numpy as np
 
+from fedhds import PROTOCOL_VERSIONS
 from fedhds.security.credentials import TlsFiles, channel_credentials, server_credentials
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.manifest import AdapterManifest, Initial, TensorSpec
 from fedhds.tensors.safetensors import write_adapter
 from fedhds.v2 import federation_pb2 as pb
-from fedhds_client import link as links
+from fedhds_client import rpc_client
 from fedhds_client.rpc_client import CoordinatorClient
 
 TENSORS = 64
@@ -39,9 +40,9 @@ _COLUMNS = 4096
 _POLL_S = 20.0
 # Channels to one address share a connection unless told otherwise; sites of other hosts could not.
 OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
-_FLOOR_OPTIONS = (OWN_CONNECTION, ("grpc.max_receive_message_length", 4 << 20))
+_BASELINE_OPTIONS = (OWN_CONNECTION, ("grpc.max_receive_message_length", 4 << 20))
 _HERE = "127.0.0.1:0"
-_METHODS = ("/floor/Upload", "/floor/Download")
+_METHODS = ("/baseline/Upload", "/baseline/Download")
 
 
 def manifest_of(size: int) -> AdapterManifest:
@@ -74,55 +75,60 @@ def _written(path: Path, size: int, random: np.random.Generator) -> tuple[Path, 
     return path, artifact
 
 
-async def enrolled(link: CoordinatorClient, site: str, manifest: AdapterManifest) -> str:
+async def enroll(client: CoordinatorClient, site: str, manifest: AdapterManifest) -> str:
     """The session of a site that brought ten rows."""
-    answer = await link.call(link.federation.Enroll, pb.EnrollRequest(site=site, protocol_versions=[1]))
-    attestation = pb.RegisterRequest(
+    answer = await client.call(
+        client.federation.Enroll, pb.EnrollRequest(site=site, protocol_versions=PROTOCOL_VERSIONS)
+    )
+    registration = pb.RegisterRequest(
         session=answer.session, fingerprint=FINGERPRINT, manifest=manifest.to_proto(), rows=10
     )
-    await link.call(link.federation.Register, attestation)
+    await client.call(client.federation.Register, registration)
     return str(answer.session)
 
 
 async def ours(target: str, sites: list[str], folder: Path, size: int, tls: TlsFiles | None) -> None:
-    """Sites that upload what they prepared, through the client's own link."""
+    """Sites that upload what they prepared, through the client's own code."""
     updates = {site: prepared(folder, site, size) for site in sites}
-    # A patience as long as the daemon's: waiting is the benchmark's to bound.
-    made = [CoordinatorClient(target, tls, patience=60) for _ in sites]
+    # As patient as the daemon: waiting is the benchmark's to bound.
+    made = [CoordinatorClient(target, tls, reconnect_timeout_s=60) for _ in sites]
     await asyncio.gather(
-        *(_site(link, site, updates[site], folder, size) for link, site in zip(made, sites, strict=True))
+        *(_site(client, site, updates[site], folder, size) for client, site in zip(made, sites, strict=True))
     )
-    await asyncio.gather(*(link.close() for link in made))
+    await asyncio.gather(*(client.close() for client in made))
 
 
 async def _site(
-    link: CoordinatorClient, site: str, updates: list[tuple[Path, Artifact]], folder: Path, size: int
+    client: CoordinatorClient, site: str, updates: list[tuple[Path, Artifact]], folder: Path, size: int
 ) -> None:
-    session = await enrolled(link, site, manifest_of(size))
+    session = await enroll(client, site, manifest_of(size))
     adapter = folder / f"{site.replace('/', '-')}-global"
+    last = 0
     while True:
         request = pb.NextTaskRequest(session=session, wait_s=_POLL_S)
-        task = await link.call(link.federation.NextTask, request, wait_s=_POLL_S)
-        kind = task.WhichOneof("task")
-        if kind == "wait":
+        answer = await client.call(client.federation.NextTask, request, wait_s=_POLL_S)
+        if answer.WhichOneof("next") == "wait":
             continue
-        await link.download(session, Artifact.from_proto(getattr(task, kind).adapter), adapter)
-        # A task of round n comes with the adapter of the round before.
-        say(site=site, round=task.round - (kind == "train"), at=time.monotonic())
-        result = pb.CompleteTaskRequest(session=session, task_id=task.task_id)
-        if kind == "done":
-            result.delivered.SetInParent()
-            await link.call(link.federation.CompleteTask, result)
+        if answer.WhichOneof("next") == "done":
+            await client.download(session, Artifact.from_proto(answer.done.adapter), adapter)
+            say(site=site, round=last, at=time.monotonic())
+            await client.call(client.federation.ConfirmDelivery, pb.ConfirmDeliveryRequest(session=session))
             return
-        path, artifact = updates[task.round % 2]
-        await link.upload(session, path, artifact)
-        result.train.CopyFrom(pb.TrainResult(update=artifact.to_proto(), samples=10, loss=1.0))
-        answer = await link.call(link.federation.CompleteTask, result)
+        task = answer.task
+        await client.download(session, Artifact.from_proto(task.adapter), adapter)
+        # A task of round n comes with the adapter of the round before.
+        last = task.round_number
+        say(site=site, round=last - 1, at=time.monotonic())
+        path, artifact = updates[last % 2]
+        await client.upload(session, path, artifact)
+        result = pb.CompleteTaskRequest(session=session, task_id=task.id)
+        result.result.Pack(pb.TrainResult(update=artifact.to_proto(), samples=10, loss=1.0))
+        answer = await client.call(client.federation.CompleteTask, result)
         if not answer.accepted:
             raise SystemExit(f"{site}: {answer.reason}")
 
 
-class Floor:
+class Baseline:
     """One round at a time: all updates, their mean, for all."""
 
     def __init__(self, clients: int) -> None:
@@ -143,7 +149,7 @@ class Floor:
             total /= self._clients
             self._updates.clear()
             self._means.append(total.tobytes())
-            # Whoever still reads the mean before has it in hand.
+            # A call that still reads the mean before has it in hand.
             self._means[:-1] = [b""] * (len(self._means) - 1)
             self.changed.notify_all()
 
@@ -160,7 +166,7 @@ def chunks(data: bytes) -> Iterator[bytes]:
     return (bytes(view[at : at + _CHUNK]) for at in range(0, len(data), _CHUNK))
 
 
-def received(pieces: Iterable[bytes], path: Path | None) -> bytes:
+def collect(pieces: Iterable[bytes], path: Path | None) -> bytes:
     """The bytes of a transfer; with a path they are hashed and written as well, as they come."""
     if path is None:
         return b"".join(pieces)
@@ -175,18 +181,18 @@ def received(pieces: Iterable[bytes], path: Path | None) -> bytes:
     return b"".join(came)
 
 
-def floor_server_sync(clients: int, folder: Path | None, tls: TlsFiles | None) -> None:
-    """The floor with a thread per call; with a folder, one that has duties."""
-    floor = Floor(clients)
+def baseline_server_sync(clients: int, folder: Path | None, tls: TlsFiles | None) -> None:
+    """The baseline with a thread per call; with a folder, the secure one."""
+    baseline = Baseline(clients)
 
     def upload(requests: Iterator[bytes], _: grpc.ServicerContext) -> bytes:
-        floor.take(received(requests, folder and folder / f"{threading.get_ident()}"))
+        baseline.take(collect(requests, folder and folder / f"{threading.get_ident()}"))
         return b""
 
     def download(request: bytes, _: grpc.ServicerContext) -> Iterator[bytes]:
-        return chunks(floor.mean(int(request)))
+        return chunks(baseline.mean(int(request)))
 
-    server = grpc.server(ThreadPoolExecutor(2 * clients), options=_FLOOR_OPTIONS)
+    server = grpc.server(ThreadPoolExecutor(2 * clients), options=_BASELINE_OPTIONS)
     server.add_generic_rpc_handlers((_handlers(upload, download),))
     credentials = server_credentials(tls) if tls else None
     port = server.add_secure_port(_HERE, credentials) if credentials else server.add_insecure_port(_HERE)
@@ -195,21 +201,21 @@ def floor_server_sync(clients: int, folder: Path | None, tls: TlsFiles | None) -
     server.wait_for_termination()
 
 
-async def floor_server_aio(clients: int) -> None:
-    """The floor on an event loop."""
-    floor = Floor(clients)
+async def baseline_server_aio(clients: int) -> None:
+    """The baseline on an event loop."""
+    baseline = Baseline(clients)
     means = ThreadPoolExecutor(clients)
 
     async def upload(requests: AsyncIterator[bytes], _: grpc.aio.ServicerContext) -> bytes:
         update = b"".join([chunk async for chunk in requests])
-        await asyncio.to_thread(floor.take, update)
+        await asyncio.to_thread(baseline.take, update)
         return b""
 
     async def download(request: bytes, _: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
-        for chunk in chunks(await asyncio.get_running_loop().run_in_executor(means, floor.mean, int(request))):
+        for chunk in chunks(await asyncio.get_running_loop().run_in_executor(means, baseline.mean, int(request))):
             yield chunk
 
-    server = grpc.aio.server(options=_FLOOR_OPTIONS)
+    server = grpc.aio.server(options=_BASELINE_OPTIONS)
     server.add_generic_rpc_handlers((_handlers(upload, download),))
     port = server.add_insecure_port(_HERE)
     await server.start()
@@ -222,35 +228,35 @@ def _handlers(upload: Any, download: Any) -> Any:
         "Upload": grpc.stream_unary_rpc_method_handler(upload),
         "Download": grpc.unary_stream_rpc_method_handler(download),
     }
-    return grpc.method_handlers_generic_handler("floor", methods)
+    return grpc.method_handlers_generic_handler("baseline", methods)
 
 
-def floor_sync(
+def baseline_sync(
     target: str, sites: list[str], folder: Path | None, size: int, rounds: int, tls: TlsFiles | None
 ) -> None:
-    """Sites of the floor, a thread each; with a folder, of one that has duties."""
+    """Sites of the baseline, a thread each; with a folder, of the secure one."""
 
     def site(name: str) -> None:
         update = np.random.default_rng(len(name)).standard_normal(size // 4, dtype=np.float32).tobytes()
         path = folder and folder / name.replace("/", "-")
-        secure = grpc.secure_channel(target, channel_credentials(tls), _FLOOR_OPTIONS) if tls else None
-        with secure or grpc.insecure_channel(target, options=_FLOOR_OPTIONS) as channel:
+        secure = grpc.secure_channel(target, channel_credentials(tls), _BASELINE_OPTIONS) if tls else None
+        with secure or grpc.insecure_channel(target, options=_BASELINE_OPTIONS) as channel:
             upload, download = channel.stream_unary(_METHODS[0]), channel.unary_stream(_METHODS[1])
             for number in range(rounds):
                 upload(chunks(update))
-                mean = received(download(str(number).encode()), path)
+                mean = collect(download(str(number).encode()), path)
                 say(site=name, round=number + 1, at=time.monotonic(), bytes=len(mean))
 
     with ThreadPoolExecutor(len(sites)) as pool:
         list(pool.map(site, sites))
 
 
-async def floor_aio(target: str, sites: list[str], size: int, rounds: int) -> None:
-    """Sites of the floor on an event loop."""
+async def baseline_aio(target: str, sites: list[str], size: int, rounds: int) -> None:
+    """Sites of the baseline on an event loop."""
 
     async def site(name: str) -> None:
         update = np.random.default_rng(len(name)).standard_normal(size // 4, dtype=np.float32).tobytes()
-        async with grpc.aio.insecure_channel(target, options=_FLOOR_OPTIONS) as channel:
+        async with grpc.aio.insecure_channel(target, options=_BASELINE_OPTIONS) as channel:
             upload, download = channel.stream_unary(_METHODS[0]), channel.unary_stream(_METHODS[1])
             for number in range(rounds):
                 await upload(iter(chunks(update)))
@@ -262,47 +268,49 @@ async def floor_aio(target: str, sites: list[str], size: int, rounds: int) -> No
 
 async def idle(target: str, sites: list[str], tls: TlsFiles | None, *, own_channels: bool) -> None:
     """Sites that enroll and then wait for a task; says when each has one and ends when told so."""
-    shared = None if own_channels else CoordinatorClient(target, tls, patience=60)
-    made = [shared or CoordinatorClient(target, tls, patience=60) for _ in sites]
+    shared = None if own_channels else CoordinatorClient(target, tls, reconnect_timeout_s=60)
+    made = [shared or CoordinatorClient(target, tls, reconnect_timeout_s=60) for _ in sites]
 
-    async def site(link: CoordinatorClient, name: str) -> None:
-        session = await enrolled(link, name, manifest_of(1 << 20))
+    async def site(client: CoordinatorClient, name: str) -> None:
+        session = await enroll(client, name, manifest_of(1 << 20))
         say(site=name, enrolled=time.time())
         while True:
             request = pb.NextTaskRequest(session=session, wait_s=_POLL_S)
-            task = await link.call(link.federation.NextTask, request, wait_s=_POLL_S)
-            if task.WhichOneof("task") != "wait":
+            task = await client.call(client.federation.NextTask, request, wait_s=_POLL_S)
+            if task.WhichOneof("next") != "wait":
                 say(site=name, task=time.time())
                 return
 
-    await asyncio.gather(*(site(link, name) for link, name in zip(made, sites, strict=True)))
+    await asyncio.gather(*(site(client, name) for client, name in zip(made, sites, strict=True)))
     await asyncio.to_thread(sys.stdin.read)
 
 
 def main() -> None:
     """One process; its arguments are a JSON object."""
-    role, given = sys.argv[1], json.loads(sys.argv[2])
+    role, arguments = sys.argv[1], json.loads(sys.argv[2])
     # A test of the whole benchmark would meet the daemon's own connections otherwise: they are shared per process.
-    links._OPTIONS = (*links._OPTIONS, OWN_CONNECTION)  # type: ignore[assignment]
-    tls = TlsFiles(*map(Path, given["tls"])) if given.get("tls") else None
+    rpc_client._OPTIONS = (*rpc_client._OPTIONS, OWN_CONNECTION)  # type: ignore[assignment]
+    tls = TlsFiles(*map(Path, arguments["tls"])) if arguments.get("tls") else None
     match role:
         case "ours":
-            asyncio.run(ours(given["target"], given["sites"], Path(given["folder"]), given["size"], tls))
+            asyncio.run(
+                ours(arguments["target"], arguments["sites"], Path(arguments["folder"]), arguments["size"], tls)
+            )
         case "idle":
-            asyncio.run(idle(given["target"], given["sites"], tls, own_channels=given["own_channels"]))
-        case "floor-sync":
-            floor_sync(given["target"], given["sites"], None, given["size"], given["rounds"], None)
-        case "duties-sync":
-            folder = Path(given["folder"])
-            floor_sync(given["target"], given["sites"], folder, given["size"], given["rounds"], tls)
-        case "floor-aio":
-            asyncio.run(floor_aio(given["target"], given["sites"], given["size"], given["rounds"]))
-        case "floor-server-sync":
-            floor_server_sync(given["clients"], None, None)
-        case "duties-server-sync":
-            floor_server_sync(given["clients"], Path(given["folder"]), tls)
-        case "floor-server-aio":
-            asyncio.run(floor_server_aio(given["clients"]))
+            asyncio.run(idle(arguments["target"], arguments["sites"], tls, own_channels=arguments["own_channels"]))
+        case "baseline-sync":
+            baseline_sync(arguments["target"], arguments["sites"], None, arguments["size"], arguments["rounds"], None)
+        case "secure-baseline-sync":
+            folder = Path(arguments["folder"])
+            baseline_sync(arguments["target"], arguments["sites"], folder, arguments["size"], arguments["rounds"], tls)
+        case "baseline-aio":
+            asyncio.run(baseline_aio(arguments["target"], arguments["sites"], arguments["size"], arguments["rounds"]))
+        case "baseline-server-sync":
+            baseline_server_sync(arguments["clients"], None, None)
+        case "secure-baseline-server-sync":
+            baseline_server_sync(arguments["clients"], Path(arguments["folder"]), tls)
+        case "baseline-server-aio":
+            asyncio.run(baseline_server_aio(arguments["clients"]))
 
 
 if __name__ == "__main__":
