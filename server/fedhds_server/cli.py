@@ -21,18 +21,18 @@ def main() -> None:
 
 
 def _run() -> int:
-    chosen = settings.load(
+    server_settings = settings.load(
         ServerSettings,
         program="fedhds-server",
         description=_DESCRIPTION,
         arguments=sys.argv[1:],
         environment=os.environ,
     )
-    configure_logging(chosen.log_level, chosen.log_format)
+    configure_logging(server_settings.log_level, server_settings.log_format)
     # gRPC's own log repeats every broken connection at error level; what matters is logged by the daemons.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     import asyncio
 
     from fedhds_server.app import serve
 
-    return asyncio.run(serve(chosen))
+    return asyncio.run(serve(server_settings))

@@ -103,7 +103,7 @@ def gpu() -> Finding:
     except (ImportError, OSError) as error:
         return Finding("gpu", State.FAILED, f"torch cannot be imported ({error}); install the build for this machine")
     driver = re.search(r"\d+\.\d+[\d.]*", _DRIVER.read_text()) if _DRIVER.exists() else None
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if not available and driver is None:
@@ -113,14 +113,14 @@ def gpu() -> Finding:
         remedy = "update the driver or install torch for an older CUDA; in a container, give it the GPU"
         if torch.version.cuda is None:
             build, remedy = f"torch {torch.__version__} without CUDA", "install a build of torch with CUDA"
-        why = "".join(f" ({' '.join(str(warning.message).split())})" for warning in said[:1])
+        why = "".join(f" ({' '.join(str(warning.message).split())})" for warning in caught[:1])
         return Finding(
             "gpu",
             State.WARNING,
             f"there is an NVIDIA driver {driver[0] if driver else ''}, but {build} finds no GPU{why}; {remedy}, else "
             "fedhds-client computes on the CPU",
         )
-    found = []
+    gpus = []
     for number in range(torch.cuda.device_count()):
         name = torch.cuda.get_device_name(number)
         try:
@@ -131,8 +131,8 @@ def gpu() -> Finding:
             reason = str(error).splitlines()[0]
             return Finding("gpu", State.FAILED, f"{name} cannot compute ({reason}); install torch for it, or free it")
         bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16 of its own"
-        found.append(f"{name}, {free / 2**30:.1f} of {whole / 2**30:.1f} GiB free, {bf16}")
-    return Finding("gpu", State.OK, "; ".join(found) + f" (torch {torch.__version__})")
+        gpus.append(f"{name}, {free / 2**30:.1f} of {whole / 2**30:.1f} GiB free, {bf16}")
+    return Finding("gpu", State.OK, "; ".join(gpus) + f" (torch {torch.__version__})")
 
 
 def disk(folder: Path) -> Finding:
@@ -150,16 +150,16 @@ def disk(folder: Path) -> Finding:
     except OSError as error:
         problem = StorageError(f"cannot write to {place}: {error.strerror}; make it writable, or choose another folder")
         return Finding("disk", State.FAILED, coded(problem))
-    found = f"{place} has {free / 2**30:.1f} GiB left"
+    room = f"{place} has {free / 2**30:.1f} GiB left"
     if free < _NO_ROOM:
-        return Finding("disk", State.FAILED, coded(StorageError(f"{found}; make room")))
+        return Finding("disk", State.FAILED, coded(StorageError(f"{room}; make room")))
     if free < _LITTLE_ROOM:
-        return Finding("disk", State.WARNING, f"{found}, which a few adapters fill; make room")
+        return Finding("disk", State.WARNING, f"{room}, which a few adapters fill; make room")
     if took > _SLOW_FSYNC_S:
         return Finding(
             "disk", State.WARNING, f"{place} takes {took:.1f} s to make 1 MiB durable; use a faster, local disk"
         )
-    return Finding("disk", State.OK, f"{found}; 1 MiB is durable in {1000 * took:.0f} ms")
+    return Finding("disk", State.OK, f"{room}; 1 MiB is durable in {1000 * took:.0f} ms")
 
 
 def certificates(ca: Path | None, cert: Path | None, key: Path | None) -> tuple[Finding, TlsFiles | None]:
@@ -189,9 +189,9 @@ def certificates(ca: Path | None, cert: Path | None, key: Path | None) -> tuple[
         problems.append(f"{files.key} is open to other users of this machine, chmod 600 {files.key}")
     if problems:
         return Finding("certificates", State.WARNING, "; ".join(problems)), files
-    said = f"{files.cert} is of the {identity.role} {identity.name}, valid until {ends[0][1]:%Y-%m-%d}"
+    text = f"{files.cert} is of the {identity.role} {identity.name}, valid until {ends[0][1]:%Y-%m-%d}"
     hosts = ", ".join(hosts_of(files.cert))
-    return Finding("certificates", State.OK, said + f", for the hosts {hosts}" * bool(hosts)), files
+    return Finding("certificates", State.OK, text + f", for the hosts {hosts}" * bool(hosts)), files
 
 
 def _ends(path: Path) -> list[datetime]:
@@ -227,7 +227,7 @@ def coordinator(target: str, files: TlsFiles | None) -> Iterator[Finding]:
                 status_pb2.GetStatusRequest(journal_after=2**63),
                 status_rpc.OperationsStub(channel).GetStatus,
             )
-            asked = [_timed(lambda: ask(request, timeout=_ANSWER_S)) for _ in range(_ASKED)]
+            answers = [_timed(lambda: ask(request, timeout=_ANSWER_S)) for _ in range(_ASKED)]
         except grpc.RpcError as error:
             known = error_of(error)
             if isinstance(known, NotLeading):
@@ -237,7 +237,7 @@ def coordinator(target: str, files: TlsFiles | None) -> Iterator[Finding]:
                 problem = f"{target} does not answer as a coordinator: {reason}; look at its log"
                 yield Finding(check, State.FAILED, coded(known or CoordinatorUnreachable(problem)))
             return
-    answer, sent, took = min(asked, key=lambda one: one[2])
+    answer, sent, took = min(answers, key=lambda one: one[2])
     yield _spoken(check, answer, serving, took)
     if answer.now:
         yield _skew(answer.now - (sent + took / 2), took / 2)
@@ -263,15 +263,15 @@ def _skew(ahead_s: float, error_s: float) -> Finding:
     from fedhds.security.pki import BACKDATE
 
     least = abs(ahead_s) - error_s
-    said = f"this machine's clock is {abs(ahead_s):.2f} s {'behind' if ahead_s > 0 else 'ahead of'} the coordinator's"
-    said += f" (± {max(error_s, 0.01):.2f} s)"
+    text = f"this machine's clock is {abs(ahead_s):.2f} s {'behind' if ahead_s > 0 else 'ahead of'} the coordinator's"
+    text += f" (± {max(error_s, 0.01):.2f} s)"
     if least > BACKDATE.total_seconds():
         return Finding(
-            "clock", State.FAILED, f"{said}: new certificates would not be valid yet; set both clocks by NTP"
+            "clock", State.FAILED, f"{text}: new certificates would not be valid yet; set both clocks by NTP"
         )
     if least > _SKEW_S:
-        return Finding("clock", State.WARNING, f"{said}; set both clocks by NTP")
-    return Finding("clock", State.OK, said)
+        return Finding("clock", State.WARNING, f"{text}; set both clocks by NTP")
+    return Finding("clock", State.OK, text)
 
 
 def _timed(ask: Callable[[], Answer]) -> tuple[Answer, float, float]:

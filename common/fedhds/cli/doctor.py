@@ -36,15 +36,15 @@ def doctor(
     """
     import json as codec
 
-    found = []
+    findings = []
     for finding in _findings(server, folder, tls_ca, tls_cert, tls_key):
-        found.append(finding)
+        findings.append(finding)
         if not json:
             state = typer.style(f"{finding.state:<8}", fg=_COLORS[finding.state])
             typer.echo(f"{state} {finding.check}: {finding.message}")
-    well = all(finding.state != "failed" for finding in found)
+    well = all(finding.state != "failed" for finding in findings)
     if json:
-        typer.echo(codec.dumps({"ok": well, "checks": [vars(finding) for finding in found]}))
+        typer.echo(codec.dumps({"ok": well, "checks": [vars(finding) for finding in findings]}))
     if not well:
         raise typer.Exit(1)
 
@@ -68,14 +68,14 @@ def _findings(
         server = ""
     if "FEDHDS_CONFIG" in os.environ:
         yield Finding("config", State.WARNING, "the file of FEDHDS_CONFIG is not read; give what it holds as flags")
-    told = False
+    clock_known = False
     standing_by = []
     for target in addresses(server) if server else ():
         for finding in checks.coordinator(target, files):
             yield finding
-            told |= finding.check == "clock"
+            clock_known |= finding.check == "clock"
             standing_by.append(finding.message == checks.STANDS_BY)
     if standing_by and all(standing_by):
         yield Finding("server", State.WARNING, "none of them leads; give all addresses, or start another coordinator")
-    if not told:
+    if not clock_known:
         yield Finding("clock", State.SKIPPED, "no coordinator that leads told its time")

@@ -74,8 +74,8 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"fedhds {__version__}")
         raise typer.Exit
 

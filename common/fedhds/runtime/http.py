@@ -51,9 +51,9 @@ async def served(
         return PlainTextResponse("alive\n")
 
     async def readyz(request: Request) -> Response:
-        found = problems()
-        text = "".join(f"{kind}: {problem}\n" for kind, problem in found.items())
-        return PlainTextResponse(text or "ready\n", status_code=503 if found else 200)
+        current = problems()
+        text = "".join(f"{kind}: {problem}\n" for kind, problem in current.items())
+        return PlainTextResponse(text or "ready\n", status_code=503 if current else 200)
 
     # The time at which each counter was made: as many series again, for nothing that is asked here.
     disable_created_metrics()

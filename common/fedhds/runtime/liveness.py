@@ -22,8 +22,8 @@ async def watch_loop() -> None:
     try:
         while True:
             faulthandler.dump_traceback_later(STALLED_S, file=sys.__stderr__ or sys.stderr)
-            asked = time.monotonic()
+            started = time.monotonic()
             await asyncio.sleep(_TICK_S)
-            LOOP_LAG.observe(max(0.0, time.monotonic() - asked - _TICK_S))
+            LOOP_LAG.observe(max(0.0, time.monotonic() - started - _TICK_S))
     finally:
         faulthandler.cancel_dump_traceback_later()

@@ -126,8 +126,8 @@ def _code(record: logging.LogRecord) -> str:
     if record.exc_info and record.exc_info[1]:
         return code_of(record.exc_info[1])
     arguments = record.args if isinstance(record.args, tuple) else ()
-    given: str = getattr(record, "code", "")
-    return next((argument.code for argument in arguments if isinstance(argument, FedhdsError)), given)
+    explicit: str = getattr(record, "code", "")
+    return next((argument.code for argument in arguments if isinstance(argument, FedhdsError)), explicit)
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

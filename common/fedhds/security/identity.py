@@ -70,9 +70,9 @@ def identity_from_certificate(pem: bytes) -> PeerIdentity:
     except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
         raise EnrollmentRefused(f"the certificate cannot be read: {error}") from error
     if len(urns) != 1:
-        found = "no" if not urns else "more than one"
+        count = "no" if not urns else "more than one"
         raise EnrollmentRefused(
-            f"the certificate carries {found} {URN_PREFIX}ROLE:NAME; have one issued with `fedhds certs issue`"
+            f"the certificate carries {count} {URN_PREFIX}ROLE:NAME; have one issued with `fedhds certs issue`"
         )
     role, _, name = urns[0].removeprefix(URN_PREFIX).partition(":")
     if role not in {known.value for known in Role} or _NAME.fullmatch(name) is None:

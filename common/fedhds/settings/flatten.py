@@ -51,19 +51,19 @@ def settings_of(model: type[BaseModel]) -> list[Setting]:
 
     Raises ValueError when two parameters have one name, unless variants share a parameter in all respects.
     """
-    found: dict[str, Setting] = {}
+    result: dict[str, Setting] = {}
     for setting in _walk(model, (), "General", ()):
-        earlier = found.get(setting.name)
+        earlier = result.get(setting.name)
         if earlier is None:
-            found[setting.name] = setting
+            result[setting.name] = setting
         elif earlier.owners and setting.owners and _identity(earlier) == _identity(setting):
-            found[setting.name] = replace(earlier, owners=earlier.owners + setting.owners)
+            result[setting.name] = replace(earlier, owners=earlier.owners + setting.owners)
         else:
             raise ValueError(
                 f"two parameters never share a name: {setting.name} is {'.'.join(earlier.path)} and "
                 f"{'.'.join(setting.path)}; declare another name for one, or the same field for both variants"
             )
-    return list(found.values())
+    return list(result.values())
 
 
 def nested(settings: Sequence[Setting], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,13 +115,13 @@ def _value(instance: Any, path: Sequence[str]) -> Any:
 
 def _in_force(settings: Sequence[Setting], values: Mapping[str, Any]) -> dict[tuple[str, ...], tuple[str, str]]:
     """Kind and name of every variant in force, by its path; unknown names are left to validation."""
-    found: dict[tuple[str, ...], tuple[str, str]] = {}
+    result: dict[tuple[str, ...], tuple[str, str]] = {}
     for setting in settings:
         if setting.variants:
             name = values.get(setting.name, setting.variants.default)
             if isinstance(name, str) and name in setting.variants.registry:
-                found[setting.path[:-1]] = setting.variants.kind, name
-    return found
+                result[setting.path[:-1]] = setting.variants.kind, name
+    return result
 
 
 def _variant_at(path: tuple[str, ...], in_force: Mapping[tuple[str, ...], tuple[str, str]]) -> tuple[str, str]:

@@ -36,8 +36,8 @@ def load(
     that do not exist, as argparse does.
     """
     settings = settings_of(model)
-    given = vars(_parser(settings, program, description).parse_args(list(arguments)))
-    config = given.pop("config", None) or environment.get(ENVIRONMENT_PREFIX + "CONFIG")
+    flags = vars(_parser(settings, program, description).parse_args(list(arguments)))
+    config = flags.pop("config", None) or environment.get(ENVIRONMENT_PREFIX + "CONFIG")
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     if config:
@@ -48,7 +48,7 @@ def load(
         if text:
             values[name] = text.split(",") if is_many(setting.field) else text
             sources[name] = variable(name)
-    for name, value in given.items():
+    for name, value in flags.items():
         values[name], sources[name] = value, flag(name)
     try:
         return model.model_validate(nested(settings, values))

@@ -14,8 +14,8 @@ def reference(model: type[BaseModel]) -> str:
     groups: dict[str, list[str]] = {}
     for setting in settings_of(model):
         field, text = setting.field, setting.description
-        shown = default_text(field)
-        default = "required" if field.is_required() else f"`{shown}`" if shown else ""
+        value = default_text(field)
+        default = "required" if field.is_required() else f"`{value}`" if value else ""
         # The names of variants stand in the description already, each with what it does.
         if choices(field) and not setting.variants:
             text += f" One of {', '.join(choices(field))}."

@@ -113,15 +113,15 @@ class Dashboard:
     async def _told(self, run_id: str, seen: int) -> AsyncIterator[str]:
         """Server-sent events: the whole status, then what has changed in it; and the journal after line `seen`."""
         yield f"retry: {1000 * _RETRY_S}\n\n"
-        shown: Status | None = None
+        previous: Status | None = None
         while not self._closing.is_set():
             status = dict(await self._status())
             journal, run = status.pop("journal", []), status.get("run_id", "")
-            if shown is None or run != shown.get("run_id", ""):
+            if previous is None or run != previous.get("run_id", ""):
                 yield _event("snapshot", status)
             else:
                 # Every second, if only to say that nothing has.
-                changed = {key for key in status.keys() | shown.keys() if status.get(key) != shown.get(key)}
+                changed = {key for key in status.keys() | previous.keys() if status.get(key) != previous.get(key)}
                 yield _event("changes", {key: status.get(key) for key in changed})
             if run != run_id:
                 run_id, seen = run, 0
@@ -130,7 +130,7 @@ class Dashboard:
                 if int(line["number"]) > seen:
                     seen = int(line["number"])
                     yield f"id: {run_id}/{seen}\n" + _event("line", line)
-            shown = status
+            previous = status
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), _EVERY_S)
 

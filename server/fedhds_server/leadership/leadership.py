@@ -41,10 +41,10 @@ class Leadership:
         """Returns once this coordinator leads; raises StorageError when the store has never been usable."""
         self.leader, failing = "", False
         while True:
-            asked = time.monotonic()
+            started = time.monotonic()
             try:
                 if await self._run(self._store.acquire, self._holder, self._address, LEASE_S):
-                    self._asked, self._confirmed, self.leader = True, asked, ""
+                    self._asked, self._confirmed, self.leader = True, started, ""
                     return
                 leader = await self._run(self._store.leader)
             except StorageError as error:
@@ -87,14 +87,14 @@ class Leadership:
     async def _renewed(self) -> None:
         while True:
             await asyncio.sleep(_RENEW_S)
-            asked, reason = time.monotonic(), "the state database does not answer"
+            started, reason = time.monotonic(), "the state database does not answer"
             # The answer may never come, and this coordinator must not go on answering its sites. After a standstill
             # there is time for one question all the same, as its answer says who leads.
-            remaining = max(self._confirmed + LEASE_S - asked, _RENEW_S)
+            remaining = max(self._confirmed + LEASE_S - started, _RENEW_S)
             try:
                 async with asyncio.timeout(remaining):
                     await self._run(self._store.renew)
-                self._confirmed = asked
+                self._confirmed = started
             except TimeoutError:
                 pass
             except StorageError as error:

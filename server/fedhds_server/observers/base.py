@@ -101,11 +101,13 @@ class Observers:
             logger.warning("the observers have not finished within %.0f s; what is left is dropped", _CLOSE_S)
 
     def _tell_evaluations(self, state: RunState) -> None:
+        if sum(map(len, state.evaluations.values())) == len(self._evaluations):
+            return
         for number, sites in state.evaluations.items():
             for site, evaluation in sites.items():
                 if (number, site) not in self._evaluations:
                     self._evaluations.add((number, site))
-                    self._tell(lambda observer, told=(number, site, evaluation): observer.evaluated(*told))
+                    self._tell(lambda observer, args=(number, site, evaluation): observer.evaluated(*args))
 
     def _tell(self, call: Callable[..., None]) -> None:
         if self._observers:

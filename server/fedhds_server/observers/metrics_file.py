@@ -19,9 +19,11 @@ class MetricsFile(RunObserver):
     def __init__(self, context: ObserverContext) -> None:
         super().__init__(context)
         self._path = context.folder / "metrics.jsonl"
+        self._run_id = ""
         self._keys: set[tuple[str, int, str]] = set()
 
     def started(self, run_id: str, rounds: Sequence[ClosedRound]) -> None:
+        self._run_id = run_id
         text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
         # What a crash cut short has no line feed; it is written again.
         whole, _, _ = text.rpartition("\n")
@@ -30,7 +32,6 @@ class MetricsFile(RunObserver):
             lines, whole = [], ""
         self._keys = {(line["event"], line["round_number"], line.get("site", "")) for line in lines}
         self._path.write_text(whole + "\n" * bool(whole), encoding="utf-8")
-        self._run_id = run_id
         for closed in rounds:
             self.round_closed(closed)
 

@@ -24,11 +24,11 @@ def coresets(counts: Mapping[Pool, int], reports: Mapping[str, Report]) -> dict[
     return coresets
 
 
-def in_proportion(pools: Mapping[Pool, int], wanted: int) -> dict[Pool, int]:
-    """`wanted` rows (or all) divided by what each pool holds: largest remainders, equal ones by name."""
+def in_proportion(pools: Mapping[Pool, int], count: int) -> dict[Pool, int]:
+    """`count` rows (or all) divided by what each pool holds: largest remainders, equal ones by name."""
     total = sum(pools.values())
-    wanted = min(wanted, total)
-    shares = {pool: divmod(wanted * size, total) for pool, size in pools.items() if size}
-    short = wanted - sum(whole for whole, _ in shares.values())
+    count = min(count, total)
+    shares = {pool: divmod(count * size, total) for pool, size in pools.items() if size}
+    short = count - sum(whole for whole, _ in shares.values())
     order = sorted(shares, key=lambda pool: (-shares[pool][1], pool[0], -1 if pool[1] is None else pool[1]))
-    return {pool: count for rank, pool in enumerate(order) if (count := shares[pool][0] + (rank < short))}
+    return {pool: rows for rank, pool in enumerate(order) if (rows := shares[pool][0] + (rank < short))}

@@ -115,10 +115,10 @@ class ArtifactStore:
             digest, hashed = self._hashed.pop(artifact.digest, (hashlib.sha256(), 0))
             descriptor = os.open(self._part(artifact), os.O_WRONLY | os.O_CREAT, 0o600)
             try:
-                held = os.fstat(descriptor).st_size
-                if offset > held:
+                size = os.fstat(descriptor).st_size
+                if offset > size:
                     raise ArtifactError(
-                        f"the upload goes on at byte {offset}, only {held} are here; ask where it stands"
+                        f"the upload goes on at byte {offset}, only {size} are here; ask where it stands"
                     )
                 written = 0
                 while written < len(chunk):
@@ -142,10 +142,10 @@ class ArtifactStore:
                 raise ArtifactError("nothing of this artifact has been uploaded")
             digest, hashed = self._hashed.pop(artifact.digest, (None, 0))
             size = part.stat().st_size
-            found = Artifact(digest.hexdigest(), size) if digest and hashed == size else Artifact.of_file(part)
-            if found.size < artifact.size:
-                raise ArtifactError(f"the upload ended after {found.size} of {artifact.size} bytes; go on there")
-            if found != artifact:
+            uploaded = Artifact(digest.hexdigest(), size) if digest and hashed == size else Artifact.of_file(part)
+            if uploaded.size < artifact.size:
+                raise ArtifactError(f"the upload ended after {uploaded.size} of {artifact.size} bytes; go on there")
+            if uploaded != artifact:
                 part.unlink()
                 raise ArtifactError("the uploaded bytes have another digest than announced; send them anew")
             self._place(part, artifact)

@@ -69,4 +69,4 @@ class Store(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """PrivateReporter the medium."""
+        """Releases the medium."""

@@ -19,9 +19,9 @@ from fedhds_server.storage.schema import JOURNAL, LEASE, RUN, is_current, upgrad
 
 # Of the state's JSON; goes up when an older program could not read what a newer one writes.
 _FORMAT = 2
-# Any number will do: it keeps two coordinators from making the tables of one PostgreSQL database at the same time.
-# What to install for a run of another format.
+# What opens a run of another format.
 _VERSIONS = {1: "version 0.2"}
+# Any number does: it keeps two coordinators from making the tables of one PostgreSQL database at the same time.
 _UPGRADING = 5_163_470
 # A database whose host is gone without a word is noticed within about 5 s, as long as a lease lasts.
 _LIBPQ = {
@@ -39,8 +39,8 @@ class SqlStore(Store):
 
     def __init__(self, url: sa.URL) -> None:
         # Without the user and the options, which may hold a password as well.
-        shown = sa.URL.create(url.get_backend_name(), host=url.host, port=url.port, database=url.database)
-        self._place = shown.render_as_string()
+        public = sa.URL.create(url.get_backend_name(), host=url.host, port=url.port, database=url.database)
+        self._place = public.render_as_string()
         self._shared = url.get_backend_name() == "postgresql"
         self._token: int | None = None
         self._lease_s = 0.0
@@ -80,8 +80,8 @@ class SqlStore(Store):
         if row.format != _FORMAT:
             wrote = _VERSIONS.get(row.format, "a newer version")
             raise StorageError(
-                f"the run in {self._place} has format {row.format}, which {wrote} of fedhds wrote, and this is fedhds "
-                f"{__version__}, which reads format {_FORMAT}; finish the run with {wrote}, or start a new one elsewhere"
+                f"the run in {self._place} has format {row.format}, which {wrote} of fedhds wrote; this is fedhds "
+                f"{__version__}, which reads format {_FORMAT}; finish it with {wrote}, or start a new run elsewhere"
             )
         try:
             return RunState.model_validate_json(row.state)
@@ -151,8 +151,8 @@ class SqlStore(Store):
         self._engine.dispose()
 
     def _hold(self, connection: sa.Connection) -> None:
-        held = sa.update(LEASE).where(LEASE.c.token == self._token).values(expires_at=self._clock + self._lease_s)
-        if not connection.execute(held).rowcount:
+        renewal = sa.update(LEASE).where(LEASE.c.token == self._token).values(expires_at=self._clock + self._lease_s)
+        if not connection.execute(renewal).rowcount:
             leader = self._leader(connection) or "nobody"
             raise NotLeading(f"this coordinator does not lead the run (any more), {leader} does")
 
