@@ -135,7 +135,7 @@ async def _lead(
                 store=store,
                 artifacts=artifacts,
                 folder=folder,
-                observers=[observer(ObserverContext(folder)) for observer in OBSERVERS.values()],
+                observers=[observer(ObserverContext(folder, state.spec)) for observer in OBSERVERS.values()],
                 keep_updates=settings.keep_updates,
             )
             async with gate.of(coordinator):

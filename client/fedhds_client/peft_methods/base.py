@@ -6,12 +6,11 @@ import json
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftConfig, get_peft_model_state_dict
-
 from fedhds.tensors.manifest import AdapterManifest, Initial, TensorSpec
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftConfig
 
     from fedhds.spec import RunSpec
     from fedhds_client.models.loading import BaseModel
@@ -53,6 +52,9 @@ class PeftMethod(ABC):
 
 def adapter_state(module: Any) -> dict[str, torch.Tensor]:
     """The adapter's tensors under the names that PEFT saves them by."""
+    # Here, so that methods can be registered before the program reads its flags.
+    from peft import get_peft_model_state_dict
+
     return dict(get_peft_model_state_dict(module, save_embedding_layers=False))
 
 

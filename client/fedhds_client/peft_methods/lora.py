@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import torch
-from peft import LoraConfig
-from transformers.pytorch_utils import Conv1D
-
 from fedhds.errors import ModelError
 from fedhds.spec import LoraSpec
 from fedhds.tensors.manifest import Initial
 from fedhds_client.peft_methods.base import PeftMethod
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+
     from fedhds.spec import RunSpec
     from fedhds_client.models.loading import BaseModel
 
@@ -27,6 +25,10 @@ class Lora(PeftMethod):
 
     def config(self, spec: RunSpec, base: BaseModel) -> LoraConfig:
         """LoRA on the run's target modules; raises ModelError for a target that the model lacks."""
+        import torch
+        from peft import LoraConfig
+        from transformers.pytorch_utils import Conv1D
+
         lora = spec.peft
         assert isinstance(lora, LoraSpec)
         head = base.model.get_output_embeddings()

@@ -6,12 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from fedhds.spec import AggregationSpec
 from fedhds.tensors.manifest import TensorSpec
 
 FloatArray = npt.NDArray[np.float32]
@@ -28,7 +27,7 @@ class Update:
 
 
 class Aggregator(ABC):
-    """Combines updates, tensor by tensor.
+    """Combines updates, tensor by tensor. `parameters` is everywhere the aggregator's own part of the specification.
 
     Implementations MUST give the same bytes whatever the order in which updates arrive (they come sorted by site),
     MUST depend on nothing but their arguments, and MUST NOT keep more than a few values per update in memory.
@@ -37,11 +36,13 @@ class Aggregator(ABC):
     description: ClassVar[str]
     """What is averaged and how, for the model card."""
 
-    def trainable(self, round_number: int, roles: frozenset[str]) -> frozenset[str]:
-        """Roles of the tensors that train in a round, out of the adapter's `roles`; the others stay as they are."""
+    def trainable(self, parameters: Any, round_number: int, roles: frozenset[str]) -> frozenset[str]:
+        """Roles of the tensors that train in a round, one at least of the adapter's `roles`; the others stay."""
         return roles
 
-    def weights(self, updates: Sequence[Update], read: Callable[[int, TensorSpec], FloatArray]) -> Shares:
+    def weights(
+        self, parameters: Any, updates: Sequence[Update], read: Callable[[int, TensorSpec], FloatArray]
+    ) -> Shares:
         """Shares float64 (n,) of the updates, which sum to 1; `read(i, tensor)` gives the i-th update's difference.
 
         By default those that rows give. A rule that looks at the updates streams their tensors here.
@@ -51,7 +52,7 @@ class Aggregator(ABC):
     @abstractmethod
     def combine(
         self,
-        spec: AggregationSpec,
+        parameters: Any,
         tensor: TensorSpec,
         current: FloatArray,
         shares: Shares,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fedhds.spec import AggregationSpec
+from fedhds.spec import FedAvgSpec
 from fedhds.tensors.manifest import TensorSpec
 from fedhds_server.aggregation.base import Aggregator, FloatArray, Shares
 
@@ -18,7 +18,7 @@ class FedAvg(Aggregator):
 
     def combine(
         self,
-        spec: AggregationSpec,
+        parameters: FedAvgSpec,
         tensor: TensorSpec,
         current: FloatArray,
         shares: Shares,

@@ -64,8 +64,9 @@ def aggregate(
             slot_writers = {
                 name: stack.enter_context(AdapterWriter.open(path, manifest)) for name, path in paths.items()
             }
-            shares = aggregator.weights(ordered, lambda index, tensor: _difference(readers[index], base, tensor))
-            trainable = aggregator.trainable(round_number, manifest.roles)
+            rule = spec.aggregator
+            shares = aggregator.weights(rule, ordered, lambda index, tensor: _difference(readers[index], base, tensor))
+            trainable = aggregator.trainable(rule, round_number, manifest.roles)
             for tensor in manifest.tensors:
                 value = base.tensor(tensor)
                 old = {
@@ -74,7 +75,7 @@ def aggregate(
                 }
                 new: tuple[FloatArray, Mapping[str, FloatArray]] = value, old
                 if tensor.role in trainable:
-                    combined = aggregator.combine(spec, tensor, value, shares, partial(_value, readers, value, tensor))
+                    combined = aggregator.combine(rule, tensor, value, shares, partial(_value, readers, value, tensor))
                     new = optimizer.step(spec.optimizer, value, combined, old, round_number)
                 writer.add(tensor, new[0])
                 for name, slot_writer in slot_writers.items():

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedhds.spec import RunSpec
 from fedhds_server.run.state import ClosedRound, Evaluation, Phase, RunState
 from fedhds_server.storage.base import JournalEntry
 
@@ -24,6 +25,8 @@ class ObserverContext:
 
     folder: Path
     """The run folder."""
+    spec: RunSpec
+    """The run's specification, for those who keep it beside what they measure."""
 
 
 class RunObserver(ABC):

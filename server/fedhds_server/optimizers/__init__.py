@@ -1,6 +1,6 @@
 """Server optimizers: what the coordinator does with the combined update. One file each, one interface.
 
-A new one is a file with a `ServerOptimizer`, its entry here, and its parameters in `fedhds.spec.aggregation`.
+A new one is a file with a `ServerOptimizer`, its entry here, and its parameters in `fedhds.spec.optimizer`.
 """
 
 from fedhds_server.optimizers.base import ServerOptimizer

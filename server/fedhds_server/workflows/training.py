@@ -33,11 +33,11 @@ class TrainingWorkflow(Workflow):
         return f"round {stage.round_number}: combining {len(contributions(stage))} updates"
 
     def request(self, state: RunState, task: Task) -> pb.TrainRequest:
-        aggregator = AGGREGATORS[state.spec.aggregation.aggregator.name]
-        roles = aggregator.trainable(task.round_number, state.adapter_manifest.roles)
+        rule, adapter_roles = state.spec.aggregation.aggregator, state.adapter_manifest.roles
+        roles = AGGREGATORS[rule.name].trainable(rule, task.round_number, adapter_roles)
         return pb.TrainRequest(
             coreset=state.coreset_of(task.site),
-            trainable_roles=sorted(roles) if roles != state.adapter_manifest.roles else (),
+            trainable_roles=sorted(roles) if roles != adapter_roles else (),
         )
 
     def upload_of(self, result: Any) -> Artifact | None:
