@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.message import Message
 
 from fedhds.errors import (
     AdapterError,
@@ -30,13 +32,12 @@ from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import federation_pb2_grpc as rpc
 from fedhds.v2 import status_pb2, transfer_pb2
 from fedhds.v2 import status_pb2_grpc as status_rpc
-from fedhds_server.aggregation import AGGREGATORS
 from fedhds_server.coordinator import Coordinator
 from fedhds_server.rpc.federation import FederationServicer
 from fedhds_server.rpc.grpc_server import new_server
 from fedhds_server.rpc.operations import OperationsServicer
-from fedhds_server.run.state import Phase, RunState
-from fedhds_server.selection import STRATEGIES
+from fedhds_server.rpc.protocol_1 import Protocol1Handler
+from fedhds_server.run.state import RunState
 from fedhds_server.storage.artifacts import ArtifactStore
 from fedhds_server.storage.sql import SqlStore
 from tests.manifests import lora_manifest
@@ -68,22 +69,16 @@ class Host:
 async def start(folder: Path, **fields: object) -> Host:
     """A coordinator on `folder`; goes on with what is there."""
     store = SqlStore.in_folder(folder)
-    values = {"model": "m", "rounds": 1, "min_sites": 1, "strategy": "full", "evaluate_every": 0} | fields
-    state = store.load() or RunState(run_id="r", spec=RunSpec.model_validate(values))
+    values = {"model": "m", "rounds": 1, "min_sites": 1, "selection_strategy": "full", "evaluate_every": 0} | fields
+    state = store.load() or RunState(run_id="r", spec=RunSpec.of(**values))
     assert store.acquire("test", "", 60.0)
     store.save(state)
     artifacts = ArtifactStore(folder / "artifacts", largest_upload=1 << 20)
-    coordinator = Coordinator(
-        state,
-        store=store,
-        artifacts=artifacts,
-        folder=folder,
-        strategy=STRATEGIES[state.spec.selection.strategy.name],
-        aggregator=AGGREGATORS["fedavg"],
-    )
+    coordinator = Coordinator(state, store=store, artifacts=artifacts, folder=folder)
     server = new_server()
     FederationServicer(lambda: coordinator).register(server)
     status_rpc.add_OperationsServicer_to_server(OperationsServicer(lambda: coordinator), server)
+    server.add_generic_rpc_handlers((Protocol1Handler(),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
@@ -108,20 +103,21 @@ async def host(tmp_path: Path) -> AsyncIterator[Host]:
 
 
 async def enroll(host: Host, name: str = "a", *, rows: int = 10, evaluates: bool = False, **fields: Any) -> str:
-    request = pb.EnrollRequest(site=name, protocol_versions=[1], **fields)
+    request = pb.EnrollRequest(site=name, protocol_versions=[2], **fields)
     session = (await host.federation.Enroll(request)).session
-    attestation = pb.RegisterRequest(
+    registration = pb.RegisterRequest(
         session=session, fingerprint=FINGERPRINT, manifest=MANIFEST.to_proto(), rows=rows, evaluates=evaluates
     )
-    await host.federation.Register(attestation)
+    await host.federation.Register(registration)
     return str(session)
 
 
 async def task_of(host: Host, session: str) -> pb.NextTaskResponse:
+    """The site's next task, or the run's end."""
     while True:
-        task: pb.NextTaskResponse = await host.federation.NextTask(pb.NextTaskRequest(session=session, wait_s=5))
-        if task.WhichOneof("task") != "wait":
-            return task
+        answer: pb.NextTaskResponse = await host.federation.NextTask(pb.NextTaskRequest(session=session, wait_s=5))
+        if answer.WhichOneof("next") != "wait":
+            return answer
 
 
 def written(host: Host, value: float) -> tuple[Path, Artifact]:
@@ -145,10 +141,15 @@ async def send(
 async def complete(
     host: Host, session: str, task_id: str, artifact: Artifact, samples: int = 10, loss: float = 1.0
 ) -> pb.CompleteTaskResponse:
-    result = pb.TrainResult(update=artifact.to_proto(), samples=samples, loss=loss)
-    response: pb.CompleteTaskResponse = await host.federation.CompleteTask(
-        pb.CompleteTaskRequest(session=session, task_id=task_id, train=result)
+    return await complete_with(
+        host, session, task_id, pb.TrainResult(update=artifact.to_proto(), samples=samples, loss=loss)
     )
+
+
+async def complete_with(host: Host, session: str, task_id: str, result: Message) -> pb.CompleteTaskResponse:
+    request = pb.CompleteTaskRequest(session=session, task_id=task_id)
+    request.result.Pack(result)
+    response: pb.CompleteTaskResponse = await host.federation.CompleteTask(request)
     return response
 
 
@@ -163,32 +164,32 @@ async def refused(call: Any) -> Exception:
 
 async def test_a_whole_run_over_the_wire(host: Host) -> None:
     session = await enroll(host)
-    task = await task_of(host, session)
-    assert task.WhichOneof("task") == "train"
-    fetched = b"".join(
-        [
-            m.chunk
-            async for m in host.federation.Download(
-                transfer_pb2.DownloadRequest(session=session, artifact=task.train.adapter)
-            )
-        ]
-    )
-    assert len(fetched) == task.train.adapter.size
+    task = (await task_of(host, session)).task
+    assert (task.kind, task.round_number) == ("train", 1)
+    request = pb.TrainRequest()
+    assert task.request.Unpack(request)
+    # All tensors train.
+    assert (request.coreset.WhichOneof("rows"), list(request.trainable_roles)) == ("all", [])
+    download = transfer_pb2.DownloadRequest(session=session, artifact=task.adapter)
+    content = b"".join([message.chunk async for message in host.federation.Download(download)])
+    assert hashlib.sha256(content).hexdigest() == task.adapter.digest
+    assert len(content) == task.adapter.size
     path, artifact = written(host, 0.5)
     await send(host, session, path.read_bytes(), artifact)
-    assert (await complete(host, session, task.task_id, artifact)).accepted
-    done = await task_of(host, session)
-    assert done.done.outcome == "completed"
-    assert '"r": 8' in done.done.adapter_config
-    delivery = pb.CompleteTaskRequest(session=session, task_id=done.task_id, delivered=pb.Delivered())
+    assert (await complete(host, session, task.id, artifact)).accepted
+    done = (await task_of(host, session)).done
+    assert done.outcome == "completed"
+    assert '"r": 8' in done.adapter_config
+    assert done.adapter.digest == artifact.digest
     for _ in range(2):
         # The answer may be lost: the coordinator is there until the site has gone.
-        assert (await host.federation.CompleteTask(delivery)).accepted
+        await host.federation.ConfirmDelivery(pb.ConfirmDeliveryRequest(session=session))
+    assert host.coordinator.state.sites["a"].delivered
     await host.federation.Leave(pb.LeaveRequest(session=session))
     await asyncio.wait_for(host.work, 10)
     with AdapterReader(host.folder / "checkpoint" / "adapter_model.safetensors", MANIFEST) as reader:
         assert (reader.tensor(MANIFEST.tensors[0]) == 0.5).all()
-    # What was folded is gone; the initial adapter stays for evaluators, the last one for sites.
+    # The update is gone; the initial adapter stays for evaluators, the last one for sites.
     assert len(list((host.folder / "artifacts").iterdir())) == 2
 
 
@@ -225,10 +226,10 @@ async def test_a_bad_update_is_rejected_with_its_reason_and_the_round_goes_on(
     host: Host, value: float, samples: int, loss: float, words: str
 ) -> None:
     session = await enroll(host)
-    task = await task_of(host, session)
+    task = (await task_of(host, session)).task
     path, artifact = written(host, value)
     await send(host, session, path.read_bytes(), artifact)
-    answer = await complete(host, session, task.task_id, artifact, samples, loss)
+    answer = await complete(host, session, task.id, artifact, samples, loss)
     assert not answer.accepted
     assert words in answer.reason
     assert words in host.coordinator.state.sites["a"].last_error
@@ -237,50 +238,50 @@ async def test_a_bad_update_is_rejected_with_its_reason_and_the_round_goes_on(
 
 async def test_an_update_of_other_shapes_is_rejected(host: Host) -> None:
     session = await enroll(host)
-    task = await task_of(host, session)
+    task = (await task_of(host, session)).task
     path = host.folder / "other"
     manifest = lora_manifest({"q.lora_A.weight": (3, 4), "q.lora_B.weight": (4, 2)})
     artifact = write_adapter(path, manifest, lambda t: np.zeros(t.shape, np.float32), "float32")
     await send(host, session, path.read_bytes(), artifact)
-    assert "q.lora_A.weight has shape (3, 4)" in (await complete(host, session, task.task_id, artifact)).reason
+    assert "q.lora_A.weight has shape (3, 4)" in (await complete(host, session, task.id, artifact)).reason
 
 
 async def test_results_of_closed_or_foreign_tasks(tmp_path: Path) -> None:
     host = await start(tmp_path, min_sites=2)
     a, b = await enroll(host, "a"), await enroll(host, "b")
-    task = await task_of(host, a)
+    task = (await task_of(host, a)).task
     path, artifact = written(host, 0.5)
-    assert isinstance(await refused(complete(host, a, task.task_id, artifact)), ArtifactError)
+    assert isinstance(await refused(complete(host, a, task.id, artifact)), ArtifactError)
     await send(host, a, path.read_bytes(), artifact)
-    assert isinstance(await refused(complete(host, b, task.task_id, artifact)), TaskError)
-    wrong = pb.CompleteTaskRequest(session=a, task_id=task.task_id, evaluation=pb.EvaluationResult())
-    assert isinstance(await refused(host.federation.CompleteTask(wrong)), RequestError)
-    assert (await complete(host, a, task.task_id, artifact)).accepted
+    assert isinstance(await refused(complete(host, b, task.id, artifact)), TaskError)
+    wrong = await refused(complete_with(host, a, task.id, pb.EvaluationResult()))
+    assert isinstance(wrong, RequestError)
+    assert "completed by a fedhds.v2.TrainResult, not by a 'fedhds.v2.EvaluationResult'" in str(wrong)
+    assert isinstance(
+        await refused(host.federation.CompleteTask(pb.CompleteTaskRequest(session=a, task_id=task.id))), RequestError
+    )
+    assert (await complete(host, a, task.id, artifact)).accepted
     # A site whose answer was lost asks again; that must not delete what was accepted.
-    assert (await complete(host, a, task.task_id, artifact)).accepted
+    assert (await complete(host, a, task.id, artifact)).accepted
     assert host.artifacts.has(artifact)
     for closed in ("train/1/c", "train/2/a", "evaluate/0/a", "select/0/a", "never/1/a", ""):
         late = await complete(host, a, closed, artifact)
         assert (late.accepted, late.reason) == (False, "the task is closed; its result came too late to count")
-    assert isinstance(
-        await refused(
-            host.federation.CompleteTask(pb.CompleteTaskRequest(session=a, task_id="done", delivered=pb.Delivered()))
-        ),
-        TaskError,
-    )
+    early = host.federation.ConfirmDelivery(pb.ConfirmDeliveryRequest(session=a))
+    assert isinstance(await refused(early), TaskError)
     await host.stop()
 
 
 async def test_a_restart_on_the_same_folder_goes_on_and_sessions_stay(tmp_path: Path) -> None:
     first = await start(tmp_path, min_sites=2)
     a, b = await enroll(first, "a"), await enroll(first, "b")
-    task = await task_of(first, a)
+    task = (await task_of(first, a)).task
     path, artifact = written(first, 0.5)
     await send(first, a, path.read_bytes(), artifact)
-    assert (await complete(first, a, task.task_id, artifact)).accepted
+    assert (await complete(first, a, task.id, artifact)).accepted
     await first.stop()
     second = await start(tmp_path)
-    assert (await task_of(second, b)).task_id == "train/1/b"
+    assert (await task_of(second, b)).task.id == "train/1/b"
     await send(second, b, path.read_bytes(), artifact)
     assert (await complete(second, b, "train/1/b", artifact)).accepted
     assert (await task_of(second, a)).done.outcome == "completed"
@@ -301,7 +302,7 @@ async def test_sessions(host: Host) -> None:
 
 
 async def test_an_enrollment_whose_answer_was_lost_can_be_repeated(host: Host) -> None:
-    request = pb.EnrollRequest(site="a", protocol_versions=[1], session="ab" * 32)
+    request = pb.EnrollRequest(site="a", protocol_versions=[2], session="ab" * 32)
     answers = [await host.federation.Enroll(request) for _ in range(2)]
     assert [answer.session for answer in answers] == ["ab" * 32] * 2
     request.session = "cd" * 32
@@ -311,7 +312,7 @@ async def test_an_enrollment_whose_answer_was_lost_can_be_repeated(host: Host) -
 async def test_another_model_is_refused_and_frees_the_name(tmp_path: Path) -> None:
     host = await start(tmp_path, min_sites=2)
     await enroll(host, "a")
-    session = (await host.federation.Enroll(pb.EnrollRequest(site="b", protocol_versions=[1]))).session
+    session = (await host.federation.Enroll(pb.EnrollRequest(site="b", protocol_versions=[2]))).session
     request = pb.RegisterRequest(session=session, fingerprint=FINGERPRINT, manifest=MANIFEST.to_proto(), rows=1)
     request.fingerprint.weights = "other"
     error = await refused(host.federation.Register(request))
@@ -322,7 +323,7 @@ async def test_another_model_is_refused_and_frees_the_name(tmp_path: Path) -> No
 
 
 async def test_a_manifest_that_is_none_is_refused(host: Host) -> None:
-    session = (await host.federation.Enroll(pb.EnrollRequest(site="b", protocol_versions=[1]))).session
+    session = (await host.federation.Enroll(pb.EnrollRequest(site="b", protocol_versions=[2]))).session
     for manifest in (
         pb.AdapterManifest(),
         pb.AdapterManifest(tensors=[pb.TensorSpec(name="q.lora_A.weight", shape=[1, 1])], config="{}"),
@@ -333,7 +334,7 @@ async def test_a_manifest_that_is_none_is_refused(host: Host) -> None:
 
 
 async def test_a_silent_site_is_lost_and_comes_back_with_a_sign_of_life(tmp_path: Path) -> None:
-    host = await start(tmp_path, patience=0.3, rounds=5, min_sites=2)
+    host = await start(tmp_path, heartbeat_timeout=0.3, rounds=5, min_sites=2)
     a, b = await enroll(host, "a"), await enroll(host, "b")
     while host.coordinator.state.sites["b"].state != "lost":
         await host.federation.Heartbeat(pb.HeartbeatRequest(session=a))
@@ -345,10 +346,16 @@ async def test_a_silent_site_is_lost_and_comes_back_with_a_sign_of_life(tmp_path
 
 async def test_status_tells_the_run(host: Host) -> None:
     await enroll(host, rows=7, evaluates=True)
-    status = await host.operations.GetStatus(status_pb2.GetStatusRequest())
+    async with asyncio.timeout(20):
+        while (status := await host.operations.GetStatus(status_pb2.GetStatusRequest())).phase != "training":  # noqa: ASYNC110 - the server says so when it is asked
+            await asyncio.sleep(0.01)
     assert (status.sites[0].site, status.sites[0].rows, status.pool_rows) == ("a", 7, 7)
-    assert status.run.model == "m"
-    assert status.phase in set(Phase)
+    spec = RunSpec.model_validate_json(status.spec)
+    assert spec == host.coordinator.state.spec
+    assert spec.model.name == "m"
+    assert status.round_number == 1
+    assert (status.cohort.task, status.cohort.working, status.cohort.target) == ("train", 1, 1)
+    assert list(status.protocol_versions) == [2]
 
 
 async def test_wakes_a_long_poll_at_once(tmp_path: Path) -> None:
@@ -358,17 +365,18 @@ async def test_wakes_a_long_poll_at_once(tmp_path: Path) -> None:
     await asyncio.sleep(0.1)
     assert not poll.done()
     await enroll(host, "b")
-    task = await asyncio.wait_for(poll, 5)
-    assert task.train.coreset.HasField("all")
+    request = pb.TrainRequest()
+    assert (await asyncio.wait_for(poll, 5)).task.request.Unpack(request)
+    assert request.coreset.HasField("all")
     await host.stop()
 
 
 async def test_a_site_whose_upload_takes_long_to_be_kept_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    host = await start(tmp_path, patience=1.5)
+    host = await start(tmp_path, heartbeat_timeout=1.5)
     session = await enroll(host)
-    task = await task_of(host, session)
+    task = (await task_of(host, session)).task
     finish = host.artifacts.finish
 
     def slowly(artifact: Artifact) -> None:
@@ -378,6 +386,6 @@ async def test_a_site_whose_upload_takes_long_to_be_kept_is_not_lost(
     monkeypatch.setattr(host.artifacts, "finish", slowly)
     path, artifact = written(host, 0.5)
     await send(host, session, path.read_bytes(), artifact)
-    assert (await complete(host, session, task.task_id, artifact)).accepted
+    assert (await complete(host, session, task.id, artifact)).accepted
     assert "is lost" not in caplog.text
     await host.stop()

@@ -93,7 +93,7 @@ class Effects:
                 workflow = WORKFLOWS[stage.kind]
                 outcome = await asyncio.to_thread(workflow.resolve, state, stage, self)
                 await self._coordinator.post(StageResolved(time.time(), name, outcome))
-            case Discard(artifact) if artifact not in state.artifacts:
+            case Discard(artifact) if not state.needs(artifact):
                 await asyncio.to_thread(self._artifacts.delete, artifact)
             case WriteCheckpoint() if state.adapters:
                 await asyncio.to_thread(self._write_checkpoint)

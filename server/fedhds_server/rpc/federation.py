@@ -136,10 +136,10 @@ class FederationServicer(rpc.FederationServicer):
         site = await self._caller(request)
         task = self._open_task(site, request.task_id)
         if task is None:
-            if site.last_accepted and site.last_accepted == request.task_id:
-                return pb.CompleteTaskResponse(accepted=True)
             if (late := named_upload(request.task_id, request.result)) is not None:
                 await self._discard(site, late)
+            if site.last_accepted and site.last_accepted == request.task_id:
+                return pb.CompleteTaskResponse(accepted=True)
             return pb.CompleteTaskResponse(reason="the task is closed; its result came too late to count")
         artifact, rejection = await check_result(self._coordinator, task, request.result)
         if rejection:
@@ -267,8 +267,8 @@ class FederationServicer(rpc.FederationServicer):
         """Deletes an upload of the site's own that does not count, unless the run needs the same bytes."""
         # A save shows that it still leads: a deposed leader's state does not know what its successor counts on.
         await self._coordinator.post(lambda _: None)
-        needed = {known.digest for known in self._coordinator.state.artifacts}
-        if artifact.digest not in needed and self._coordinator.presence.uploaded(site.name, artifact):
+        coordinator = self._coordinator
+        if not coordinator.state.needs(artifact) and coordinator.presence.uploaded(site.name, artifact):
             await asyncio.to_thread(self._artifacts.delete, artifact)
 
 

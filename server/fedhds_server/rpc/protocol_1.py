@@ -8,7 +8,7 @@ import grpc
 
 from fedhds import PROTOCOL_VERSIONS, __version__
 
-_SERVICES = ("fedhds.v2.Federation", "fedhds.v2.Operations")
+_SERVICES = ("fedhds.v1.Federation", "fedhds.v1.Operations")
 # The class and the trailing metadata by which those versions know a refusal.
 _METADATA = (("fedhds-error", "EnrolmentRefused"),)
 

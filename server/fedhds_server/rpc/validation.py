@@ -55,7 +55,7 @@ async def check_result(
         path = await asyncio.to_thread(artifacts.verified, artifact)
     except DamagedArtifact as error:
         logger.error("%s", error)
-        if artifact not in state.artifacts:
+        if not coordinator.state.needs(artifact):
             await asyncio.to_thread(artifacts.delete, artifact)
         raise ArtifactError("the update was damaged where it was kept; upload it again") from error
     current = await asyncio.to_thread(artifacts.verified, state.adapter)

@@ -124,6 +124,11 @@ class Stage(_Record):
         """Names the stage, so that an event about it cannot hit the next."""
         return f"{self.kind}/{self.round_number}" + (f".{self.step}-{self.digest}" if self.step else "")
 
+    @property
+    def uploads(self) -> list[Artifact]:
+        """What the replies name in the artifact store, one upload for each site that made one."""
+        return [reply.artifact for reply in self.replies.values() if reply.artifact]
+
     def task_id(self, site: str) -> str:
         """The id of a site's task: the same for the same question."""
         return f"{self.name}/{site}"
@@ -190,9 +195,12 @@ class RunState(_Record):
     @property
     def artifacts(self) -> set[Artifact]:
         """Everything that the run still needs from the artifact store."""
-        replies = self.stage.replies.values() if self.stage else ()
-        uploads = {reply.artifact for reply in replies if reply.artifact}
+        uploads = self.stage.uploads if self.stage else ()
         return {*self.adapters.values(), *self.slots.values(), *uploads}
+
+    def needs(self, artifact: Artifact) -> bool:
+        """Whether the run needs the bytes of this digest, whatever size a site claims for them."""
+        return artifact.digest in {needed.digest for needed in self.artifacts}
 
     @property
     def pool_rows(self) -> int:
