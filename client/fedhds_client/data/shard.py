@@ -82,7 +82,7 @@ class Shard:
         self.close()
 
     def close(self) -> None:
-        """PrivateReporter the spool."""
+        """Releases the spool."""
         self._spool.close()
 
     def _fill(self, skip_bad_rows: bool) -> None:

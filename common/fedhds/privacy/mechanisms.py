@@ -1,12 +1,12 @@
 """The Gaussian mechanism on a site's centroids: clipping, noise, and what they cost in (epsilon, delta).
 
 Epsilon is exact (Balle & Wang 2018, "Improving the Gaussian Mechanism for Differential Privacy", Thm 8), rounded
-upwards in the last bits. PrivateReporter compose without loss as Gaussian differential privacy (Dong, Roth & Su 2019,
+upwards in the last bits. Releases compose without loss as Gaussian differential privacy (Dong, Roth & Su 2019,
 "Gaussian Differential Privacy", Cor. 2): a release with noise multiplier z is 1/z-GDP, and mu adds in squares.
 
 Not claimed: these are real-number mechanisms computed in floating point. Mironov 2012 ("On Significance of the Least
 Significant Bits for Differential Privacy") shows that the low bits of floating-point noise can tell neighboring
-inputs apart. PrivateReporter are rounded to float32, which blunts that attack on doubles but is no proof against it.
+inputs apart. Releases are rounded to float32, which blunts that attack on doubles but is no proof against it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def site_rng() -> random.Random:
 def noised_centroids(
     centroids: npt.ArrayLike, *, clip_norm: float, noise_multiplier: float, released: int, rng: random.Random
 ) -> FloatArray:
-    """PrivateReporter exactly `released` centroids (released, d) under Gaussian noise on every value.
+    """Releases exactly `released` centroids (released, d) under Gaussian noise on every value.
 
     Takes the first `released` rows of `centroids` (k, d; k may be 0), clips each to `clip_norm`, fills up with zero
     rows, so that the number of clusters stays hidden, and adds noise of standard deviation

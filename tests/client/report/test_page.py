@@ -184,7 +184,7 @@ def test_the_page_is_well_formed_self_contained_and_described(tmp_path: Path) ->
     assert "@media(prefers-color-scheme:dark)" in style
     ids = [attrs["id"] for _, attrs in tags.start_tags if "id" in attrs]
     (label,) = [
-        attrs["aria-labeledby"] for tag, attrs in tags.start_tags if attrs.get("class") == "map" and tag == "svg"
+        attrs["aria-labelledby"] for tag, attrs in tags.start_tags if attrs.get("class") == "map" and tag == "svg"
     ]
     assert label is not None
     assert sorted(label.split()) == sorted(str(name) for name in ids)
