@@ -107,8 +107,8 @@ def _of_run(state: RunState, readiness: Readiness) -> Iterator[Metric]:
     yield TRAINING_LOSS.of(trained.loss if trained else None)
     yield IDLE.of(readiness.idle_s)
     # Those of closed rounds, and of the open one.
-    uploads = len(state.artifacts - {*state.adapters.values(), *state.slots.values()})
-    yield ACCEPTED.of(sum(len(closed.contributions) for closed in state.closed_rounds) + uploads)
+    accepted = sum(len(closed.contributions) for closed in state.closed_rounds)
+    yield ACCEPTED.of(accepted + (len(state.stage.uploads) if state.stage else 0))
     newest = max(state.evaluations, default=None)
     yield EVALUATION_ROUND.of(newest)
     yield EVALUATION.of(means_of(state.evaluations[newest])[1] if newest is not None else None)

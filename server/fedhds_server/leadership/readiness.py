@@ -27,13 +27,13 @@ DISK_RESERVE = 16 << 20
 def disk_needed(state: RunState | None) -> int:
     """Bytes that one round may write, and a reserve.
 
-    An adapter for each answer that the open round still lacks, the new global adapter, and its copy in the checkpoint.
+    An adapter for each update that the open round still lacks, the new global adapter, and its copy in the checkpoint.
     """
     if state is None or not state.adapters:
         return DISK_RESERVE
     adapter = max(artifact.size for artifact in state.adapters.values())
     stage = state.stage
-    missing = max(len(stage.cohort), stage.target) - len(stage.replies) if stage else 0
+    missing = max(len(stage.cohort), stage.target) - len(stage.uploads) if stage else 0
     return DISK_RESERVE + (max(missing, 0) + 2) * adapter
 
 

@@ -73,7 +73,8 @@ def resolved(state: RunState, outcome: Outcome, at: float) -> list[Instruction]:
         return []
     match outcome:
         case NextStep(request):
-            sites = sorted(stage.replies)
+            # Sites that were excluded while the strategy was at work get no further step.
+            sites = sorted(site for site in stage.replies if not state.sites[site].excluded)
             stages.open_stage(state, stage.kind, sites, len(sites), request=request, step=stage.step + 1)
             return [Wake()]
         case CoresetsSelected():

@@ -54,8 +54,10 @@ def give_tasks(state: RunState, sites: Iterable[str]) -> None:
 
 
 def add_task(state: RunState, task_id: str, kind: str, round_number: int, site: str) -> None:
-    """Opens a task, unless it is open."""
+    """Opens a task, unless it is open; a result that it had before no longer counts."""
     state.tasks.setdefault(task_id, Task(id=task_id, kind=kind, round_number=round_number, site=site))
+    if state.sites[site].last_accepted == task_id:
+        state.sites[site].last_accepted = ""
 
 
 def withdraw(state: RunState, *, kind: str | None = None, site: str | None = None) -> None:

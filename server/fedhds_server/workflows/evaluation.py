@@ -11,7 +11,7 @@ from fedhds.errors import RequestError
 from fedhds.evaluation import METRICS
 from fedhds.tensors.artifact import Artifact
 from fedhds.v2 import federation_pb2 as pb
-from fedhds_server.run.events import Instruction, ResultReceived
+from fedhds_server.run.events import Instruction, Record, ResultReceived
 from fedhds_server.run.state import Evaluation, MetricSum, Phase, RunState, Task
 from fedhds_server.workflows.base import TaskKind
 
@@ -37,8 +37,11 @@ class EvaluationTasks(TaskKind):
         read(result)
 
     def accept(self, state: RunState, task: Task, event: ResultReceived) -> list[Instruction]:
-        state.evaluations.setdefault(task.round_number, {})[task.site] = read(event.result)
-        return []
+        evaluation = read(event.result)
+        state.evaluations.setdefault(task.round_number, {})[task.site] = evaluation
+        when = f"after round {task.round_number}" if task.round_number else "before the first round"
+        means = [f"{name} {metric.value_sum / metric.weight:.4f}" for name, metric in evaluation.metrics.items()]
+        return [Record(f"{when}, {task.site} measures {', '.join(means)} on {evaluation.rows} rows")]
 
 
 def evaluated_rounds(state: RunState) -> list[int]:
