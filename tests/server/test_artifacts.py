@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fedhds.errors import ArtifactError, DamagedArtifact, StorageError
 from fedhds.tensors.artifact import Artifact
 from fedhds.v2 import transfer_pb2
-from fedhds_server import artifacts
+from fedhds_server.storage import artifacts
 from fedhds_server.storage.artifacts import ArtifactStore
 from fedhds_server.storage.object_store import RemoteArtifacts
 from tests.s3 import Bucket, s3_server
@@ -73,8 +73,8 @@ def test_a_coordinator_elsewhere_finds_what_was_acknowledged_and_nothing_else(bu
     first.append(other := reference(b"other"), 0, b"oth")
     assert (second.has(ARTIFACT), second.received(ARTIFACT)) == (True, ARTIFACT.size)
     assert (second.has(other), second.received(other)) == (False, 0)
-    assert held(second) == CONTENT
-    assert held(second, offset=1000) == CONTENT[1000:]
+    assert content_of(second) == CONTENT
+    assert content_of(second, offset=1000) == CONTENT[1000:]
     stranger = RemoteArtifacts(bucket.url, tmp_path / "c", "another-run", largest_upload=LARGEST)
     assert not stranger.has(ARTIFACT)
     second.delete(ARTIFACT)
@@ -98,7 +98,7 @@ def test_an_upload_is_not_acknowledged_before_the_object_store_has_it(
     bucket.make()
     store.finish(ARTIFACT)
     assert bucket.objects() == [f"r/{ARTIFACT.digest}"]
-    assert held(store) == CONTENT
+    assert content_of(store) == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -128,21 +128,21 @@ def test_a_damaged_copy_of_an_object_is_fetched_anew_and_a_damaged_object_is_an_
     upload(store)
     for damage in (lambda path: path.write_bytes(CONTENT[::-1]), os.unlink):
         damage(store.path(ARTIFACT))
-        assert held(store) == CONTENT
+        assert content_of(store) == CONTENT
     for content in (CONTENT[::-1], CONTENT[:-1]):
         bucket.write(f"r/{ARTIFACT.digest}", content)
         store.path(ARTIFACT).unlink()
         with pytest.raises(DamagedArtifact, match=f"{bucket.url}/r/{ARTIFACT.digest} is damaged.*put a file"):
-            held(store)
+            content_of(store)
     bucket.write(f"r/{ARTIFACT.digest}", CONTENT)
-    assert held(store) == CONTENT
+    assert content_of(store) == CONTENT
     bucket.empty()
     store.path(ARTIFACT).unlink()
     with pytest.raises(DamagedArtifact, match="is gone"):
-        held(store)
+        content_of(store)
 
 
-def held(store: ArtifactStore, artifact: Artifact = ARTIFACT, offset: int = 0, chunk_size: int = 100) -> bytes:
+def content_of(store: ArtifactStore, artifact: Artifact = ARTIFACT, offset: int = 0, chunk_size: int = 100) -> bytes:
     return b"".join(store.open_chunks(artifact, offset, chunk_size))
 
 
@@ -157,7 +157,7 @@ def test_nothing_is_held_of_an_artifact_that_nobody_sent(store: ArtifactStore) -
     assert not store.has(ARTIFACT)
     assert store.received(ARTIFACT) == 0
     with pytest.raises(DamagedArtifact, match=f"{ARTIFACT.digest} is gone"):
-        held(store)
+        content_of(store)
     with pytest.raises(ArtifactError, match="nothing of this artifact"):
         store.finish(ARTIFACT)
 
@@ -182,7 +182,7 @@ def test_an_upload_goes_on_after_a_restart_where_it_stood(
     assert again.received(ARTIFACT) == 400
     again.append(ARTIFACT, 400, CONTENT[400:])
     again.finish(ARTIFACT)
-    assert held(opened(folder)) == CONTENT
+    assert content_of(opened(folder)) == CONTENT
 
 
 def test_an_upload_cannot_leave_a_gap(store: ArtifactStore) -> None:
@@ -199,7 +199,7 @@ def test_an_upload_that_ends_early_is_kept_and_can_go_on(store: ArtifactStore) -
     assert store.received(ARTIFACT) == 100
     store.append(ARTIFACT, 100, CONTENT[100:])
     store.finish(ARTIFACT)
-    assert held(store) == CONTENT
+    assert content_of(store) == CONTENT
 
 
 def test_an_upload_longer_than_announced_is_refused(store: ArtifactStore) -> None:
@@ -226,7 +226,7 @@ def test_wrong_bytes_are_deleted_and_can_be_sent_anew(store: ArtifactStore, fold
         store.finish(ARTIFACT)
     assert list(folder.iterdir()) == []
     upload(store)
-    assert held(store) == CONTENT
+    assert content_of(store) == CONTENT
 
 
 def test_a_wrong_size_with_a_digest_that_is_here_harms_nothing(store: ArtifactStore) -> None:
@@ -237,14 +237,14 @@ def test_a_wrong_size_with_a_digest_that_is_here_harms_nothing(store: ArtifactSt
     store.append(shorter, 0, CONTENT[:10])
     with pytest.raises(ArtifactError, match="another digest"):
         store.finish(shorter)
-    assert held(store) == CONTENT
+    assert content_of(store) == CONTENT
 
 
 def test_a_complete_artifact_is_not_written_again(store: ArtifactStore, folder: Path) -> None:
     upload(store)
     store.append(ARTIFACT, 0, b"?" * ARTIFACT.size)
     store.finish(ARTIFACT)
-    assert held(store) == CONTENT
+    assert content_of(store) == CONTENT
     assert list(folder.iterdir()) == [store.path(ARTIFACT)]
 
 
@@ -289,7 +289,7 @@ def test_an_upload_counts_only_if_what_lies_on_disk_has_the_digest(pieces: list[
             written[begin : begin + len(chunk)] = chunk
         if bytes(written) == content:
             store.finish(artifact)
-            assert held(store, artifact) == content
+            assert content_of(store, artifact) == content
         else:
             with pytest.raises(ArtifactError, match="another digest"):
                 store.finish(artifact)
@@ -330,7 +330,7 @@ def test_many_may_upload_the_same_artifact_at_once(store: ArtifactStore, folder:
     with ThreadPoolExecutor(senders) as pool:
         for sender in [pool.submit(send, 500 + 100 * number) for number in range(senders)]:
             sender.result()
-    assert held(store, artifact, chunk_size=1 << 16) == content
+    assert content_of(store, artifact, chunk_size=1 << 16) == content
     assert list(folder.iterdir()) == [store.path(artifact)]
 
 
@@ -341,7 +341,7 @@ def test_a_wrong_sender_of_the_same_digest_costs_the_others_time_only(store: Art
         store.finish(ARTIFACT)
     assert store.received(ARTIFACT) == 0
     upload(store)
-    assert held(store) == CONTENT
+    assert content_of(store) == CONTENT
 
 
 def test_an_upload_is_never_seen_missing_while_it_is_finished(store: ArtifactStore) -> None:
@@ -384,7 +384,7 @@ def test_an_artifact_is_read_from_any_offset_in_chunks(store: ArtifactStore, chu
 def test_an_offset_beyond_the_artifact_is_refused(store: ArtifactStore, offset: int) -> None:
     upload(store)
     with pytest.raises(ArtifactError, match=f"byte {offset} of 1024"):
-        held(store, offset=offset)
+        content_of(store, offset=offset)
 
 
 def test_a_scratch_file_is_adopted_by_its_digest(store: ArtifactStore, folder: Path) -> None:
@@ -392,7 +392,7 @@ def test_a_scratch_file_is_adopted_by_its_digest(store: ArtifactStore, folder: P
     scratch.write_bytes(CONTENT)
     assert not store.has(ARTIFACT)
     store.adopt(scratch, ARTIFACT)
-    assert held(store) == CONTENT
+    assert content_of(store) == CONTENT
     assert list(folder.iterdir()) == [store.path(ARTIFACT)]
 
 
@@ -487,10 +487,10 @@ def test_damage_after_the_acknowledgement_is_never_read(store: ArtifactStore, da
     with pytest.raises(DamagedArtifact, match=r"(is damaged|is gone).*put a file of 1024 bytes"):
         store.verified(ARTIFACT)
     with pytest.raises(DamagedArtifact):
-        held(store)
+        content_of(store)
     # Deleted, it can be uploaded anew.
     store.delete(ARTIFACT)
-    assert held(store, upload(store)) == CONTENT
+    assert content_of(store, upload(store)) == CONTENT
 
 
 def test_damage_that_the_file_system_does_not_show_is_found_when_a_minute_has_passed(

@@ -1,4 +1,4 @@
-"""Artifacts that are damaged after they were acknowledged: found where they are read, and never folded or sent."""
+"""Artifacts that are damaged after they were acknowledged: found where they are read, and never combined or sent."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ import pytest
 
 from fedhds.errors import ArtifactError, StorageError
 from fedhds.tensors.safetensors import AdapterReader
-from fedhds_server import coordinator
-from fedhds_server.run.state import Phase
+from fedhds_server.coordinator import effects
+from fedhds_server.coordinator.effects import Effects
+from fedhds_server.run.events import AdapterUpdated
+from fedhds_server.run.rounds import activity
+from fedhds_server.run.state import RunState, Stage
 from tests.server.test_service import MANIFEST, Host, complete, enroll, refused, send, start, task_of, written
 
 
@@ -33,10 +36,9 @@ DAMAGES = pytest.mark.parametrize("damage", [flip, truncate, os.unlink])
 def value(host: Host) -> float:
     """The one value that the newest global adapter holds everywhere."""
     state = host.coordinator.state
-    with AdapterReader(host.artifacts.verified(state.adapters[max(state.adapters)]), MANIFEST) as reader:
-        found = {float(x) for spec in MANIFEST.tensors for x in np.unique(reader.tensor(spec))}
-    (only,) = found
-    return only
+    with AdapterReader(host.artifacts.verified(state.adapter), MANIFEST) as reader:
+        (value,) = {float(x) for spec in MANIFEST.tensors for x in np.unique(reader.tensor(spec))}
+    return value
 
 
 async def ended(host: Host, session: str) -> str:
@@ -53,7 +55,11 @@ async def test_a_damaged_update_is_left_out_and_the_round_goes_on(
     for name, session, number in zip("abc", sessions, (1.0, 2.0, 4.0), strict=True):
         await task_of(host, session)
         if name == "c":
-            damage(host.artifacts.path(host.coordinator.state.updates["a"].artifact))
+            stage = host.coordinator.state.stage
+            assert stage is not None
+            update = stage.replies["a"].artifact
+            assert update is not None
+            damage(host.artifacts.path(update))
             if restarted:
                 await host.stop()
                 host = await start(tmp_path)
@@ -73,14 +79,14 @@ async def test_an_update_that_is_damaged_before_it_counts_is_asked_for_again(
 ) -> None:
     host = await start(tmp_path)
     session = await enroll(host)
-    task = await task_of(host, session)
+    task = (await task_of(host, session)).task
     path, artifact = written(host, 1.0)
     await send(host, session, path.read_bytes(), artifact)
     damage(host.artifacts.path(artifact))
-    error = await refused(complete(host, session, task.task_id, artifact))
+    error = await refused(complete(host, session, task.id, artifact))
     assert isinstance(error, ArtifactError)
     await send(host, session, path.read_bytes(), artifact)
-    assert (await complete(host, session, task.task_id, artifact)).accepted
+    assert (await complete(host, session, task.id, artifact)).accepted
     await host.stop()
 
 
@@ -88,7 +94,7 @@ async def test_an_update_that_is_damaged_before_it_counts_is_asked_for_again(
 async def test_a_damaged_global_adapter_stops_the_run_until_it_is_put_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
 ) -> None:
-    monkeypatch.setattr(coordinator, "_STORAGE_RETRY_S", 0.05)
+    monkeypatch.setattr(effects, "_STORAGE_RETRY_S", 0.05)
     host = await start(tmp_path)
     session = await enroll(host)
     await task_of(host, session)
@@ -99,17 +105,17 @@ async def test_a_damaged_global_adapter_stops_the_run_until_it_is_put_back(
     damage(adapter)
     assert isinstance(await refused(complete(host, session, "train/1/a", artifact)), StorageError)
     adapter.write_bytes(content)
-    # Found damaged, and put back, the update counts. Then it is the fold that meets the damage.
-    checked = host.coordinator._damaged_updates
+    # Once it is put back, the update counts. Then it is the aggregation that meets the damage.
+    aggregate = Effects.aggregate
 
-    def damaged_meanwhile() -> dict[str, str]:
+    def damaged_meanwhile(self: Effects, state: RunState, stage: Stage) -> AdapterUpdated:
         if not said.is_set():
             adapter.unlink(missing_ok=True)
             adapter.write_bytes(content)
             damage(adapter)
-        return checked()
+        return aggregate(self, state, stage)
 
-    monkeypatch.setattr(host.coordinator, "_damaged_updates", damaged_meanwhile)
+    monkeypatch.setattr(Effects, "aggregate", damaged_meanwhile)
     said, loop = asyncio.Event(), asyncio.get_running_loop()
 
     class Noticing(logging.Handler):
@@ -118,13 +124,13 @@ async def test_a_damaged_global_adapter_stops_the_run_until_it_is_put_back(
                 loop.call_soon_threadsafe(said.set)
 
     noticing = Noticing()
-    logging.getLogger(coordinator.__name__).addHandler(noticing)
+    logging.getLogger(effects.__name__).addHandler(noticing)
     assert (await complete(host, session, "train/1/a", artifact)).accepted
     await asyncio.wait_for(said.wait(), 20)
-    logging.getLogger(coordinator.__name__).removeHandler(noticing)
+    logging.getLogger(effects.__name__).removeHandler(noticing)
     assert f"the artifact {adapter} is" in caplog.text
     assert "put a file of" in caplog.text
-    assert host.coordinator.state.phase is Phase.AGGREGATING
+    assert activity(host.coordinator.state) == "aggregating"
     adapter.write_bytes(content)
     assert await ended(host, session) == "completed"
     assert value(host) == 1.0
