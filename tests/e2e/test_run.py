@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
-from fedhds.spec import Strategy
-from tests.client.test_process_group import launched
+from fedhds.spec import STRATEGY_SPECS
+from tests.client.distributed.test_process_group import launched
 from tests.e2e.federation import BIN, Federation
 from tests.tiny import make_model, write_rows
 
@@ -30,13 +29,13 @@ def logits(model: Path, adapter: Path) -> list[float]:
         return [float(x) for x in tuned(input_ids=torch.tensor([[1, 40, 41, 42]])).logits[0, -1, :8]]
 
 
-@pytest.mark.parametrize("strategy", get_args(Strategy))
+@pytest.mark.parametrize("strategy", STRATEGY_SPECS)
 def test_a_run_ends_with_an_adapter_that_peft_loads_and_every_site_has(federation: Federation, strategy: str) -> None:
     folder = federation.folder
     server = federation.server(
         "--rounds=2",
-        f"--strategy={strategy}",
-        *(["--budget=7"] if strategy not in ("full", "fedhds") else []),
+        f"--selection-strategy={strategy}",
+        *(["--selection-budget=7"] if strategy not in ("full", "fedhds") else []),
         "--min-evaluators=1",
         "--evaluate-every=1",
         "--learning-rate=0.01",
@@ -49,8 +48,8 @@ def test_a_run_ends_with_an_adapter_that_peft_loads_and_every_site_has(federatio
     ]
     unseen = write_rows(folder / "unseen.jsonl", {"star": 5})
     sites = [
-        federation.client("a", f"--data={shards[0]}", "--share-exact-cells"),
-        federation.client("b", f"--data={shards[1]}", "--share-exact-cells"),
+        federation.client("a", f"--data={shards[0]}", "--allow-exact-kmeans-sums"),
+        federation.client("b", f"--data={shards[1]}", "--allow-exact-kmeans-sums"),
         federation.client("e", f"--eval-data={unseen}"),
     ]
     assert server.wait() == 0, server.text
@@ -63,7 +62,7 @@ def test_a_run_ends_with_an_adapter_that_peft_loads_and_every_site_has(federatio
     pages = list((folder / "state").glob("*/*/reports/*/*/report.html"))
     # What the coordinator knows of groups, and every site of its own rows, stands where its people find it.
     assert bool(pages) == bool(selection["groups"]) == (strategy not in ("full", "random"))
-    assert [entry["round"] for entry in report["evaluations"]] == [0, 1, 2]
+    assert [entry["round_number"] for entry in report["evaluations"]] == [0, 1, 2]
     trained, pool = int(report["trained_rows"]), int(report["pool_rows"])
     assert pool == 43
     assert {"full": trained == 43, "fedhds": 0 < trained < 43}.get(strategy, trained == 7), trained
@@ -92,7 +91,7 @@ def test_the_same_run_gives_the_same_adapter_whatever_the_order_of_arrival(feder
         write_rows(folder / f"{name}.jsonl", {name: 6})
     digests = []
     for run, order in (("first", "ab"), ("second", "ba")):
-        server = federation.server("--rounds=2", "--strategy=full", run=run)
+        server = federation.server("--rounds=2", "--selection-strategy=full", run=run)
         address = federation.address(run)
         for name in order:
             site = federation.client(name, f"--data={folder / name}.jsonl", server=address)
@@ -111,7 +110,9 @@ def test_several_shards_in_one_process_are_several_sites_and_tls_gives_their_nam
     issue(federation.tls, "coordinator", role=Role.COORDINATOR, hosts=("127.0.0.1",))
     issue(federation.tls, "hospital", role=Role.SITE)
     shards = [write_rows(folder / f"ward-{number}.jsonl", {"sun": 6, "sea": 6}) for number in (1, 2, 3)]
-    server = federation.server("--rounds=2", "--schedule=per-round", "--min-sites=3", "--cohort-fraction=0.67")
+    server = federation.server(
+        "--rounds=2", "--selection-schedule=per-round", "--min-sites=3", "--cohort-fraction=0.67"
+    )
     process = federation.client("hospital", "--data", *shards, f"--eval-data={shards[0]}")
     assert server.wait() == 0, server.text
     assert process.wait() == 0, process.text
@@ -125,8 +126,8 @@ def test_several_shards_in_one_process_are_several_sites_and_tls_gives_their_nam
 def test_a_site_of_two_processes_is_one_site(federation: Federation, strategy: str) -> None:
     """Under accelerate the second process takes its share of the features, and stops with the first."""
     folder = federation.folder
-    budget = [] if strategy == "full" else ["--budget=30"]
-    server = federation.server("--rounds=1", f"--strategy={strategy}", *budget, "--min-sites=2")
+    budget = [] if strategy == "full" else ["--selection-budget=30"]
+    server = federation.server("--rounds=1", f"--selection-strategy={strategy}", *budget, "--min-sites=2")
     shards = [write_rows(folder / f"{name}.jsonl", {"sun": 12, "moon": 9}) for name in "ab"]
     flags = federation.client_flags("site", "--data", *shards)
     site = federation.start("site", *launched(["--no_python", str(BIN / "fedhds-client"), *map(str, flags)]))
@@ -143,7 +144,13 @@ def test_features_may_be_taken_with_another_model_which_all_sites_must_hold(fede
         make_model(folder / name, seed=seed, hidden=16, layers=1) for name, seed in (("other", 7), ("third", 8))
     )
     shards = [write_rows(folder / f"{name}.jsonl", {"sun": 12, "moon": 9}) for name in "ab"]
-    flags = ("--rounds=1", "--strategy=fedhds-aligned", "--budget=6", "--fusion=pca", f"--feature-model={other}")
+    flags = (
+        "--rounds=1",
+        "--selection-strategy=fedhds-aligned",
+        "--selection-budget=6",
+        "--reduction=pca",
+        f"--feature-model={other}",
+    )
     server = federation.server(*flags)
     first = federation.client("a", f"--data={shards[0]}")
     first.wait_for(f"loading the feature model {other}")
@@ -163,7 +170,9 @@ def test_features_may_be_taken_with_another_model_which_all_sites_must_hold(fede
 
 def test_noised_centroids_are_printed_recorded_and_bounded(federation: Federation) -> None:
     folder = federation.folder
-    server = federation.server("--rounds=1", "--min-sites=1", "--clip-norm=5", "--epsilon=50", "--released-centroids=4")
+    server = federation.server(
+        "--rounds=1", "--min-sites=1", "--selection-clip-norm=5", "--selection-epsilon=50", "--released-centroids=4"
+    )
     site = federation.client("a", f"--data={write_rows(folder / 'a.jsonl', {'sun': 20, 'sea': 20, 'sky': 20})}")
     server.wait()
     site.wait()
@@ -177,9 +186,9 @@ def test_noised_centroids_are_printed_recorded_and_bounded(federation: Federatio
 
 def test_a_site_refuses_to_release_more_than_its_own_epsilon(federation: Federation) -> None:
     folder = federation.folder
-    federation.server("--rounds=1", "--min-sites=1", "--patience=5")
+    federation.server("--rounds=1", "--min-sites=1", "--heartbeat-timeout=5")
     shard = write_rows(folder / "a.jsonl", {"sun": 20, "sea": 20})
-    site = federation.client("a", f"--data={shard}", "--max-epsilon=3")
+    site = federation.client("a", f"--data={shard}", "--selection-max-epsilon=3")
     assert site.wait() == 1
     assert "PrivacyError" not in site.text
     assert "epsilon" in site.text
