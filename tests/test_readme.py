@@ -1,13 +1,16 @@
-"""The README against the wire contract: its list of what leaves a site. What holds for every page: tests/docs."""
+"""The README against the wire contract: its list of what leaves a site. Tests of all pages: tests/docs."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from google.protobuf.descriptor import Descriptor
 
+from fedhds.spec import STRATEGY_SPECS, RunSpec
 from fedhds.v2 import federation_pb2 as pb
+from fedhds_client.tasks import TASKS
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -22,9 +25,19 @@ def fields(message: Descriptor) -> set[str]:
     return names
 
 
+def results() -> list[Descriptor]:
+    """The messages that a site packs into `result`: one per kind of task, of a selection one per strategy."""
+    assert set(TASKS) == {"select", "train", "evaluate"}
+    specs = [RunSpec.of(model="m", rounds=1, selection_strategy=name) for name in STRATEGY_SPECS]
+    kinds = [spec.selection.strategy.report_type for spec in specs]
+    reports: list[Any] = [kind.DESCRIPTOR for kind in kinds if kind is not None]
+    assert len(reports) == 3
+    return [pb.TrainResult.DESCRIPTOR, pb.EvaluationResult.DESCRIPTOR, *reports]
+
+
 def test_the_list_of_what_leaves_a_site_is_complete_and_says_no_more() -> None:
     service = pb.DESCRIPTOR.services_by_name["Federation"]
-    sent = set().union(*(fields(method.input_type) for method in service.methods))
+    sent = set().union(*(fields(message) for message in (*(each.input_type for each in service.methods), *results())))
     section = README.partition("## What leaves a site")[2].partition("\n## ")[0]
     table = "\n".join(line for line in section.splitlines() if line.startswith("|"))
     listed = set(re.findall(r"`([a-z_]+)`", table))

@@ -279,10 +279,12 @@ def test_a_gpu_is_named_with_its_memory_once_it_has_computed(monkeypatch: pytest
 class Coordinator(status_rpc.OperationsServicer):
     """A coordinator of some version, as far as the doctor asks it."""
 
-    def __init__(self, ahead_s: float = 0.0, protocol: int = 1, *, serves: bool = True) -> None:
+    def __init__(self, ahead_s: float = 0.0, protocol: int = 2, *, serves: bool = True) -> None:
         self.ahead_s, self.protocol, self.serves = ahead_s, protocol, serves
 
-    async def GetStatus(self, request: status_pb2.GetStatusRequest, context: object) -> status_pb2.GetStatusResponse:  # noqa: N802
+    async def GetStatus(  # noqa: N802
+        self, request: status_pb2.GetStatusRequest, context: object
+    ) -> status_pb2.GetStatusResponse:
         return status_pb2.GetStatusResponse(
             run_id="r1", now=time.time() + self.ahead_s, fedhds_version="9.8", protocol_versions=[self.protocol]
         )

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fedhds.transfer.background_step import chunks
+from fedhds.transfer import chunks
 from fedhds.v2 import transfer_pb2
 
 # Where the length takes a byte more.
@@ -50,7 +50,7 @@ def test_a_header_is_read_by_protobuf() -> None:
 @example(b"\x12\x01a\x12\x01b")
 @example(b"\x12\x02a")
 @example(b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01")
-def test_whatever_the_bytes_they_are_read_as_protobuf_does(message: bytes) -> None:
+def test_any_bytes_are_read_as_protobuf_does(message: bytes) -> None:
     for read, reference in (
         (chunks.read_upload, transfer_pb2.UploadRequest.FromString),
         (chunks.read_download, transfer_pb2.DownloadResponse.FromString),

@@ -54,9 +54,10 @@ def storage() -> None:
 def plugins(tmp_path: Path) -> Path:
     """A folder for PYTHONPATH with a package that is installed, as far as entry points can tell."""
     folder = tmp_path / "site"
-    (folder / "fedhds_client").mkdir(parents=True)
+    (folder / "fedhds_client" / "commands").mkdir(parents=True)
     (folder / "fedhds_client" / "__init__.py").touch()
-    (folder / "fedhds_client" / "commands.py").write_text(PLUGIN)
+    (folder / "fedhds_client" / "commands" / "__init__.py").touch()
+    (folder / "fedhds_client" / "commands" / "adapter.py").write_text(PLUGIN)
     (folder / "fedhds_client" / "unfit.py").write_text("import no_such_package_at_all")
     (folder / "fedhds-0.1.0.dist-info").mkdir()
     (folder / "fedhds-0.1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: fedhds\nVersion: 0\n")

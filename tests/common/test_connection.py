@@ -13,11 +13,12 @@ from fedhds.cli.toolbox import app
 from fedhds.security.credentials import server_credentials
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
-from fedhds.v2 import federation_pb2 as pb
+from fedhds.spec import RunSpec
 from fedhds.v2 import status_pb2
 
+SPEC = RunSpec.of(model="m", rounds=3).model_dump_json()
 COMMANDS = {
-    ("status",): ("GetStatus", status_pb2.GetStatusResponse(run_id="r1")),
+    ("status",): ("GetStatus", status_pb2.GetStatusResponse(run_id="r1", spec=SPEC)),
     ("pause", "--reason=r"): ("Pause", status_pb2.PauseResponse()),
     ("resume",): ("Resume", status_pb2.ResumeResponse()),
     ("stop", "--reason=r"): ("Stop", status_pb2.StopResponse()),
@@ -37,7 +38,7 @@ async def test_server_and_tls_files_come_from_the_environment(tmp_path: Path, co
         callers.append(context.auth_context()["x509_common_name"])
         return answer.SerializeToString()
 
-    service = pb.DESCRIPTOR.services_by_name["Operations"].full_name
+    service = status_pb2.DESCRIPTOR.services_by_name["Operations"].full_name
     handlers = grpc.method_handlers_generic_handler(service, {method: grpc.unary_unary_rpc_method_handler(reply)})
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((handlers,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pytest
 from pydantic import Field, model_validator
@@ -14,8 +14,7 @@ from docs.generate import TARGET, configuration
 from fedhds import settings
 from fedhds.errors import SettingsError
 from fedhds.settings import Parameters, Variants, parameter
-from fedhds.spec import RunSpec, Strategy, budget_rows
-from fedhds.v2 import runspec_pb2
+from fedhds.spec import STRATEGY_SPECS, RunSpec, budget_rows
 from fedhds_client.settings import ClientSettings
 from fedhds_server.settings import ServerSettings
 
@@ -33,9 +32,9 @@ def client(*arguments: str) -> ClientSettings:
 
 
 def test_a_model_and_rounds_are_enough() -> None:
-    chosen = server(*BASE)
-    assert (chosen.strategy, chosen.listen) == ("fedhds-aligned", "127.0.0.1:8470")
-    assert chosen.run_spec() == RunSpec.of(model="m", rounds=3)
+    loaded = server(*BASE)
+    assert (loaded.run.selection.strategy.name, loaded.listen) == ("fedhds-aligned", "127.0.0.1:8470")
+    assert loaded.run_spec() == RunSpec.of(model="m", rounds=3)
 
 
 def test_flags_environment_and_file_say_the_same(tmp_path: Path) -> None:
@@ -60,8 +59,8 @@ def test_flags_win_over_environment_and_environment_over_the_file(tmp_path: Path
     file = tmp_path / "run.yaml"
     file.write_text("model: file\nrounds: 1\nseed: 1\n")
     environment = {"FEDHDS_CONFIG": str(file), "FEDHDS_ROUNDS": "2", "FEDHDS_SEED": "2"}
-    chosen = server("--seed", "3", environment=environment)
-    assert (chosen.model, chosen.rounds, chosen.seed) == ("file", 2, 3)
+    run = server("--seed", "3", environment=environment).run
+    assert (run.model.name, run.rounds.count, run.seed) == ("file", 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -69,11 +68,16 @@ def test_flags_win_over_environment_and_environment_over_the_file(tmp_path: Path
     [
         (["--rounds", "3"], "--model", "FEDHDS_MODEL"),
         ([*BASE, "--cohort-fraction", "1.5"], "--cohort-fraction", "'1.5'"),
-        ([*BASE, "--budget", "0%"], "--budget", "'0%'"),
-        ([*BASE, "--strategy", "full", "--budget", "5"], "--budget", "all rows"),
-        ([*BASE, "--noise-multiplier", "1"], "--clip-norm", "clipping norm"),
-        ([*BASE, "--epsilon", "1"], "--clip-norm", "clipping norm"),
-        ([*BASE, "--clip-norm", "1", "--epsilon", "1", "--noise-multiplier", "1"], "--epsilon", "drop"),
+        ([*BASE, "--selection-budget", "0%"], "--selection-budget", "'0%'"),
+        ([*BASE, "--selection-strategy", "full", "--selection-budget", "5"], "--selection-budget", "all rows"),
+        ([*BASE, "--selection-noise-multiplier", "1"], "--selection-clip-norm", "clipping norm"),
+        ([*BASE, "--selection-epsilon", "1"], "--selection-clip-norm", "clipping norm"),
+        (
+            [*BASE, "--selection-clip-norm", "1", "--selection-epsilon", "1", "--selection-noise-multiplier", "1"],
+            "--selection-epsilon",
+            "drop",
+        ),
+        ([*BASE, "--kmeans-iterations", "3"], "--kmeans-iterations", "fedhds-aligned has no such parameter"),
         ([*BASE, "--listen", "0.0.0.0:1"], "--listen", "--insecure"),
         ([*BASE, "--listen", "example.org:1"], "--listen", "--insecure"),
         ([*BASE, "--listen", "here"], "--listen", "HOST:PORT"),
@@ -106,9 +110,9 @@ def test_mistakes_in_the_environment_and_the_file_name_them(tmp_path: Path) -> N
 
 
 def test_an_epsilon_becomes_noise_for_all_releases_of_the_run() -> None:
-    privacy = ["--clip-norm", "1", "--epsilon", "8"]
-    once = server(*BASE, *privacy).run_spec()
-    each_round = server(*BASE, *privacy, "--schedule", "per-round").run_spec()
+    privacy = ["--selection-clip-norm", "1", "--selection-epsilon", "8"]
+    once = server(*BASE, *privacy).run_spec().privacy.selection
+    each_round = server(*BASE, *privacy, "--selection-schedule", "per-round").run_spec().privacy.selection
     assert each_round.noise_multiplier == pytest.approx(once.noise_multiplier * 3**0.5, rel=1e-3)
 
 
@@ -125,22 +129,35 @@ def test_a_site_needs_some_data_and_shards_of_different_names() -> None:
     assert client("--data", "a.jsonl", "b.jsonl").data == (Path("a.jsonl"), Path("b.jsonl"))
 
 
-def test_the_wire_message_has_exactly_the_fields_of_the_specification() -> None:
-    assert [field.name for field in runspec_pb2.RunSpec.DESCRIPTOR.fields] == list(RunSpec.model_fields)
-    spec = RunSpec.of(model="m", rounds=2, seed=2**62, lora_targets=("q", "v"), selection_clip_norm=2.5, selection_noise_multiplier=0.1)
-    assert RunSpec.from_proto(runspec_pb2.RunSpec.FromString(spec.to_proto().SerializeToString())) == spec
+def test_the_specification_on_the_wire_has_every_value() -> None:
+    # Numbers that a JSON reader could round.
+    spec = RunSpec.of(
+        model="m",
+        rounds=2,
+        seed=2**62 + 1,
+        lora_targets=("q", "v"),
+        selection_clip_norm=2.5,
+        selection_noise_multiplier=0.1,
+    )
+    values = settings.flat(spec)
+    assert set(values) == {setting.name for setting in settings.settings_of(RunSpec)} - {
+        "kmeans_iterations",
+        "server_momentum",
+    }
+    read = RunSpec.model_validate_json(spec.model_dump_json())
+    assert (read, settings.flat(read)) == (spec, values)
 
 
 def test_help_and_reference_name_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     for model in (ServerSettings, ClientSettings):
         with pytest.raises(SystemExit):
             settings.load(model, program="p", description="d", arguments=["--help"], environment={})
-        shown = capsys.readouterr().out
-        for name, field in model.model_fields.items():
-            assert settings.flag(name) in shown
-            assert settings.variable(name) in shown
-            assert field.description
-        assert "Undefined" not in shown
+        printed = capsys.readouterr().out
+        for setting in settings.settings_of(model):
+            assert settings.flag(setting.name) in printed
+            assert settings.variable(setting.name) in printed
+            assert setting.field.description
+        assert "Undefined" not in printed
 
 
 def test_the_configuration_reference_is_up_to_date() -> None:
@@ -168,8 +185,11 @@ def test_budgets(budget: str, pool: int, rows: int | None) -> None:
 
 
 def test_only_full_and_the_papers_own_rule_have_no_budget() -> None:
-    found = {name: RunSpec.of(model="m", rounds=1, selection_strategy=name).budget_of(1000) for name in get_args(Strategy)}
-    assert found == {"full": None, "random": 15, "fedhds": None, "fedhds-aligned": 15, "global": 15}
+    budgets = {
+        name: RunSpec.of(model="m", rounds=1, selection_strategy=name).selection.budget_of(1000)
+        for name in STRATEGY_SPECS
+    }
+    assert budgets == {"full": None, "random": 15, "fedhds": None, "fedhds-aligned": 15, "federated-kmeans": 15}
 
 
 def test_loopback() -> None:
