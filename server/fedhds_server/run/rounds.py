@@ -171,14 +171,15 @@ def _fill_up(state: RunState, progress: CohortProgress, at: float) -> list[Instr
     stage = state.stage
     if stage is None:
         return []
-    workflow, spare = progress.workflow, []
-    if workflow.replaceable(state, stage):
-        able = _eligible(state) if stage.kind == _TRAIN else state.trainers
-        spare = [site for site in able if site not in progress.answered | progress.failed]
-    elif not progress.answered and not progress.failed and state.trainers:
-        # Nothing has come that a new start would throw away.
-        stages.withdraw(state, kind=stage.kind)
-        return _fill_round(state, at) if stage.kind == _TRAIN else _open_selection(state)
+    able = _eligible(state) if stage.kind == _TRAIN else state.trainers
+    if not progress.workflow.replaceable(state, stage):
+        if not progress.answered and not progress.failed and able:
+            # Nothing has come that a new start would throw away.
+            stages.withdraw(state, kind=stage.kind)
+            return _fill_round(state, at) if stage.kind == _TRAIN else _open_selection(state)
+        # Of the cohort, those that left and came back.
+        able = [site for site in able if site in stage.cohort]
+    spare = [site for site in able if site not in progress.answered | progress.failed]
     if not stage.cohort:
         return _fill_round(state, at) if spare else stages.waits(state)
     return stages.ask_others(state, progress, spare)
