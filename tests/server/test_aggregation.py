@@ -1,14 +1,14 @@
-"""One suite for every aggregator, FedAvg's arithmetic, and what an update must be before it is folded."""
+"""One suite for every aggregator and server optimizer, their arithmetic, and what an update must be to count."""
 
 from __future__ import annotations
 
 import itertools
 import tracemalloc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedhds.errors import AdapterError, StorageError
+from fedhds.spec import AggregationSpec, RunSpec
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.manifest import AdapterManifest, FloatArray, TensorSpec
-from fedhds.tensors.safetensors import AdapterDtype, AdapterReader, write_adapter
-from fedhds_server.aggregation import AGGREGATORS, Aggregator, Update, validate_update
+from fedhds.tensors.safetensors import AdapterDtype, AdapterReader, largest_value, write_adapter
+from fedhds_server.aggregation import AGGREGATORS, Aggregator, Update, aggregate
+from fedhds_server.aggregation.fedavg import FedAvg
+from fedhds_server.aggregation.pipeline import Aggregated
 from fedhds_server.aggregation.weights import bounded_shares
+from fedhds_server.optimizers import OPTIMIZERS
+from fedhds_server.rpc.validation import check_update
 from tests.manifests import lora_manifest
 
 MANIFEST = lora_manifest({"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)})
@@ -32,6 +37,42 @@ DTYPES: tuple[AdapterDtype, ...] = get_args(AdapterDtype)
 @pytest.fixture(params=sorted(AGGREGATORS))
 def aggregator(request: pytest.FixtureRequest) -> Aggregator:
     return AGGREGATORS[request.param]
+
+
+@pytest.fixture(params=sorted(OPTIMIZERS))
+def optimizer(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def spec_of(optimizer: str, dtype: AdapterDtype = "float32", **fields: object) -> AggregationSpec:
+    return RunSpec.of(model="m", rounds=1, wire_dtype=dtype, server_optimizer=optimizer, **fields).aggregation
+
+
+def combined(
+    folder: Path,
+    current: Path,
+    updates: Sequence[Update],
+    *,
+    dtype: AdapterDtype = "float32",
+    manifest: AdapterManifest = MANIFEST,
+    aggregator: Aggregator = AGGREGATORS["fedavg"],
+    optimizer: str = "none",
+    slots: Mapping[str, Path] | None = None,
+    round_number: int = 1,
+    **fields: object,
+) -> Aggregated:
+    """Aggregates into `folder`/aggregate, with slots in `folder`/slot-NAME."""
+    return aggregate(
+        manifest,
+        current,
+        updates,
+        aggregator=aggregator,
+        optimizer=OPTIMIZERS[optimizer],
+        spec=spec_of(optimizer, dtype, **fields),
+        slots=slots or {},
+        scratch=lambda name: folder / name,
+        round_number=round_number,
+    )
 
 
 def written(path: Path, seed: int, dtype: AdapterDtype = "float32") -> Path:
@@ -48,9 +89,10 @@ def filled(path: Path, value: float) -> Path:
 
 
 def updates_of(folder: Path, weights: Mapping[str, float], dtype: AdapterDtype = "float32") -> list[Update]:
-    """One random update per site."""
+    """One random update per site, with its share of all weights."""
+    total = sum(weights.values()) or 1
     return [
-        Update(site, written(folder / site, seed + 1, dtype), weight)
+        Update(site, written(folder / site, seed + 1, dtype), weight / total)
         for seed, (site, weight) in enumerate(sorted(weights.items()))
     ]
 
@@ -60,66 +102,90 @@ def read(path: Path) -> dict[str, FloatArray]:
         return {spec.name: reader.tensor(spec) for spec in MANIFEST.tensors}
 
 
-# All aggregators.
+# All aggregators, with all server optimizers.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weights", [{}, {"a": 0.0}, {"a": 0.0, "b": 0.0}])
-def test_updates_without_weight_leave_the_global_adapter_as_it_is(
-    aggregator: Aggregator, tmp_path: Path, dtype: AdapterDtype, weights: dict[str, float]
+def test_a_round_without_updates_leaves_adapter_and_slots_byte_for_byte(
+    aggregator: Aggregator, optimizer: str, tmp_path: Path, dtype: AdapterDtype, weights: dict[str, float]
 ) -> None:
     current = written(tmp_path / "current", 0, dtype)
-    artifact = aggregator.aggregate(MANIFEST, current, updates_of(tmp_path, weights), tmp_path / "out", dtype)
-    assert (tmp_path / "out").read_bytes() == current.read_bytes()
-    assert artifact == Artifact.of_file(current)
+    slots = {name: written(tmp_path / f"old-{name}", 7) for name in OPTIMIZERS[optimizer].slots}
+    result = combined(
+        tmp_path,
+        current,
+        updates_of(tmp_path, weights),
+        dtype=dtype,
+        aggregator=aggregator,
+        optimizer=optimizer,
+        slots=slots,
+    )
+    assert (tmp_path / "aggregate").read_bytes() == current.read_bytes()
+    assert result.adapter == Artifact.of_file(current)
+    assert result.slots == {name: Artifact.of_file(path) for name, path in slots.items()}
+    # Slots that stay are no new files.
+    assert result.files == [(tmp_path / "aggregate", result.adapter)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_update_without_weight_is_as_if_it_had_not_come(
-    aggregator: Aggregator, tmp_path: Path, dtype: AdapterDtype
+def test_an_update_without_share_is_as_if_it_had_not_come(
+    aggregator: Aggregator, optimizer: str, tmp_path: Path, dtype: AdapterDtype
 ) -> None:
     current = written(tmp_path / "current", 0, dtype)
     updates = updates_of(tmp_path, {"a": 3, "c": 1}, dtype)
-    without = aggregator.aggregate(MANIFEST, current, updates, tmp_path / "without", dtype)
-    empty = Update("b", written(tmp_path / "b", 9, dtype), 0)
-    assert aggregator.aggregate(MANIFEST, current, [*updates, empty], tmp_path / "with", dtype) == without
+    without = combined(tmp_path, current, updates, dtype=dtype, aggregator=aggregator, optimizer=optimizer)
+    updates.append(Update("b", written(tmp_path / "b", 9, dtype), 0))
+    assert combined(tmp_path, current, updates, dtype=dtype, aggregator=aggregator, optimizer=optimizer) == without
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_result_is_named_by_its_digest_and_has_the_runs_wire_type(
-    aggregator: Aggregator, tmp_path: Path, dtype: AdapterDtype
+    aggregator: Aggregator, optimizer: str, tmp_path: Path, dtype: AdapterDtype
 ) -> None:
     current = written(tmp_path / "current", 0, dtype)
     updates = updates_of(tmp_path, {"a": 1, "b": 2}, dtype)
-    artifact = aggregator.aggregate(MANIFEST, current, updates, tmp_path / "out", dtype)
-    assert artifact == Artifact.of_file(tmp_path / "out")
+    result = combined(tmp_path, current, updates, dtype=dtype, aggregator=aggregator, optimizer=optimizer)
+    assert result.adapter == Artifact.of_file(tmp_path / "aggregate")
     # Equal tensors in the same wire type are equal bytes, so this is that type, and rounded no further.
-    found = read(tmp_path / "out")
-    assert write_adapter(tmp_path / "again", MANIFEST, lambda spec: found[spec.name], dtype) == artifact
-    assert artifact.size == current.stat().st_size
+    values = read(tmp_path / "aggregate")
+    assert write_adapter(tmp_path / "again", MANIFEST, lambda spec: values[spec.name], dtype) == result.adapter
+    assert result.adapter.size == current.stat().st_size
+    # Slots are float32 whatever travels.
+    names = OPTIMIZERS[optimizer].slots
+    assert result.slots == {name: Artifact.of_file(tmp_path / f"slot-{name}") for name in names}
+    for name in names:
+        slot = read(tmp_path / f"slot-{name}")
+        again = write_adapter(tmp_path / "again", MANIFEST, lambda spec, slot=slot: slot[spec.name], "float32")  # type: ignore[misc]
+        assert again == result.slots[name]
+    assert dict(result.files) == {
+        tmp_path / "aggregate": result.adapter,
+        **{tmp_path / f"slot-{name}": result.slots[name] for name in names},
+    }
 
 
-def test_the_order_of_arrival_changes_no_bit(aggregator: Aggregator, tmp_path: Path) -> None:
+def test_the_order_of_arrival_changes_no_bit(aggregator: Aggregator, optimizer: str, tmp_path: Path) -> None:
     current = written(tmp_path / "current", 0)
     # In float64 too, (1e30 + 1) - 1e30 is another number than (1e30 - 1e30) + 1.
     values = {"a": 1e30, "b": 1.0, "c": -1e30, "d": 3e-8}
-    updates = [Update(site, filled(tmp_path / site, value), 1) for site, value in values.items()]
-    results = {
-        aggregator.aggregate(MANIFEST, current, order, tmp_path / "out", "float32")
+    updates = [Update(site, filled(tmp_path / site, value), 0.25) for site, value in values.items()]
+    results = [
+        combined(tmp_path, current, order, aggregator=aggregator, optimizer=optimizer)
         for order in itertools.permutations(updates)
-    }
-    assert len(results) == 1
+    ]
+    assert all(result == results[0] for result in results)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(sorted(AGGREGATORS)),
+    st.sampled_from(sorted(OPTIMIZERS)),
     st.sampled_from(("float32", "bfloat16")),
     st.dictionaries(st.text("abc/", min_size=1, max_size=3), st.integers(0, 2), min_size=1, max_size=5),
     st.randoms(use_true_random=False),
 )
 def test_any_cohort_gives_the_same_bytes_in_any_order(
-    name: str, dtype: AdapterDtype, weights: dict[str, int], random: Random
+    name: str, optimizer: str, dtype: AdapterDtype, weights: dict[str, int], random: Random
 ) -> None:
     def cancelling(spec: TensorSpec) -> FloatArray:
         # Values whose sum depends on the order in which they are added.
@@ -129,24 +195,37 @@ def test_any_cohort_gives_the_same_bytes_in_any_order(
     with TemporaryDirectory() as created:
         folder = Path(created)
         current = written(folder / "current", 0, dtype)
+        slots = {name: written(folder / f"old-{name}", 1) for name in OPTIMIZERS[optimizer].slots}
         updates = []
         for number, (site, weight) in enumerate(weights.items()):
             write_adapter(folder / str(number), MANIFEST, cancelling, dtype)
-            updates.append(Update(site, folder / str(number), float(weight)))
-        first = AGGREGATORS[name].aggregate(MANIFEST, current, updates, folder / "first", dtype)
-        random.shuffle(updates)
-        assert AGGREGATORS[name].aggregate(MANIFEST, current, updates, folder / "second", dtype) == first
+            updates.append(Update(site, folder / str(number), weight / (sum(weights.values()) or 1)))
+        results = []
+        for _ in range(2):
+            results.append(
+                combined(
+                    folder,
+                    current,
+                    updates,
+                    dtype=dtype,
+                    aggregator=AGGREGATORS[name],
+                    optimizer=optimizer,
+                    slots=slots,
+                )
+            )
+            random.shuffle(updates)
+        assert results[0] == results[1]
 
 
-def test_memory_does_not_grow_with_the_cohort(aggregator: Aggregator, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_cohort(aggregator: Aggregator, optimizer: str, tmp_path: Path) -> None:
     side = 256
     manifest = lora_manifest({f"{n}.lora_A.weight": (side, side) for n in range(4)})
     path = tmp_path / "update"
     write_adapter(path, manifest, lambda spec: np.ones(spec.shape, np.float32), "float32")
-    updates = [Update(f"{number:02}", path, 1) for number in range(40)]
+    updates = [Update(f"{number:02}", path, 1 / 40) for number in range(40)]
     tracemalloc.start()
     try:
-        aggregator.aggregate(manifest, path, updates, tmp_path / "out", "float32")
+        combined(tmp_path, path, updates, manifest=manifest, aggregator=aggregator, optimizer=optimizer)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -155,7 +234,7 @@ def test_memory_does_not_grow_with_the_cohort(aggregator: Aggregator, tmp_path: 
 
 
 def test_an_update_that_does_not_fit_is_refused_by_name_and_gives_no_file(
-    aggregator: Aggregator, tmp_path: Path
+    aggregator: Aggregator, optimizer: str, tmp_path: Path
 ) -> None:
     current = written(tmp_path / "current", 0)
     odd = lora_manifest({A.name: (3, 2), B.name: B.shape})
@@ -164,24 +243,127 @@ def test_an_update_that_does_not_fit_is_refused_by_name_and_gives_no_file(
     for path, words in ((tmp_path / "odd", r"q\.lora_A\.weight has shape \(3, 2\)"), (nan, "not finite")):
         updates = [*updates_of(tmp_path, {"a": 1}), Update("b", path, 1)]
         with pytest.raises(AdapterError, match=words):
-            aggregator.aggregate(MANIFEST, current, updates, tmp_path / "out", "float32")
-        assert not (tmp_path / "out").exists()
+            combined(tmp_path, current, updates, aggregator=aggregator, optimizer=optimizer)
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(("aggregate", "slot-"))]
 
 
 @pytest.mark.parametrize("weights", [{}, {"a": 1.0}])
 def test_a_file_that_cannot_be_written_is_a_named_error(
-    aggregator: Aggregator, tmp_path: Path, weights: dict[str, float]
+    aggregator: Aggregator, optimizer: str, tmp_path: Path, weights: dict[str, float]
 ) -> None:
     current = written(tmp_path / "current", 0)
     (tmp_path / "absent").write_text("a file where a folder is needed")
+    updates = updates_of(tmp_path, weights)
     with pytest.raises(StorageError, match="absent"):
-        aggregator.aggregate(MANIFEST, current, updates_of(tmp_path, weights), tmp_path / "absent" / "out", "float32")
+        combined(tmp_path / "absent", current, updates, aggregator=aggregator, optimizer=optimizer)
 
 
-def test_an_update_that_has_vanished_is_a_named_error(aggregator: Aggregator, tmp_path: Path) -> None:
+def test_an_update_that_has_vanished_is_a_named_error(aggregator: Aggregator, optimizer: str, tmp_path: Path) -> None:
     current = written(tmp_path / "current", 0)
     with pytest.raises(StorageError, match="vanished"):
-        aggregator.aggregate(MANIFEST, current, [Update("a", tmp_path / "vanished", 1)], tmp_path / "out", "float32")
+        combined(tmp_path, current, [Update("a", tmp_path / "vanished", 1)], aggregator=aggregator, optimizer=optimizer)
+
+
+class Alternating(FedAvg):
+    """Trains B alone in odd rounds, and A alone in even ones."""
+
+    def trainable(self, parameters: Any, round_number: int, roles: frozenset[str]) -> frozenset[str]:
+        return roles & {"lora_B" if round_number % 2 else "lora_A"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_whose_roles_do_not_train_stay_as_they_are(optimizer: str, tmp_path: Path, dtype: AdapterDtype) -> None:
+    current = written(tmp_path / "current", 0, dtype)
+    slots = {name: written(tmp_path / f"old-{name}", 7) for name in OPTIMIZERS[optimizer].slots}
+    updates = updates_of(tmp_path, {"a": 1, "b": 2}, dtype)
+
+    def after(aggregator: Aggregator, round_number: int) -> list[dict[str, FloatArray]]:
+        combined(
+            tmp_path,
+            current,
+            updates,
+            dtype=dtype,
+            aggregator=aggregator,
+            optimizer=optimizer,
+            slots=slots,
+            round_number=round_number,
+        )
+        return [read(tmp_path / "aggregate"), *(read(tmp_path / f"slot-{name}") for name in slots)]
+
+    before = [read(current), *map(read, slots.values())]
+    whole = after(AGGREGATORS["fedavg"], 1)
+    for number, trained, frozen in ((1, B, A), (2, A, B)):
+        for old, all_trained, new in zip(before, whole, after(Alternating(), number), strict=True):
+            assert np.array_equal(new[frozen.name], old[frozen.name])
+            assert np.array_equal(new[trained.name], all_trained[trained.name])
+            assert not np.array_equal(new[trained.name], old[trained.name])
+
+
+# Server optimizers.
+
+
+def test_no_optimizer_takes_the_combined_update(tmp_path: Path) -> None:
+    result = combined(tmp_path, filled(tmp_path / "current", 5.0), [Update("a", filled(tmp_path / "a", 2.0), 1)])
+    assert (read(tmp_path / "aggregate")[A.name] == 2.0).all()
+    assert result.slots == {}
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_momentum_is_its_recurrence_over_rounds_that_each_reread_their_files(tmp_path: Path, momentum: float) -> None:
+    current = written(tmp_path / "current", 0)
+    slots: dict[str, Path] = {}
+    value = {name: tensor.astype(np.float64) for name, tensor in read(current).items()}
+    moved = {name: np.zeros_like(tensor) for name, tensor in value.items()}
+    for number in range(1, 6):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        updates = [
+            Update("a", written(folder / "a", 10 * number), 0.25),
+            Update("b", written(folder / "b", 10 * number + 1), 0.75),
+        ]
+        if number == 4:
+            # Nobody delivers: the step of round 3 waits for round 5.
+            updates = []
+        result = combined(
+            folder, current, updates, optimizer="momentum", slots=slots, round_number=number, server_momentum=momentum
+        )
+        current = folder / "aggregate"
+        if updates:
+            slots = {"momentum": folder / "slot-momentum"}
+            mean = {name: 0.25 * at.astype(np.float64) for name, at in read(updates[0].path).items()}
+            mean = {name: at + 0.75 * read(updates[1].path)[name] for name, at in mean.items()}
+            moved = {name: momentum * moved[name] + (mean[name] - value[name]) for name in value}
+            value = {name: value[name] + moved[name] for name in value}
+        assert result.slots["momentum"] == Artifact.of_file(slots["momentum"])
+        for name in value:
+            np.testing.assert_allclose(read(current)[name], value[name], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(read(slots["momentum"])[name], moved[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_beyond_what_the_adapters_type_holds_ends_at_its_largest_value(
+    tmp_path: Path, dtype: AdapterDtype
+) -> None:
+    largest = largest_value(dtype)
+    current = filled(tmp_path / "current", 0.0)
+    slots: dict[str, Path] = {}
+    for number in range(3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        update = Update("a", filled(folder / "a", largest), 1)
+        combined(folder, current, [update], dtype=dtype, optimizer="momentum", slots=slots)
+        current, slots = folder / "aggregate", {"momentum": folder / "slot-momentum"}
+        assert (read(current)[A.name] == np.float32(largest)).all()
+        assert np.isfinite(read(slots["momentum"])[A.name]).all()
+
+
+def test_momentum_of_zero_is_no_optimizer(tmp_path: Path) -> None:
+    current, updates = written(tmp_path / "current", 0), updates_of(tmp_path, {"a": 1, "b": 2})
+    combined(tmp_path, current, updates, optimizer="momentum", server_momentum=0.0)
+    with_momentum = read(tmp_path / "aggregate")
+    combined(tmp_path, current, updates)
+    for name, at in read(tmp_path / "aggregate").items():
+        np.testing.assert_allclose(with_momentum[name], at, rtol=1e-6, atol=1e-7)
 
 
 # FedAvg.
@@ -190,13 +372,13 @@ def test_an_update_that_has_vanished_is_a_named_error(aggregator: Aggregator, tm
 def fedavg(folder: Path, updates: list[Update], dtype: AdapterDtype = "float32") -> dict[str, FloatArray]:
     # Far from the updates, so that a share of it would show.
     current = filled(folder / "current", 1000.0)
-    AGGREGATORS["fedavg"].aggregate(MANIFEST, current, updates, folder / "out", dtype)
-    return read(folder / "out")
+    combined(folder, current, updates, dtype=dtype)
+    return read(folder / "aggregate")
 
 
 def reference(updates: list[Update]) -> dict[str, npt.NDArray[np.float64]]:
     tensors = [read(update.path) for update in updates]
-    weights = [update.weight for update in updates]
+    weights = [update.share for update in updates]
     return {
         spec.name: np.average([np.float64(at[spec.name]) for at in tensors], axis=0, weights=weights)
         for spec in MANIFEST.tensors
@@ -217,7 +399,7 @@ def test_fedavg_is_the_mean_in_float64_weighted_by_rows(
 
 def test_fedavg_adds_in_float64(tmp_path: Path) -> None:
     values = {"a": 1e8, "b": 1.0, "c": -1e8}
-    updates = [Update(site, filled(tmp_path / site, value), 1) for site, value in values.items()]
+    updates = [Update(site, filled(tmp_path / site, value), 1 / 3) for site, value in values.items()]
     np.testing.assert_allclose(fedavg(tmp_path, updates)[A.name], 1 / 3, rtol=1e-6)
 
 
@@ -230,7 +412,7 @@ def test_fedavg_of_one_update_is_that_update_whatever_its_weight(tmp_path: Path)
 def test_fedavg_of_the_largest_values_does_not_overflow(tmp_path: Path) -> None:
     largest = float(np.finfo(np.float32).max)
     updates = [
-        Update(site, filled(tmp_path / site, largest), weight) for site, weight in (("a", 3), ("b", 7), ("c", 9))
+        Update(site, filled(tmp_path / site, largest), weight / 19) for site, weight in (("a", 3), ("b", 7), ("c", 9))
     ]
     assert (fedavg(tmp_path, updates)[B.name] == np.float32(largest)).all()
 
@@ -244,36 +426,51 @@ def test_the_norm_is_that_of_the_difference_over_all_tensors(tmp_path: Path, dty
     before = read(current)
     flat = np.concatenate([np.float64(tensor - before[name]).ravel() for name, tensor in read(path).items()])
     norm = float(np.linalg.norm(flat))
-    validate_update(path, MANIFEST, current=current, largest_norm=norm * (1 + 1e-9))
+    check_update(path, MANIFEST, current=current, max_norm=norm * (1 + 1e-9))
     with pytest.raises(AdapterError, match="beyond --max-update-norm"):
-        validate_update(path, MANIFEST, current=current, largest_norm=norm * (1 - 1e-6))
+        check_update(path, MANIFEST, current=current, max_norm=norm * (1 - 1e-6))
 
 
 def test_an_update_beyond_the_norm_bound_is_refused_with_both_numbers(tmp_path: Path) -> None:
     path, current = filled(tmp_path / "update", 3.0), filled(tmp_path / "current", 1.0)
-    validate_update(path, MANIFEST, current=current, largest_norm=float(np.sqrt(14 * 4)))
+    check_update(path, MANIFEST, current=current, max_norm=float(np.sqrt(14 * 4)))
     with pytest.raises(AdapterError, match=r"^it is 7\.483 away from the round's adapter, .* 7\.48$"):
-        validate_update(path, MANIFEST, current=current, largest_norm=7.48)
+        check_update(path, MANIFEST, current=current, max_norm=7.48)
 
 
 def test_an_update_whose_difference_overflows_is_refused(tmp_path: Path) -> None:
     path, current = filled(tmp_path / "update", 3e38), filled(tmp_path / "current", -3e38)
-    validate_update(path, MANIFEST, current=current, largest_norm=0)
+    check_update(path, MANIFEST, current=current, max_norm=0)
     with pytest.raises(AdapterError, match="beyond"):
-        validate_update(path, MANIFEST, current=current, largest_norm=1e300)
+        check_update(path, MANIFEST, current=current, max_norm=1e300)
 
 
 def test_an_update_that_is_not_finite_is_refused_though_only_its_last_value_is_not(tmp_path: Path) -> None:
     path = filled(tmp_path / "update", 1.0)
     path.write_bytes(path.read_bytes()[:-4] + np.float32(np.inf).tobytes())
     with pytest.raises(AdapterError, match=r"q\.lora_B\.weight holds values that are not finite"):
-        validate_update(path, MANIFEST, current=path, largest_norm=0)
+        check_update(path, MANIFEST, current=path, max_norm=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_update_must_be_finite_in_the_type_of_the_global_adapter(
+    tmp_path: Path, dtype: AdapterDtype, sign: int
+) -> None:
+    largest = largest_value(dtype)
+    path = filled(tmp_path / "update", sign * largest)
+    check_update(path, MANIFEST, current=path, max_norm=0, dtype=dtype)
+    if dtype != "float32":
+        beyond = np.nextafter(np.float32(largest), np.float32(np.inf))
+        path = filled(tmp_path / "beyond", sign * float(beyond))
+        with pytest.raises(AdapterError, match=rf"q\.lora_A\.weight holds values beyond .* of the run's {dtype}"):
+            check_update(path, MANIFEST, current=path, max_norm=0, dtype=dtype)
 
 
 def test_an_update_of_other_tensors_is_refused(tmp_path: Path) -> None:
     path = filled(tmp_path / "update", 1.0)
     with pytest.raises(AdapterError, match=r"the first is 'q\.lora_B\.weight'"):
-        validate_update(path, AdapterManifest((A,), "{}"), current=path, largest_norm=0)
+        check_update(path, AdapterManifest((A,), "{}"), current=path, max_norm=0)
 
 
 # How much updates count.

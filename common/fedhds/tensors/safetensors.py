@@ -42,6 +42,11 @@ _FLOATS = tuple(_STORED_NAMES.values())
 _MAX_HEADER_BYTES = 64 << 20
 
 
+def largest_value(dtype: AdapterDtype) -> float:
+    """The largest finite value of a type; what is larger becomes infinite in it."""
+    return float(ml_dtypes.finfo(_NUMPY_TYPES[_STORED_NAMES[dtype]]).max)  # type: ignore[no-untyped-call]
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
     """One array of a file: its name, shape and type in safetensors' words."""

@@ -15,7 +15,7 @@ from fedhds.errors import StorageError
 from fedhds.spec import AggregationSpec
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.manifest import AdapterManifest, TensorSpec
-from fedhds.tensors.safetensors import AdapterReader, AdapterWriter
+from fedhds.tensors.safetensors import AdapterReader, AdapterWriter, largest_value
 from fedhds_server.aggregation.base import Aggregator, FloatArray, Update
 from fedhds_server.optimizers.base import ServerOptimizer
 
@@ -67,6 +67,7 @@ def aggregate(
             rule = spec.aggregator
             shares = aggregator.weights(rule, ordered, lambda index, tensor: _difference(readers[index], base, tensor))
             trainable = aggregator.trainable(rule, round_number, manifest.roles)
+            largest = np.float32(largest_value(spec.adapter_dtype))
             for tensor in manifest.tensors:
                 value = base.tensor(tensor)
                 old = {
@@ -77,7 +78,8 @@ def aggregate(
                 if tensor.role in trainable:
                     combined = aggregator.combine(rule, tensor, value, shares, partial(_value, readers, value, tensor))
                     new = optimizer.step(spec.optimizer, value, combined, old, round_number)
-                writer.add(tensor, new[0])
+                # A step may go beyond the updates, and so beyond what the adapter's type holds.
+                writer.add(tensor, np.clip(new[0], -largest, largest))
                 for name, slot_writer in slot_writers.items():
                     slot_writer.add(tensor, new[1][name])
     except OSError as error:

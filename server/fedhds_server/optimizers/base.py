@@ -34,5 +34,5 @@ class ServerOptimizer(ABC):
         """The next value of a tensor and of its slots.
 
         `parameters` is the optimizer's own part of the specification, `value` the global adapter's tensor, `combined`
-        what the aggregator made of the updates; all arrays have one shape.
+        what the aggregator made of the updates; all arrays have one shape. Results MUST be finite.
         """

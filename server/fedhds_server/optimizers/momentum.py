@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from fedhds.spec import MomentumSpec
 from fedhds_server.optimizers.base import FloatArray, ServerOptimizer
@@ -23,6 +24,11 @@ class Momentum(ServerOptimizer):
         slots: Mapping[str, FloatArray],
         round_number: int,
     ) -> tuple[FloatArray, Mapping[str, FloatArray]]:
-        # In float64, rounded once.
+        # In float64, rounded once, and within what float32 holds.
         moved = parameters.momentum * slots["momentum"].astype(np.float64) + (combined.astype(np.float64) - value)
-        return (value + moved).astype(np.float32), {"momentum": moved.astype(np.float32)}
+        return _rounded(value + moved), {"momentum": _rounded(moved)}
+
+
+def _rounded(values: npt.NDArray[np.float64]) -> FloatArray:
+    largest = np.finfo(np.float32).max
+    return np.clip(values, -largest, largest).astype(np.float32)

@@ -14,7 +14,7 @@ from google.protobuf.any_pb2 import Any
 from fedhds.errors import AdapterError, ArtifactError, DamagedArtifact, RequestError
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.manifest import AdapterManifest
-from fedhds.tensors.safetensors import AdapterReader
+from fedhds.tensors.safetensors import AdapterDtype, AdapterReader, largest_value
 from fedhds.v2 import federation_pb2 as pb
 from fedhds_server.coordinator import Coordinator
 from fedhds_server.run.state import Task
@@ -59,9 +59,16 @@ async def check_result(
             await asyncio.to_thread(artifacts.delete, artifact)
         raise ArtifactError("the update was damaged where it was kept; upload it again") from error
     current = await asyncio.to_thread(artifacts.verified, state.adapter)
-    max_norm = state.spec.aggregation.max_update_norm
+    spec = state.spec.aggregation
     try:
-        await asyncio.to_thread(check_update, path, state.adapter_manifest, current=current, max_norm=max_norm)
+        await asyncio.to_thread(
+            check_update,
+            path,
+            state.adapter_manifest,
+            current=current,
+            max_norm=spec.max_update_norm,
+            dtype=spec.adapter_dtype,
+        )
     except AdapterError as error:
         return artifact, ("adapter", f"the update is rejected: {error}")
     return artifact, None
@@ -76,26 +83,31 @@ def named_upload(task_id: str, result: Any) -> Artifact | None:
         return None
 
 
-def check_update(path: Path, manifest: AdapterManifest, *, current: Path, max_norm: float) -> None:
-    """Checks names, shapes, types and finiteness of an update, and its distance from the adapter `current`.
+def check_update(
+    path: Path, manifest: AdapterManifest, *, current: Path, max_norm: float, dtype: AdapterDtype = "float32"
+) -> None:
+    """Checks names, shapes, types and values of an update, and its distance from the adapter `current`.
 
-    The distance is the L2 norm of the difference over all tensors; a `max_norm` of 0 allows any. Raises AdapterError,
-    naming the tensor if there is one.
+    Values must be finite in the type `dtype` of the global adapter. The distance is the L2 norm of the difference over
+    all tensors; a `max_norm` of 0 allows any. Raises AdapterError, naming the tensor if there is one.
     """
-    square = 0.0
+    square, largest = 0.0, largest_value(dtype)
     with ExitStack() as stack, np.errstate(over="ignore"):
         reader = stack.enter_context(AdapterReader(path, manifest, differences=True))
         base = stack.enter_context(AdapterReader(current, manifest)) if max_norm or reader.is_difference else None
         for tensor in manifest.tensors:
-            difference = reader.tensor(tensor)
-            if base is None:
-                continue
-            start = base.tensor(tensor)
-            if not reader.is_difference:
-                difference = difference - start
-            elif not np.isfinite(start + difference).all():
-                raise AdapterError(f"{tensor.name} holds a difference that leads to values that are not finite")
-            square += float(np.square(difference, dtype=np.float64).sum())
+            value = difference = reader.tensor(tensor)
+            if base is not None:
+                start = base.tensor(tensor)
+                if not reader.is_difference:
+                    difference = value - start
+                else:
+                    value = start + difference
+                    if not np.isfinite(value).all():
+                        raise AdapterError(f"{tensor.name} holds a difference that leads to values that are not finite")
+                square += float(np.square(difference, dtype=np.float64).sum())
+            if np.abs(value).max() > largest:
+                raise AdapterError(f"{tensor.name} holds values beyond {largest:.6g}, the largest of the run's {dtype}")
     # Written so that a difference too large for a float is rejected too.
     if max_norm and not math.sqrt(square) <= max_norm:
         raise AdapterError(

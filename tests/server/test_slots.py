@@ -1,0 +1,112 @@
+"""The server optimizer's memory over a whole run: durable, reread after a restart, and deleted when it is outdated."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.safetensors import AdapterReader
+from fedhds.v2 import federation_pb2 as pb
+from fedhds_server.aggregation import AGGREGATORS
+from fedhds_server.aggregation.fedavg import FedAvg
+from tests.server.test_service import MANIFEST, Host, complete, complete_with, enroll, send, start, task_of, written
+
+A, B = MANIFEST.tensors
+
+
+def value(host: Host, artifact: Artifact, tensor: int = 1) -> float:
+    """The one value that a tensor of an artifact holds everywhere; B starts as zeros."""
+    with AdapterReader(host.artifacts.verified(artifact), MANIFEST) as reader:
+        (only,) = np.unique(reader.tensor(MANIFEST.tensors[tensor])).tolist()
+    return float(only)
+
+
+async def train(host: Host, session: str, number: int, update: float) -> None:
+    """Takes part in one round with an update that holds one value everywhere."""
+    task = (await task_of(host, session)).task
+    assert task.id == f"train/{number}/a"
+    path, artifact = written(host, update)
+    await send(host, session, path.read_bytes(), artifact)
+    assert (await complete(host, session, task.id, artifact)).accepted
+    async with asyncio.timeout(20):
+        while number not in host.coordinator.state.adapters:  # noqa: ASYNC110 - what it waits for is plain state
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_momentum_goes_on_over_rounds_and_restarts(tmp_path: Path, restarted: bool) -> None:
+    host = await start(tmp_path, rounds=4, server_optimizer="momentum", server_momentum=0.5)
+    session = await enroll(host)
+    expected, moved = 0.0, 0.0
+    outdated: list[Artifact] = []
+    for number, update in enumerate((1.0, 4.0, -2.0, 8.0), start=1):
+        await train(host, session, number, update)
+        moved = 0.5 * moved + (update - expected)
+        expected += moved
+        slot = host.coordinator.state.slots["momentum"]
+        assert (value(host, host.coordinator.state.adapters[number]), value(host, slot)) == (expected, moved)
+        assert slot in host.coordinator.state.artifacts
+        await host.coordinator.effects.done()
+        assert not any(host.artifacts.has(old) for old in outdated)
+        outdated.append(slot)
+        if restarted and number < 4:
+            await host.stop()
+            host = await start(tmp_path)
+            assert host.coordinator.state.slots == {"momentum": slot}
+    assert (await task_of(host, session)).done.outcome == "completed"
+    await host.stop()
+
+
+async def test_a_round_in_which_nobody_has_rows_leaves_adapter_and_slots(tmp_path: Path) -> None:
+    host = await start(tmp_path, rounds=3, server_optimizer="momentum", evaluate_every=1)
+    session = await enroll(host)
+    await train(host, session, 1, 1.0)
+    before = host.coordinator.state.model_copy(deep=True)
+    assert (await complete_with(host, session, "train/2/a", pb.TrainResult())).accepted
+    assert (await task_of(host, session)).task.id == "train/3/a"
+    state = host.coordinator.state
+    assert (state.adapters[2], state.slots) == (before.adapters[1], before.slots)
+    assert value(host, state.slots["momentum"]) == 1.0
+    await host.stop()
+
+
+class Alternating(FedAvg):
+    """Trains B alone in odd rounds, and A alone in even ones."""
+
+    def trainable(self, parameters: Any, round_number: int, roles: frozenset[str]) -> frozenset[str]:
+        return roles & {"lora_B" if round_number % 2 else "lora_A"}
+
+
+async def test_sites_are_told_which_roles_train_and_the_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(AGGREGATORS, "fedavg", Alternating())
+    host = await start(tmp_path, rounds=2)
+    session = await enroll(host)
+    for number, role in ((1, "lora_B"), (2, "lora_A")):
+        request = pb.TrainRequest()
+        assert (await task_of(host, session)).task.request.Unpack(request)
+        assert list(request.trainable_roles) == [role]
+        await train(host, session, number, float(number))
+    with AdapterReader(host.artifacts.verified(host.coordinator.state.adapter), MANIFEST) as reader:
+        assert (reader.tensor(B) == 1.0).all()
+        assert (reader.tensor(A) == 2.0).all()
+    await host.stop()
+
+
+async def test_values_that_the_runs_type_does_not_hold_are_rejected(tmp_path: Path) -> None:
+    host = await start(tmp_path, wire_dtype="float16")
+    session = await enroll(host)
+    task = (await task_of(host, session)).task
+    # A file may be float32 where float16 travels.
+    path, artifact = written(host, 70_000.0)
+    await send(host, session, path.read_bytes(), artifact)
+    answer = await complete(host, session, task.id, artifact)
+    assert not answer.accepted
+    assert "q.lora_A.weight holds values beyond 65504, the largest of the run's float16" in answer.reason
+    await host.stop()
