@@ -55,4 +55,4 @@ def postgres_place(postgres: PostgresServer) -> Place:
 
 
 def state(round_number: int = 0) -> RunState:
-    return RunState(run_id="r", spec=RunSpec.of(model="m", rounds=3), round=round_number)
+    return RunState(run_id="r", spec=RunSpec.of(model="m", rounds=3), round_number=round_number)

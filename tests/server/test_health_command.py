@@ -24,10 +24,10 @@ from fedhds_server.leadership.gate import LeaderGate
 
 
 @asynccontextmanager
-async def listening(term: LeaderGate, files: TlsFiles | None) -> AsyncIterator[str]:
-    """The port of a server that answers health as `term` has it."""
+async def listening(gate: LeaderGate, files: TlsFiles | None) -> AsyncIterator[str]:
+    """The port of a server that answers health as `gate` has it."""
     server = grpc.aio.server()
-    health_pb2_grpc.add_HealthServicer_to_server(term.health, server)
+    health_pb2_grpc.add_HealthServicer_to_server(gate.health, server)
     if files:
         port = server.add_secure_port("127.0.0.1:0", server_credentials(files))
     else:
@@ -60,13 +60,13 @@ async def test_a_leader_is_ready_and_a_standby_only_lives(tmp_path: Path, tls: b
         # Its certificate names the host that sites dial, not the one that the probe does.
         folder = init_authority(tmp_path / "certs").parent
         files = issue(folder, "coordinator", role=Role.COORDINATOR, hosts=["fed.example.org"])
-    term = LeaderGate()
-    async with listening(term, files) as port:
-        await term.stand_by()
+    gate = LeaderGate()
+    async with listening(gate, files) as port:
+        await gate.stand_by()
         standing = await asked(port, files=files)
         assert (standing.exit_code, standing.output) == (1, "NOT_SERVING\n")
         assert (await asked(port, "--live", files=files)).exit_code == 0
-        async with term.of(cast(Coordinator, object())):
+        async with gate.of(cast(Coordinator, object())):
             leading = await asked(port, files=files)
             assert (leading.exit_code, leading.output) == (0, "SERVING\n")
 

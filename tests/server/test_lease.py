@@ -12,7 +12,7 @@ import pytest
 from fedhds.errors import NotLeading, StorageError
 from fedhds.grpc_errors import error_of
 from fedhds.v2 import federation_pb2 as pb
-from fedhds_server import leadership
+from fedhds_server.leadership import leadership
 from fedhds_server.leadership.leadership import Leadership
 from fedhds_server.storage.base import JournalEntry
 from fedhds_server.storage.sql import SqlStore
@@ -199,7 +199,7 @@ async def test_a_call_to_a_leader_that_was_deposed_leaves_no_trace_and_ends_its_
     successor = SqlStore.in_folder(tmp_path)
     assert successor.acquire("test", "", 60.0)
     before = successor.load()
-    calls = [host.federation.Enroll(pb.EnrollRequest(site=name, protocol_versions=[1]), timeout=20) for name in "abc"]
+    calls = [host.federation.Enroll(pb.EnrollRequest(site=name, protocol_versions=[2]), timeout=20) for name in "abc"]
     answers = await asyncio.gather(*calls, return_exceptions=True)
     assert all(isinstance(error_of(answer), StorageError) for answer in answers), answers
     with pytest.raises(NotLeading):

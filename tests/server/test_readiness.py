@@ -11,15 +11,16 @@ from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
 from fedhds_server.coordinator import Coordinator
 from fedhds_server.counters import FAILED, count_failure
-from fedhds_server.leadership.gate import PROBLEMS
+from fedhds_server.leadership.gate import PROBLEMS, LeaderGate
 from fedhds_server.leadership.readiness import DISK_RESERVE, Readiness, disk_needed
 from fedhds_server.metrics import MEASURES, run_families
-from fedhds_server.run.state import ClosedRound, Evaluation, Phase, RunState, Site, SiteState, TaskKind, Update
-from fedhds_server.selection import STRATEGIES
+from fedhds_server.run.rounds import activities
+from fedhds_server.run.state import ClosedRound, Evaluation, MetricSum, Phase, Reply, RunState, Site, SiteState, Stage
 from fedhds_server.storage.artifacts import ArtifactStore
 from tests.server.stores import Place
 
 ADAPTER = Artifact("0" * 64, 1000)
+METRICS = {"loss": MetricSum(value_sum=16.0, weight=8), "rouge_l": MetricSum(value_sum=2.0, weight=4)}
 
 
 def of_sites(count: int, rounds: int = 3) -> RunState:
@@ -28,33 +29,31 @@ def of_sites(count: int, rounds: int = 3) -> RunState:
     return RunState(
         run_id="r",
         spec=RunSpec.of(model="m", rounds=9),
-        phase=Phase.TRAINING,
-        round=rounds + 1,
+        phase=Phase.RUNNING,
+        round_number=rounds + 1,
         sites={name: Site(name=name, state=SiteState.ENROLLED, rows=5, bytes_received=7) for name in names},
-        cohort=names,
-        target=count,
+        stage=Stage(
+            kind="train",
+            round_number=rounds + 1,
+            cohort=names,
+            target=count,
+            replies={names[0]: Reply(task_id=f"train/{rounds + 1}/{names[0]}", artifact=ADAPTER)},
+        ),
         adapters={rounds: ADAPTER},
-        updates={names[0]: Update(artifact=ADAPTER, samples=1, loss=1.0)},
         closed_rounds=[
-            ClosedRound(round=number, cohort=names, contributions=dict.fromkeys(names, 1), loss=0.5, seconds=2.0)
+            ClosedRound(round_number=number, cohort=names, contributions=dict.fromkeys(names, 1), loss=0.5, seconds=2.0)
             for number in range(1, rounds + 1)
         ],
-        evaluations={rounds: {names[0]: Evaluation(rows=4, tokens=8, loss_sum=16.0, rouge_l_sum=2.0)}},
+        evaluations={rounds: {names[0]: Evaluation(rows=4, metrics=METRICS)}},
     )
 
 
 def leading(state: RunState, place: Place, folder: Path) -> Readiness:
     store = place.leading()
-    term = LeaderGate()
-    term._coordinator = Coordinator(
-        state,
-        store=store,
-        artifacts=ArtifactStore(folder / "artifacts", largest_upload=1 << 20),
-        folder=folder,
-        strategy=STRATEGIES["full"],
-        aggregator=None,  # type: ignore[arg-type]
-    )
-    return Readiness(store, folder, term)
+    gate = LeaderGate()
+    artifacts = ArtifactStore(folder / "artifacts", largest_upload=1 << 20)
+    gate._coordinator = Coordinator(state, store=store, artifacts=artifacts, folder=folder)
+    return Readiness(store, folder, gate)
 
 
 def samples(readiness: Readiness) -> dict[tuple[str, tuple[str, ...]], float]:
@@ -68,7 +67,11 @@ def test_the_disk_must_hold_what_the_open_round_still_writes() -> None:
     state = of_sites(4)
     # Three updates to come, the next adapter and its copy.
     assert disk_needed(state) - DISK_RESERVE == 5 * ADAPTER.size
-    state.phase = Phase.COMPLETED
+    # While it selects, no update has come, however many reports have.
+    assert state.stage
+    state.stage.kind, state.stage.replies = "select", {site: Reply(task_id="t") for site in state.stage.cohort}
+    assert disk_needed(state) - DISK_RESERVE == 6 * ADAPTER.size
+    state.phase, state.stage = Phase.COMPLETED, None
     assert disk_needed(state) - DISK_RESERVE == 2 * ADAPTER.size
 
 
@@ -77,9 +80,23 @@ def test_a_state_is_told_in_numbers(sqlite: Place, tmp_path: Path) -> None:
     assert told["fedhds_updates_accepted_total", ()] == 13
     assert told["fedhds_round_seconds_total", ()] == 6
     assert told["fedhds_received_bytes_total", ()] == 28
-    assert (told["fedhds_evaluation_loss", ()], told["fedhds_evaluation_rouge_l", ()]) == (2, 0.5)
-    assert told["fedhds_collection_sites", ("answered",)] == 1
+    assert (told["fedhds_evaluation", ("loss",)], told["fedhds_evaluation", ("rouge_l",)]) == (2, 0.5)
+    assert told["fedhds_cohort_progress_sites", ("answered",)] == 1
+    asked = [told[f"fedhds_cohort_{name}", ()] for name in ("sites", "target", "quorum")]
+    assert asked == [4, 4, 1]
+    phases = {labels[0]: value for (name, labels), value in told.items() if name == "fedhds_run_phase"}
+    assert phases == {phase: float(phase == "training") for phase in activities()}
     assert told["fedhds_sites", ("enrolled",)] == 4
+
+
+def test_equal_updates_of_two_sites_are_two(sqlite: Place, tmp_path: Path) -> None:
+    state = of_sites(4)
+    assert state.stage
+    for name in state.stage.cohort[:2]:
+        state.stage.replies[name] = Reply(task_id=state.stage.task_id(name), artifact=Artifact("1" * 64, 9))
+    # A site without a row to train on has given none.
+    state.stage.replies[state.stage.cohort[2]] = Reply(task_id="", empty=True)
+    assert samples(leading(state, sqlite, tmp_path))["fedhds_updates_accepted_total", ()] == 14
 
 
 def test_series_do_not_grow_with_sites_or_rounds(sqlite: Place, tmp_path: Path) -> None:
@@ -118,7 +135,7 @@ def test_what_a_site_calls_its_error_makes_up_no_label(said: str, label: str) ->
     # The counter is the process's: other tests count as well.
     counter = FAILED.labels("train", label)
     before, labels = counter._value.get(), set(FAILED._metrics)
-    count_failure(TaskKind.TRAIN, said)
+    count_failure("train", said)
     assert counter._value.get() == before + 1
     assert set(FAILED._metrics) == labels
 

@@ -94,8 +94,8 @@ def test_a_process_that_is_killed_while_it_saves_loses_nothing_that_it_was_told_
         store = place.open()
         found = store.load()
         assert found
-        assert found.round in (last, last + 1)
-        assert store.journal()[-1].at == found.round
+        assert found.round_number in (last, last + 1)
+        assert store.journal()[-1].at == found.round_number
 
 
 def test_a_damaged_state_is_a_named_error(place: Place) -> None:
@@ -108,8 +108,32 @@ def test_a_damaged_state_is_a_named_error(place: Place) -> None:
 def test_the_state_of_a_newer_program_is_refused(place: Place) -> None:
     place.leading().save(state())
     place.execute("update run set format = 99")
-    with pytest.raises(StorageError, match="format 99"):
+    with pytest.raises(StorageError, match="format 99, which a newer version of fedhds wrote"):
         place.open().load()
+
+
+@pytest.mark.parametrize("schema", ["of its version", "from before there were migrations"])
+def test_a_run_of_format_1_is_refused_naming_the_version_that_opens_it(place: Place, schema: str) -> None:
+    # What that version wrote, as far as it matters: its state has other fields.
+    values = {"id": 1, "format": 1, "state": '{"run_id": "r", "spec": {"model": "m"}, "round": 2}'}
+    if schema == "of its version":
+        place.open()
+    else:
+        METADATA.create_all(place.engine, tables=[RUN, JOURNAL])
+    with place.engine.begin() as connection:
+        connection.execute(sa.insert(RUN).values(values))
+        connection.execute(sa.insert(JOURNAL).values(at=1.0, message="old", trouble=False))
+    store = place.open()
+    with pytest.raises(
+        StorageError, match=r"has format 1, which version 0\.2 of fedhds wrote.*reads format 2"
+    ) as caught:
+        store.load()
+    assert "finish it with version 0.2, or start a new run elsewhere" in str(caught.value)
+    # Version 0.2 still opens it: its schema is this one's, and nothing of the run has changed.
+    assert store.up_to_date()
+    with place.engine.connect() as connection:
+        assert dict(connection.execute(sa.select(RUN)).one()._mapping) == values
+    assert [entry.message for entry in store.journal()] == ["old"]
 
 
 def test_a_save_may_come_from_any_thread_while_the_lease_is_renewed(place: Place) -> None:
@@ -147,7 +171,7 @@ def test_the_migrations_make_the_tables_that_the_program_uses(place: Place) -> N
 def test_a_store_from_before_there_were_migrations_is_upgraded_and_goes_on(place: Place) -> None:
     METADATA.create_all(place.engine, tables=[RUN, JOURNAL])
     with place.engine.begin() as connection:
-        values = {"id": 1, "format": 1, "state": state(2).model_dump_json()}
+        values = {"id": 1, "format": 2, "state": state(2).model_dump_json()}
         connection.execute(sa.insert(RUN).values(values))
         connection.execute(sa.insert(JOURNAL).values(at=1.0, message="old", trouble=False))
     store = place.leading()

@@ -10,7 +10,7 @@ import pytest
 from fedhds.errors import EnrollmentRefused, NameInUse
 from fedhds.security.identity import PeerIdentity, Role
 from fedhds.spec import RunSpec
-from fedhds_server.run.membership import admit, check_registration, drawn_session, negotiate, session_digest
+from fedhds_server.run.membership import admit, check_registration, negotiate, session_digest, session_secret
 from fedhds_server.run.state import Phase, RunState, Site, SiteState, packed
 from tests.manifests import lora_manifest
 
@@ -27,9 +27,10 @@ def state_with(**fields: object) -> RunState:
 
 
 def test_protocol_versions_are_negotiated() -> None:
-    assert negotiate([1, 7]) == 1
-    with pytest.raises(EnrollmentRefused, match="no common protocol version"):
-        negotiate([7])
+    assert negotiate([1, 2, 7]) == 2
+    for offered in ([7], [1], []):
+        with pytest.raises(EnrollmentRefused, match="no common protocol version"):
+            negotiate(offered)
 
 
 def test_without_tls_a_live_name_needs_its_session() -> None:
@@ -44,11 +45,11 @@ def test_without_tls_a_repeated_enrollment_is_known_by_the_session_that_it_propo
 
 
 def test_a_proposed_session_must_not_be_guessable() -> None:
-    assert drawn_session("ab" * 32) == "ab" * 32
-    assert drawn_session("") != drawn_session("")
+    assert session_secret("ab" * 32) == "ab" * 32
+    assert session_secret("") != session_secret("")
     for weak in ("a", "A" * 64, "0" * 63 + "\n"):
         with pytest.raises(EnrollmentRefused, match="64 hexadecimal digits"):
-            drawn_session(weak)
+            session_secret(weak)
 
 
 @pytest.mark.parametrize("gone", [SiteState.LOST, SiteState.LEFT])
@@ -102,7 +103,7 @@ def test_another_base_model_is_refused_saying_what_differs() -> None:
 
 def test_another_configuration_of_the_adapter_is_refused_but_not_another_version_of_peft() -> None:
     state = state_with()
-    shapes = {"q.lora_A.weight": (2, 4)}
+    shapes: dict[str, tuple[int, ...]] = {"q.lora_A.weight": (2, 4)}
     state.fingerprint = FINGERPRINT
     state.manifest = packed(lora_manifest(shapes, '{"r": 2, "peft_version": "1"}').to_proto())
     check_registration(state, FINGERPRINT, lora_manifest(shapes, '{"peft_version": "2", "r": 2}'), 1, False)
