@@ -59,6 +59,9 @@ class SqlStore(Store):
             with self._transaction() as connection:
                 if self._shared:
                     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_UPGRADING)))
+                if sa.inspect(connection).has_table(RUN.name):
+                    # Before any table changes: the version that wrote the run must be able to finish it.
+                    self._run(connection)
                 upgrade(connection)
             unless_opened.pop_all()
 
@@ -74,17 +77,11 @@ class SqlStore(Store):
 
     def load(self) -> RunState | None:
         with self._transaction() as connection:
-            row = connection.execute(sa.select(RUN.c.format, RUN.c.state)).one_or_none()
-        if row is None:
+            content = self._run(connection)
+        if content is None:
             return None
-        if row.format != _FORMAT:
-            wrote = _VERSIONS.get(row.format, "a newer version")
-            raise StorageError(
-                f"the run in {self._place} has format {row.format}, which {wrote} of fedhds wrote; this is fedhds "
-                f"{__version__}, which reads format {_FORMAT}; finish it with {wrote}, or start a new run elsewhere"
-            )
         try:
-            return RunState.model_validate_json(row.state)
+            return RunState.model_validate_json(content)
         except ValidationError as error:
             raise StorageError(
                 f"the run's state cannot be read: {error.errors()[0]['msg']}; restore a backup"
@@ -95,7 +92,7 @@ class SqlStore(Store):
     def save(self, state: RunState, entries: Sequence[JournalEntry] = ()) -> None:
         values = {"id": 1, "format": _FORMAT, "state": state.model_dump_json()}
         with self._transaction() as connection:
-            # First, as it locks the lease: whoever wants it waits until this is saved.
+            # First, as it locks the lease: another coordinator waits until this is saved.
             self._hold(connection)
             if not connection.execute(sa.update(RUN).where(RUN.c.id == 1).values(values)).rowcount:
                 connection.execute(sa.insert(RUN).values(values))
@@ -149,6 +146,19 @@ class SqlStore(Store):
 
     def close(self) -> None:
         self._engine.dispose()
+
+    def _run(self, connection: sa.Connection) -> str | None:
+        """The run's state as JSON, None without a run; raises StorageError for a run of another format."""
+        row = connection.execute(sa.select(RUN.c.format, RUN.c.state)).one_or_none()
+        if row is None:
+            return None
+        if row.format != _FORMAT:
+            wrote = _VERSIONS.get(row.format, "a newer version")
+            raise StorageError(
+                f"the run in {self._place} has format {row.format}, which {wrote} of fedhds wrote; this is fedhds "
+                f"{__version__}, which reads format {_FORMAT}; finish it with {wrote}, or start a new run elsewhere"
+            )
+        return str(row.state)
 
     def _hold(self, connection: sa.Connection) -> None:
         renewal = sa.update(LEASE).where(LEASE.c.token == self._token).values(expires_at=self._clock + self._lease_s)
