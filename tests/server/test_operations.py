@@ -16,7 +16,7 @@ from fedhds.errors import Evicted, RequestError, RunOver, TaskError, UsageError
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import selection_pb2, status_pb2
 from fedhds_server.run.state import SiteState
-from tests.server.test_service import Host, complete, enroll, refused, send, start, task_of, written
+from tests.server.test_service import Host, complete, complete_with, enroll, refused, send, start, task_of, written
 
 
 @pytest.fixture
@@ -40,6 +40,11 @@ async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
             await asyncio.sleep(0.01)
 
 
+def deadline_reached(host: Host) -> bool:
+    stage = host.coordinator.state.stage
+    return stage is not None and stage.deadline_reached
+
+
 async def pause(host: Host, reason: str = "maintenance") -> None:
     await host.operations.Pause(status_pb2.PauseRequest(reason=reason))
 
@@ -57,7 +62,9 @@ async def evict(host: Host, site: str, reason: str = "withdrew its consent") -> 
 
 
 async def status(host: Host, journal_after: int = 0) -> status_pb2.GetStatusResponse:
-    answer: status_pb2.GetStatusResponse = await host.operations.GetStatus(status_pb2.GetStatusRequest(journal_after=journal_after))
+    answer: status_pb2.GetStatusResponse = await host.operations.GetStatus(
+        status_pb2.GetStatusRequest(journal_after=journal_after)
+    )
     return answer
 
 
@@ -68,17 +75,23 @@ async def poll(host: Host, session: str, wait_s: float = 0.0) -> pb.NextTaskResp
 
 async def deliver(host: Host, session: str, value: float = 0.5, *, samples: int = 10) -> pb.CompleteTaskResponse:
     """Does the site's train task."""
-    task = await task_of(host, session)
+    task = (await task_of(host, session)).task
     path, artifact = written(host, value)
     await send(host, session, path.read_bytes(), artifact)
-    return await complete(host, session, task.task_id, artifact, samples)
+    return await complete(host, session, task.id, artifact, samples)
+
+
+async def confirm(host: Host, session: str) -> None:
+    """The site has the final adapter and goes."""
+    await host.federation.ConfirmDelivery(pb.ConfirmDeliveryRequest(session=session))
+    await host.federation.Leave(pb.LeaveRequest(session=session))
 
 
 async def test_a_pause_hands_out_nothing_new_takes_what_is_in_work_and_ends(hosts: Callable[..., Any]) -> None:
     host = await hosts(min_sites=2, rounds=2)
     a, b = await enroll(host, "a"), await enroll(host, "b")
     await task_of(host, a)
-    in_work = await task_of(host, b)
+    in_work = (await task_of(host, b)).task
     await pause(host, "a new disk")
     for session in (a, b):
         assert (await poll(host, session)).wait.reason == "the run is paused: a new disk"
@@ -88,19 +101,19 @@ async def test_a_pause_hands_out_nothing_new_takes_what_is_in_work_and_ends(host
     assert time.monotonic() - began >= 0.3
     path, artifact = written(host, 0.5)
     await send(host, b, path.read_bytes(), artifact)
-    assert (await complete(host, b, in_work.task_id, artifact)).accepted
+    assert (await complete(host, b, in_work.id, artifact)).accepted
     assert (await status(host)).paused == "a new disk"
     # A poll that is open when the pause ends is answered at once.
     waiting = asyncio.ensure_future(poll(host, a, 20))
-    await until(lambda: "a" in host.coordinator._waiting)
+    await until(lambda: "a" in host.coordinator.presence._waiting)
     await resume(host, "it is in")
-    assert (await asyncio.wait_for(waiting, 5)).task_id == "train/1/a"
+    assert (await asyncio.wait_for(waiting, 5)).task.id == "train/1/a"
     answer = await status(host)
     assert not answer.HasField("paused")
     said = [line.message for line in answer.journal]
     assert said[-2:] == ["the run is paused: a new disk", "the run goes on: it is in"]
     await deliver(host, a)
-    assert (await task_of(host, b)).task_id == "train/2/b"
+    assert (await task_of(host, b)).task.id == "train/2/b"
 
 
 async def test_a_run_that_was_paused_is_paused_after_a_restart(hosts: Callable[..., Any]) -> None:
@@ -111,17 +124,16 @@ async def test_a_run_that_was_paused_is_paused_after_a_restart(hosts: Callable[.
     second = await hosts()
     assert (await poll(second, a)).wait.reason == "the run is paused: night"
     await resume(second)
-    assert (await task_of(second, a)).task_id == "train/1/a"
+    assert (await task_of(second, a)).task.id == "train/1/a"
 
 
 async def test_a_deadline_closes_a_round_with_its_quorum_and_a_pause_holds_it_up(hosts: Callable[..., Any]) -> None:
     host = await hosts(min_sites=2, quorum="1", deadline=0.5)
     a, b = await enroll(host, "a"), await enroll(host, "b")
-    slow = await task_of(host, b)
+    slow = (await task_of(host, b)).task
     await pause(host)
     assert (await poll(host, a, 1.5)).HasField("wait")
-    state = host.coordinator.state
-    assert not state.deadline_reached
+    assert not deadline_reached(host)
     await resume(host)
     await deliver(host, a)
     # b lives and works, but the deadline has come.
@@ -129,7 +141,7 @@ async def test_a_deadline_closes_a_round_with_its_quorum_and_a_pause_holds_it_up
     assert [closed.contributions for closed in host.coordinator.state.closed_rounds] == [{"a": 10}]
     path, artifact = written(host, 0.25)
     await send(host, b, path.read_bytes(), artifact)
-    late = await complete(host, b, slow.task_id, artifact)
+    late = await complete(host, b, slow.id, artifact)
     assert (late.accepted, "too late" in late.reason) == (False, True)
     assert "the deadline of 0.5 s is reached" in "\n".join(line.message for line in (await status(host)).journal)
 
@@ -137,7 +149,7 @@ async def test_a_deadline_closes_a_round_with_its_quorum_and_a_pause_holds_it_up
 async def test_a_pause_uses_no_deadline_up_however_busy_the_coordinator_is(hosts: Callable[..., Any]) -> None:
     host = await hosts(min_sites=2, deadline=2)
     a, b = await enroll(host, "a"), await enroll(host, "b")
-    await until(lambda: host.coordinator._opening == host.coordinator.state.opening == "training/1.0")
+    await until(lambda: host.coordinator.timers._stage == "train/1")
     await pause(host)
     for _ in range(6):
         # Nothing else of this process runs meanwhile: it looks at the time only now and then.
@@ -145,17 +157,17 @@ async def test_a_pause_uses_no_deadline_up_however_busy_the_coordinator_is(hosts
         await asyncio.sleep(0.05)
     await resume(host)
     for session in (a, b):
-        assert (await poll(host, session)).HasField("train")
+        assert (await poll(host, session)).HasField("task")
     await asyncio.sleep(0.5)
-    assert not host.coordinator.state.deadline_reached
-    await until(lambda: host.coordinator.state.deadline_reached)
+    assert not deadline_reached(host)
+    await until(lambda: deadline_reached(host))
 
 
 async def test_a_deadline_waits_for_the_quorum(hosts: Callable[..., Any]) -> None:
     host = await hosts(min_sites=2, quorum="2", deadline=0.2)
     a, b = await enroll(host, "a"), await enroll(host, "b")
     await deliver(host, a)
-    await until(lambda: host.coordinator.state.deadline_reached)
+    await until(lambda: deadline_reached(host))
     assert not host.coordinator.state.closed_rounds
     await deliver(host, b)
     await until(lambda: host.coordinator.state.phase.over)
@@ -163,12 +175,12 @@ async def test_a_deadline_waits_for_the_quorum(hosts: Callable[..., Any]) -> Non
 
 
 async def test_a_deadline_closes_a_selection_too(hosts: Callable[..., Any]) -> None:
-    host = await hosts(min_sites=2, strategy="fedhds", deadline=0.5)
+    host = await hosts(min_sites=2, selection_strategy="fedhds", deadline=0.5)
     a, b = await enroll(host, "a"), await enroll(host, "b")
-    task, _ = await task_of(host, a), await task_of(host, b)
+    task, _ = (await task_of(host, a)).task, await task_of(host, b)
     report = selection_pb2.ClusterReport(dimension=2, centroids=[selection_pb2.Centroid(values=[0, 0], size=10)])
-    await host.federation.CompleteTask(pb.CompleteTaskRequest(session=a, task_id=task.task_id, clusters=report))
-    assert (await task_of(host, a)).task_id == "train/1/a"
+    assert (await complete_with(host, a, task.id, report)).accepted
+    assert (await task_of(host, a)).task.id == "train/1/a"
     assert (await poll(host, b)).HasField("wait")
     await deliver(host, a, samples=1)
     assert (await task_of(host, b)).done.outcome == "completed"
@@ -183,15 +195,14 @@ async def test_stopping_gives_every_site_the_adapter_as_it_is(hosts: Callable[..
     await deliver(host, a, 0.75)
     after_one = host.coordinator.state.adapters[1]
     waiting = asyncio.ensure_future(poll(host, a, 20))
-    await until(lambda: "a" in host.coordinator._waiting)
+    await until(lambda: "a" in host.coordinator.presence._waiting)
     await stop(host, "good enough")
     for answer in (await asyncio.wait_for(waiting, 5), await poll(host, b)):
         assert (answer.done.outcome, answer.done.message) == ("stopped", "good enough")
         assert answer.done.adapter == after_one.to_proto()
     for session in (a, b):
-        request = pb.CompleteTaskRequest(session=session, task_id="done", delivered=pb.Delivered())
-        assert (await host.federation.CompleteTask(request)).accepted
-        await host.federation.Leave(pb.LeaveRequest(session=session))
+        await confirm(host, session)
+    assert [site.delivered for site in (await status(host)).sites] == [True, True]
     await asyncio.wait_for(host.work, 10)
     assert (host.folder / "checkpoint" / "adapter_model.safetensors").exists()
     # The update of the round that was open is gone; the first and the last adapter stay.
@@ -214,7 +225,8 @@ async def test_an_evicted_site_is_out_for_good_and_the_others_go_on(hosts: Calla
     host = await hosts(min_sites=3, quorum="2")
     a, b, c = [await enroll(host, name) for name in "abc"]
     assert (await deliver(host, a, 0.25)).accepted
-    dropped = host.coordinator.state.updates["a"].artifact
+    assert host.coordinator.state.stage
+    (dropped,) = host.coordinator.state.stage.uploads
     path, artifact = written(host, 0.75)
     await task_of(host, c)
     await evict(host, "a", "withdrew its consent")
@@ -222,7 +234,7 @@ async def test_an_evicted_site_is_out_for_good_and_the_others_go_on(hosts: Calla
     # A long poll hears of it at once.
     await pause(host)
     waiting = asyncio.ensure_future(poll(host, c, 20))
-    await until(lambda: "c" in host.coordinator._waiting)
+    await until(lambda: "c" in host.coordinator.presence._waiting)
     await evict(host, "c", "sends nonsense")
     assert isinstance(await asyncio.wait_for(refused(waiting), 5), Evicted)
     await resume(host)
@@ -257,9 +269,7 @@ async def test_the_last_site_that_works_is_evicted_and_the_round_closes_without_
     await until(lambda: host.coordinator.state.phase.over)
     assert host.coordinator.state.closed_rounds[0].contributions == {"a": 10}
     # Nobody waits for it to fetch the adapter.
-    request = pb.CompleteTaskRequest(session=a, task_id="done", delivered=pb.Delivered())
-    await host.federation.CompleteTask(request)
-    await host.federation.Leave(pb.LeaveRequest(session=a))
+    await confirm(host, a)
     await asyncio.wait_for(host.work, 10)
 
 
@@ -324,12 +334,12 @@ async def test_the_journal_answers_at_most_its_newest_hundred_lines(hosts: Calla
     assert numbers == list(range(21, 121))
 
 
-async def test_a_site_that_failed_is_asked_again_after_one_patience(hosts: Callable[..., Any]) -> None:
-    host = await hosts(min_sites=2, quorum="2", patience=3)
+async def test_a_site_that_failed_is_asked_again_after_one_heartbeat_timeout(hosts: Callable[..., Any]) -> None:
+    host = await hosts(min_sites=2, quorum="2", heartbeat_timeout=3)
     a, b = await enroll(host, "a"), await enroll(host, "b")
     await deliver(host, a)
-    task = await task_of(host, b)
-    await host.federation.FailTask(pb.FailTaskRequest(session=b, task_id=task.task_id, kind="TaskError", reason="x"))
+    task = (await task_of(host, b)).task
+    await host.federation.FailTask(pb.FailTaskRequest(session=b, task_id=task.id, kind="TaskError", reason="x"))
     failed_at = time.monotonic()
     reasons = []
     while (answer := await poll(host, b, 0.1)).HasField("wait"):
@@ -338,7 +348,7 @@ async def test_a_site_that_failed_is_asked_again_after_one_patience(hosts: Calla
     assert time.monotonic() - failed_at >= 3
     assert "failed, will be asked again: b" in reasons[0]
     assert (await deliver(host, b)).accepted
-    assert "asked again for want of a quorum: b" in [line.message for line in (await status(host)).journal]
+    assert "asked again, as the quorum is not reached: b" in [line.message for line in (await status(host)).journal]
 
 
 async def test_rejected_results_are_counted_and_the_third_one_shuts_the_site_out(hosts: Callable[..., Any]) -> None:
@@ -350,7 +360,7 @@ async def test_rejected_results_are_counted_and_the_third_one_shuts_the_site_out
         assert (site.rejections, site.state) == (number, "enrolled" if number < 3 else "quarantined")
         assert "not finite" in site.last_error
         assert (await deliver(host, good)).accepted
-    assert (await task_of(host, good)).task_id == "train/4/good"
+    assert (await task_of(host, good)).task.id == "train/4/good"
     assert (await poll(host, bad)).HasField("wait")
     assert [closed.contributions for closed in host.coordinator.state.closed_rounds] == 3 * [{"good": 10}]
     said = [line.message for line in (await status(host)).journal if line.trouble]
@@ -361,17 +371,39 @@ async def test_what_a_site_measured_is_bounded(hosts: Callable[..., Any]) -> Non
     host = await hosts(min_evaluators=1)
     await enroll(host, "a")
     e = await enroll(host, "e", rows=0, evaluates=True)
-    task = await task_of(host, e)
-    for result in (
-        pb.EvaluationResult(rows=2**63, tokens=5, loss_sum=1.0),
-        pb.EvaluationResult(rows=5, tokens=2**63, loss_sum=1.0),
-        pb.EvaluationResult(rows=5, tokens=5, loss_sum=1e300),
-        pb.EvaluationResult(rows=5, tokens=5, loss_sum=np.nan),
-        pb.EvaluationResult(rows=5, tokens=5, loss_sum=1.0, rouge_l_sum=6.0),
+    task = (await task_of(host, e)).task
+
+    def measured(metrics: dict[str, tuple[float, float]], rows: int = 5) -> pb.EvaluationResult:
+        sums = {name: pb.MetricSum(value_sum=total, weight=weight) for name, (total, weight) in metrics.items()}
+        return pb.EvaluationResult(rows=rows, metrics=sums)
+
+    loss = (1.0, 5.0)
+    for result, words in (
+        (measured({"loss": loss}, rows=2**63), "needs rows"),
+        (measured({"loss": loss}, rows=0), "needs rows"),
+        (measured({"loss": (1.0, 2.0**63)}), "weight"),
+        (measured({"loss": (1.0, 0.0)}), "weight"),
+        (measured({"loss": (1.0, np.nan)}), "weight"),
+        (measured({"loss": (1e300, 5.0)}), "which no model gives"),
+        (measured({"loss": (np.nan, 5.0)}), "which no model gives"),
+        (measured({"loss": loss, "rouge_l": (6.0, 5.0)}), "the sum of rouge_l is 6 over 5"),
+        (measured({"loss": loss, "rouge_l": (-0.1, 5.0)}), "which no model gives"),
+        (measured({"accuracy": (np.inf, 5.0)}), "which no model gives"),
+        (measured({}), "needs 1 to 32 metrics, it has 0"),
+        (measured({f"m{number}": loss for number in range(33)}), "it has 33"),
+        (measured({"Loss {x}": loss}), "no name of a metric"),
+        (pb.TrainResult(), "not by a 'fedhds.v2.TrainResult'"),
     ):
-        request = pb.CompleteTaskRequest(session=e, task_id=task.task_id, evaluation=result)
-        assert isinstance(await refused(host.federation.CompleteTask(request)), RequestError)
+        error = await refused(complete_with(host, e, task.id, result))
+        assert isinstance(error, RequestError)
+        assert words in str(error)
     assert not (await status(host)).evaluations
+    # A metric that this version does not know is kept, within those bounds.
+    sums = {"loss": (10.0, 4.0), "rouge_l": (5.0, 5.0), "accuracy": (2.0, 5.0)}
+    assert (await complete_with(host, e, task.id, measured(sums))).accepted
+    (evaluation,) = (await status(host)).evaluations
+    assert (evaluation.round_number, evaluation.rows) == (0, 5)
+    assert dict(evaluation.metrics) == {"loss": 2.5, "rouge_l": 1.0, "accuracy": 0.4}
 
 
 async def test_a_poll_of_a_site_that_was_taken_over_does_not_keep_its_successor_waiting(
@@ -380,10 +412,10 @@ async def test_a_poll_of_a_site_that_was_taken_over_does_not_keep_its_successor_
     host = await hosts(min_sites=2)
     first = await enroll(host, "a")
     old = asyncio.ensure_future(poll(host, first, 3))
-    await until(lambda: "a" in host.coordinator._waiting)
+    await until(lambda: "a" in host.coordinator.presence._waiting)
     second = await enroll(host, "a", previous_session=first)
     new = asyncio.ensure_future(poll(host, second, 20))
     with pytest.raises(grpc.aio.AioRpcError, match="taken over"):
         await old
     await enroll(host, "b")
-    assert (await asyncio.wait_for(new, 5)).task_id == "train/1/a"
+    assert (await asyncio.wait_for(new, 5)).task.id == "train/1/a"
