@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,35 +14,38 @@ from hypothesis import strategies as st
 from fedhds.spec import RunSpec
 from fedhds.v2 import selection_pb2
 from fedhds_server.selection import STRATEGIES, Report, Selection, SelectionContext
-from fedhds_server.selection.pca_2d import plane
+from fedhds_server.selection.pca_2d import pca_2d
 
 
 def context(
-    rows: Mapping[str, int], budget: int | None = None, fields: Mapping[str, object] | None = None
+    rows: Mapping[str, int], budget: int | None = None, fields: Mapping[str, Any] | None = None
 ) -> SelectionContext:
-    spec = RunSpec.model_validate({"model": "m", "rounds": 1, **(fields or {})})
-    return SelectionContext(seed=spec.seed, round=0, rows=rows, budget=budget, spec=spec)
+    return SelectionContext(spec=spec_of(**(fields or {})), round_number=0, rows=rows, budget=budget)
+
+
+def spec_of(strategy: str = "fedhds", **fields: object) -> RunSpec:
+    return RunSpec.of(model="m", rounds=1, selection_strategy=strategy, **fields)
 
 
 def report(site: str, centers: Sequence[Sequence[float]], sizes: Sequence[int] = (), *, unclustered: int = 0) -> Report:
     clusters = selection_pb2.ClusterReport(dimension=len(centers[0]) if centers else 2, unclustered=unclustered)
     for number, center in enumerate(centers):
-        clusters.centroids.add(cluster=number, values=center, size=sizes[number] if sizes else 1)
+        clusters.centroids.add(cluster_id=number, values=center, size=sizes[number] if sizes else 1)
     return Report(f"select/0/{site}", clusters)
 
 
 def rows_of(reports: Mapping[str, Report]) -> dict[str, int]:
     return {
-        site: at.clusters.unclustered + sum(centroid.size for centroid in at.clusters.centroids)
-        for site, at in reports.items()
+        site: report.message.unclustered + sum(centroid.size for centroid in report.message.centroids)
+        for site, report in reports.items()
     }
 
 
 def select(strategy: str, context: SelectionContext, reports: Mapping[str, Report]) -> Selection:
-    """The decision of a strategy that needs one pass only."""
-    chosen = STRATEGIES[strategy].select(context, reports)
-    assert isinstance(chosen, Selection)
-    return chosen
+    """The decision of a strategy that needs one step only."""
+    selection = STRATEGIES[strategy].select(context, reports)
+    assert isinstance(selection, Selection)
+    return selection
 
 
 def fedhds(reports: Mapping[str, Report], budget: int | None = None) -> Selection:
@@ -52,38 +57,41 @@ def picked(selection: Selection) -> dict[tuple[str, int | None], int]:
     for site, coreset in selection.coresets.items():
         assert coreset.picks.select_task_id == f"select/0/{site}"
         for pick in coreset.picks.clusters:
-            assert (site, pick.cluster) not in counts
-            counts[site, pick.cluster] = pick.count
+            assert (site, pick.cluster_id) not in counts
+            counts[site, pick.cluster_id] = pick.count
         if coreset.picks.unclustered:
             counts[site, None] = coreset.picks.unclustered
     return counts
 
 
 def test_full_takes_all_rows_of_every_site_that_has_some() -> None:
-    chosen = select("full", context({"b": 3, "a": 2, "evaluator": 0}), {})
-    assert {site: coreset.WhichOneof("rows") for site, coreset in chosen.coresets.items()} == {"a": "all", "b": "all"}
+    selection = select("full", context({"b": 3, "a": 2, "evaluator": 0}), {})
+    assert {site: coreset.WhichOneof("rows") for site, coreset in selection.coresets.items()} == {
+        "a": "all",
+        "b": "all",
+    }
 
 
 @given(st.dictionaries(st.text("abc", min_size=1), st.integers(0, 50), min_size=1), st.integers(1, 200))
 def test_random_meets_its_budget_and_asks_no_site_for_more_than_it_has(rows: dict[str, int], budget: int) -> None:
-    chosen = select("random", context(rows, budget), {})
-    counts = {site: coreset.random.count for site, coreset in chosen.coresets.items()}
+    selection = select("random", context(rows, budget), {})
+    counts = {site: coreset.random.count for site, coreset in selection.coresets.items()}
     assert sum(counts.values()) == min(budget, sum(rows.values()))
     assert all(0 < count <= rows[site] for site, count in counts.items())
     shuffled = dict(reversed(rows.items()))
-    assert select("random", context(shuffled, budget), {}).coresets == chosen.coresets
+    assert select("random", context(shuffled, budget), {}).coresets == selection.coresets
 
 
 def test_random_with_the_budget_auto_takes_one_and_a_half_per_cent() -> None:
-    assert RunSpec.of(model="m", rounds=1, selection_strategy="random").budget_of(2000) == 30
-    chosen = select("random", context({"a": 1000, "b": 1000}, 30), {})
-    assert sum(coreset.random.count for coreset in chosen.coresets.values()) == 30
+    assert spec_of("random").selection.budget_of(2000) == 30
+    selection = select("random", context({"a": 1000, "b": 1000}, 30), {})
+    assert sum(coreset.random.count for coreset in selection.coresets.values()) == 30
 
 
 def test_a_site_that_declares_a_huge_number_of_rows_does_not_take_the_budget_of_random_over() -> None:
     def counts(rows: dict[str, int], budget: int) -> dict[str, int]:
-        chosen = select("random", context(rows, budget), {})
-        return {site: coreset.random.count for site, coreset in chosen.coresets.items()}
+        selection = select("random", context(rows, budget), {})
+        return {site: coreset.random.count for site, coreset in selection.coresets.items()}
 
     drawn = counts({"a": 100, "b": 200, "liar": 10**8}, 60)
     assert drawn["liar"] == 30
@@ -95,9 +103,8 @@ def test_a_site_that_declares_a_huge_number_of_rows_does_not_take_the_budget_of_
 
 def test_random_draws_differ_between_seeds_rounds_and_sites() -> None:
     rows = {"a": 100, "b": 100}
-    spec = RunSpec.of(model="m", rounds=1)
     draws = [
-        select("random", SelectionContext(seed=seed, round=number, rows=rows, budget=50, spec=spec), {})
+        select("random", SelectionContext(spec_of("random", seed=seed), number, rows, budget=50), {})
         for seed, number in ((1, 0), (1, 1), (2, 0))
     ]
     seeds = {coreset.random.seed for draw in draws for coreset in draw.coresets.values()}
@@ -111,13 +118,13 @@ def test_the_papers_rule_takes_one_row_of_each_group_and_drops_the_loner() -> No
         "b": report("b", [(near[1], 0), (10 + near[1], 10)]),
         "c": report("c", [(near[2], 0), (10 + near[2], 10)]),
     }
-    chosen = fedhds(reports)
-    assert [group.members for group in chosen.groups] == [
+    selection = fedhds(reports)
+    assert [group.members for group in selection.groups] == [
         (("a", 0), ("b", 0), ("c", 0)),
         (("a", 1), ("b", 1), ("c", 1)),
     ]
-    assert picked(chosen) == {("b", 0): 1, ("b", 1): 1}
-    assert "1 are like no other" in chosen.notes[-1]
+    assert picked(selection) == {("b", 0): 1, ("b", 1): 1}
+    assert "1 are like no other" in selection.notes[-1]
 
 
 def test_clusters_of_which_no_two_are_alike_are_all_kept() -> None:
@@ -156,19 +163,19 @@ def test_a_budget_is_met_exactly_wherever_the_rows_allow(reports: dict[str, Repo
     counts = picked(fedhds(reports, budget))
     assert sum(counts.values()) == min(budget, sum(rows_of(reports).values()))
     for (site, cluster), count in counts.items():
-        clusters = reports[site].clusters
+        clusters = reports[site].message
         assert 0 < count <= (clusters.unclustered if cluster is None else clusters.centroids[cluster].size)
 
 
 @settings(max_examples=100, deadline=None)
 @given(federations(), st.one_of(st.none(), st.integers(1, 60)))
 def test_the_order_in_which_sites_answer_does_not_matter(reports: dict[str, Report], budget: int | None) -> None:
-    chosen = fedhds(reports, budget)
-    assert fedhds(dict(reversed(reports.items())), budget) == chosen
+    selection = fedhds(reports, budget)
+    assert fedhds(dict(reversed(reports.items())), budget) == selection
 
 
 def test_under_noise_a_budget_is_an_upper_bound_and_no_count_is_asked_for() -> None:
-    noised: dict[str, object] = {"clip_norm": 1.0, "noise_multiplier": 1.0}
+    noised = {"selection_clip_norm": 1.0, "selection_noise_multiplier": 1.0}
     reports = {"a": report("a", [(0, 0), (9, 9)], (0, 0)), "b": report("b", [(0, 1)], (0,))}
     for budget, rows in ((2, 2), (50, 3)):
         assert sum(picked(select("fedhds", context({"a": 8, "b": 8}, budget, noised), reports)).values()) == rows
@@ -176,39 +183,64 @@ def test_under_noise_a_budget_is_an_upper_bound_and_no_count_is_asked_for() -> N
 
 NARROW = selection_pb2.ClusterReport(dimension=2, centroids=[selection_pb2.Centroid(values=[1], size=4)])
 TWICE = selection_pb2.ClusterReport(dimension=2, centroids=2 * [selection_pb2.Centroid(values=[1, 2], size=2)])
+MANY = report("z", 17 * [(0, 0)], 17 * [1]).message
+PLAIN: dict[str, Any] = {}
+NOISED: dict[str, Any] = {
+    "selection_clip_norm": 1.0,
+    "selection_noise_multiplier": 1.0,
+    "released_centroids": 2,
+}
+# Twice the clipping norm for each of the centroids, under replacement of the whole shard.
+STD = 2 * math.sqrt(2)
+
+
+def noised_report(*, centroids: int = 2, noise_std: float = STD, size: int = 0, unclustered: int = 0) -> Any:
+    message = report("z", centroids * [(0, 0)], centroids * [size], unclustered=unclustered).message
+    message.noise_std = noise_std
+    return message
 
 
 @pytest.mark.parametrize(
-    ("bad", "rows", "words"),
+    ("message", "rows", "fields", "words"),
     [
-        (Report("select/0/z", NARROW), 4, "another number"),
-        (report("z", [(1, 2, 3)], (4,)), 4, "3 values"),
-        (report("z", [(float("nan"), 0)], (4,)), 4, "not finite"),
-        (report("z", [(0, 0)], (4,)), 5, "add up"),
-        (report("z", [(0, 0)], (4,)), 0, "no rows"),
-        (Report("select/0/z", TWICE), 4, "twice"),
+        (NARROW, 4, PLAIN, "do not have the 2 values"),
+        (report("z", [(1, 2, 3)], (4,)).message, 4, PLAIN, "do not have the 2 values"),
+        (report("z", [(float("nan"), 0)], (4,)).message, 4, PLAIN, "not finite"),
+        (report("z", [(float("inf"), 0)], (4,)).message, 4, PLAIN, "not finite"),
+        (report("z", [(0, 0)], (4,)).message, 5, PLAIN, "do not add up to the 5 rows"),
+        (report("z", [(0, 0)], (4,), unclustered=2).message, 5, PLAIN, "do not add up to the 5 rows"),
+        (report("z", [(0, 0)], (4,)).message, 0, PLAIN, "do not add up to the 0 rows"),
+        (TWICE, 4, PLAIN, "twice"),
+        (MANY, 16, PLAIN, "more clusters than rows"),
+        (report("z", [(0, 0)], (4,)).message, 4, NOISED, "which the noise does not cover"),
+        (noised_report(unclustered=4), 4, NOISED, "which the noise does not cover"),
+        (noised_report(noise_std=0), 4, NOISED, "lacks the noise"),
+        (noised_report(noise_std=STD / 2), 4, NOISED, "lacks the noise"),
+        (noised_report(noise_std=float("nan")), 4, NOISED, "lacks the noise"),
+        (noised_report(centroids=1), 4, NOISED, "on exactly 2 centroids"),
+        (noised_report(centroids=3), 4, NOISED, "on exactly 2 centroids"),
     ],
 )
-def test_a_report_that_cannot_be_right_is_left_out_with_a_note(bad: Report, rows: int, words: str) -> None:
-    reports = {"a": report("a", [(0, 0)], (4,)), "z": bad}
-    chosen = select("fedhds", context({"a": 4, "z": rows}), reports)
-    assert set(chosen.coresets) == {"a"}
-    assert words in chosen.notes[0]
-    assert "site z" in chosen.notes[0]
+def test_a_report_that_cannot_be_right_is_refused(
+    message: selection_pb2.ClusterReport, rows: int, fields: dict[str, Any], words: str
+) -> None:
+    for spec in (spec_of(**fields), spec_of("fedhds-aligned", feature_dimension=2, **fields)):
+        assert words in STRATEGIES[spec.selection.strategy.name].check(spec, None, message, rows=rows)
 
 
-def test_counts_under_noise_are_refused() -> None:
-    noised: dict[str, object] = {"clip_norm": 1.0, "noise_multiplier": 1.0}
-    chosen = select("fedhds", context({"a": 4}, None, noised), {"a": report("a", [(0, 0)], (4,))})
-    assert not chosen.coresets
-    assert "does not cover" in chosen.notes[0]
+def test_a_report_that_can_be_right_is_taken() -> None:
+    check = STRATEGIES["fedhds"].check
+    assert check(spec_of(), None, report("z", [(0, 0), (1, 2)], (4, 2), unclustered=1).message, rows=7) == ""
+    assert check(spec_of(), None, report("z", [], unclustered=3).message, rows=3) == ""
+    assert check(spec_of(**NOISED), None, noised_report(), rows=1) == ""
 
 
-def test_a_site_with_centroids_of_another_size_does_not_shut_the_others_out() -> None:
-    reports = {"a": report("a", [(1, 2, 3)], (4,)), "b": report("b", [(0, 0)], (4,)), "c": report("c", [(0, 1)], (4,))}
-    chosen = fedhds(reports)
-    assert set(chosen.coresets) == {"b", "c"}
-    assert "site a is left out" in chosen.notes[0]
+@pytest.mark.parametrize(("strategy", "dimension"), [("fedhds", 2), ("fedhds-aligned", 7)])
+def test_centroids_have_the_dimension_of_their_space(strategy: str, dimension: int) -> None:
+    spec = spec_of(strategy, feature_dimension=7)
+    for number in (2, 7):
+        fault = STRATEGIES[strategy].check(spec, None, report("z", [number * (1,)], (4,)).message, rows=4)
+        assert (fault == "") == (number == dimension)
 
 
 def test_no_reports_give_an_empty_selection() -> None:
@@ -219,17 +251,17 @@ def test_no_reports_give_an_empty_selection() -> None:
 @pytest.mark.parametrize("shape", [(0, 4), (1, 4), (2, 1), (5, 1), (2, 7), (40, 2), (30, 300), (700, 600)])
 def test_centroids_are_drawn_the_same_way_every_time(shape: tuple[int, int]) -> None:
     points = np.random.default_rng(0).normal(size=shape)
-    drawn = plane(points)
+    drawn = pca_2d(points)
     assert drawn.shape == (shape[0], 2)
     assert np.isfinite(drawn).all()
-    assert (plane(points.copy()) == drawn).all()
+    assert (pca_2d(points.copy()) == drawn).all()
 
 
 def test_what_lies_in_a_plane_keeps_its_distances_and_equal_centroids_share_a_place() -> None:
     rng = np.random.default_rng(1)
     flat = rng.normal(size=(20, 2)) @ np.linalg.qr(rng.normal(size=(9, 2)))[0].T + 5
     gaps = np.linalg.norm(flat[:, None] - flat, axis=2)
-    drawn = plane(flat)
+    drawn = pca_2d(flat)
     assert np.allclose(np.linalg.norm(drawn[:, None] - drawn, axis=2), gaps)
-    assert (plane(np.ones((4, 9))) == 0).all()
-    assert (plane(np.repeat(flat[:2], 3, axis=0)).round(9) == np.repeat(plane(flat[:2]), 3, axis=0).round(9)).all()
+    assert (pca_2d(np.ones((4, 9))) == 0).all()
+    assert (pca_2d(np.repeat(flat[:2], 3, axis=0)).round(9) == np.repeat(pca_2d(flat[:2]), 3, axis=0).round(9)).all()

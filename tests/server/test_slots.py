@@ -82,7 +82,7 @@ class Alternating(FedAvg):
         return roles & {"lora_B" if round_number % 2 else "lora_A"}
 
 
-async def test_sites_are_told_which_roles_train_and_the_others_stay(
+async def test_sites_hear_which_roles_train_and_the_others_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(AGGREGATORS, "fedavg", Alternating())

@@ -1,4 +1,4 @@
-"""No word of a site about an artifact deletes anything that the run, or another site, needs."""
+"""What sites say is checked first: no word about an artifact deletes what the run needs, and no bad report counts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from fedhds.errors import ArtifactError, StorageError
+from fedhds.errors import ArtifactError, RequestError, StorageError
 from fedhds.tensors.artifact import Artifact
 from fedhds.v2 import federation_pb2 as pb
+from fedhds.v2 import selection_pb2
 from tests.server.test_service import Host, complete, complete_with, enroll, refused, send, start, task_of, written
 
 CLOSED = ("train/9/a", "train/1/nobody", "select/0/a", "evaluate/0/a", "never/1/a", "", "train/1/a/b")
@@ -103,7 +104,7 @@ async def test_a_site_cannot_delete_what_another_site_sent(host: Host) -> None:
     assert not (await complete(host, a, "train/9/a", artifact)).accepted
     assert host.artifacts.has(artifact)
     assert (await complete(host, b, "train/1/b", artifact)).accepted
-    # Now it counts, and stays whoever says to have sent it.
+    # Now it counts, and stays no matter who says to have sent it.
     await announce(host, a, Artifact(artifact.digest, 3))
     for named in (artifact, Artifact(artifact.digest, 3)):
         assert not (await complete(host, a, "train/9/a", named)).accepted
@@ -127,3 +128,21 @@ async def test_a_reference_that_is_none_is_refused_for_an_open_task_and_nothing_
     result.update.digest, result.update.size = digest, 4
     assert isinstance(await refused(complete_with(host, a, "train/1/a", result)), ArtifactError)
     assert not (await complete_with(host, a, "train/9/a", result)).accepted
+
+
+async def test_a_bad_report_is_rejected_counts_as_such_and_the_selection_goes_on(tmp_path: Path) -> None:
+    host = await start(tmp_path, min_sites=2, selection_strategy="fedhds")
+    a, b = await enroll(host, "a", rows=4), await enroll(host, "b", rows=4)
+    await task_of(host, a)
+    report = selection_pb2.ClusterReport(dimension=2, centroids=[selection_pb2.Centroid(values=[0, 1], size=5)])
+    answer = await complete_with(host, a, "select/0/a", report)
+    assert not answer.accepted
+    assert answer.reason == "the report is rejected: its clusters do not add up to the 4 rows that it declared"
+    assert host.coordinator.state.sites["a"].rejections == 1
+    for other in (pb.TrainResult(), selection_pb2.KMeansStats(dimension=2)):
+        assert isinstance(await refused(complete_with(host, b, "select/0/b", other)), RequestError)
+    report.centroids[0].size = 4
+    assert (await complete_with(host, b, "select/0/b", report)).accepted
+    assert (await task_of(host, b)).task.id == "train/1/b"
+    assert list(host.coordinator.state.coresets) == ["b"]
+    await host.stop()
