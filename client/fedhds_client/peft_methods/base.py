@@ -30,10 +30,10 @@ class PeftMethod(ABC):
         """
 
     @abstractmethod
-    def initial(self, role: str, shape: tuple[int, ...]) -> Initial:
+    def initial(self, spec: RunSpec, role: str, shape: tuple[int, ...]) -> Initial:
         """How the first value of a tensor is made."""
 
-    def role(self, name: str) -> str:
+    def role(self, spec: RunSpec, name: str) -> str:
         """What the tensor that PEFT saves under `name` is to the method: the last part of its name but `weight`."""
         return name.removesuffix(".weight").rpartition(".")[2]
 
@@ -45,8 +45,9 @@ class PeftMethod(ABC):
         """The manifest of the adapter that PEFT's wrapper `module` carries."""
         tensors = []
         for name, tensor in sorted(adapter_state(module).items()):
-            role, shape = self.role(name), tuple(tensor.shape)
-            tensors.append(TensorSpec(name, shape, role, self.initial(role, shape), self.scale_axis(role, shape)))
+            role, shape = self.role(spec, name), tuple(tensor.shape)
+            initial = self.initial(spec, role, shape)
+            tensors.append(TensorSpec(name, shape, role, initial, self.scale_axis(role, shape)))
         return AdapterManifest(tuple(tensors), _config_text(module.peft_config["default"], spec))
 
 

@@ -50,7 +50,7 @@ class Lora(PeftMethod):
             bias="none",
         )
 
-    def initial(self, role: str, shape: tuple[int, ...]) -> Initial:
+    def initial(self, spec: RunSpec, role: str, shape: tuple[int, ...]) -> Initial:
         """Uniform for A, zeros for B."""
         return Initial.uniform(1 / math.sqrt(shape[1])) if role == "lora_A" else Initial.zeros()
 

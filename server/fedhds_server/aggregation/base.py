@@ -30,7 +30,8 @@ class Aggregator(ABC):
     """Combines updates, tensor by tensor. `parameters` is everywhere the aggregator's own part of the specification.
 
     Implementations MUST give the same bytes whatever the order in which updates arrive (they come sorted by site),
-    MUST depend on nothing but their arguments, and MUST NOT keep more than a few values per update in memory.
+    MUST depend on nothing but their arguments, and MUST NOT keep tensors of all updates in memory: a rule that compares
+    all of them, such as a median, takes block after block.
     """
 
     description: ClassVar[str]

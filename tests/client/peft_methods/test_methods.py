@@ -28,7 +28,7 @@ class Ia3(PeftMethod):
             target_modules=["v_proj", "k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
         )
 
-    def initial(self, role: str, shape: tuple[int, ...]) -> Initial:
+    def initial(self, spec: RunSpec, role: str, shape: tuple[int, ...]) -> Initial:
         return Initial.ones()
 
 
@@ -90,11 +90,11 @@ def test_an_update_of_ia3_goes_through_every_codec(tmp_path: Path, manifest: Ada
 
 
 def test_roles_are_the_last_part_of_peft_names() -> None:
-    method = PEFT_METHODS["lora"]
+    method, spec = PEFT_METHODS["lora"], RunSpec.of(model="org/base", rounds=1)
     for name, role in (
         ("base_model.model.q_proj.lora_A.weight", "lora_A"),
         ("base_model.model.q_proj.ia3_l", "ia3_l"),
         ("base_model.model.q_proj.bias", "bias"),
         ("prompt_embeddings", "prompt_embeddings"),
     ):
-        assert method.role(name) == role
+        assert method.role(spec, name) == role
