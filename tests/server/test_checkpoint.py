@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -23,25 +24,26 @@ from fedhds.spec import RunSpec
 from fedhds.tensors.safetensors import write_adapter
 from fedhds_client.models.adapter import AdapterModel
 from fedhds_client.models.loading import load_base_model
-from fedhds_server.storage.checkpoint import EvaluationFacts, RunFacts, model_card, write_checkpoint
+from fedhds_server.storage.checkpoint import write_checkpoint
+from fedhds_server.storage.model_card import CardFacts, model_card
 from tests.manifests import lora_manifest
 from tests.tiny import make_model
 
 MANIFEST = lora_manifest({"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)})
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-FACTS = RunFacts(
+FACTS = CardFacts(
     rounds=3,
     sites=2,
     rows=2000,
     samples=30,
     fingerprint={"weights": "aa", "config": "bb"},
     version="1.2.3",
-    evaluations=(EvaluationFacts(0, 40, 2.5, 0.125), EvaluationFacts(3, 40, 1.25, 0.5)),
+    evaluations={0: (40, {"loss": 2.5, "rouge_l": 0.125}), 3: (40, {"loss": 1.25, "rouge_l": 0.5})},
 )
 
 
 def spec(**fields: Any) -> RunSpec:
-    return RunSpec.model_validate({"model": "org/base", "rounds": 5} | fields)
+    return RunSpec.of(**{"model": "org/base", "rounds": 5} | fields)
 
 
 def write(folder: Path, number: int) -> None:
@@ -53,13 +55,13 @@ def write(folder: Path, number: int) -> None:
 
 def number_of(folder: Path) -> int:
     """The number that all files of a checkpoint agree on."""
-    found = folder / "checkpoint"
-    assert sorted(path.name for path in found.iterdir()) == FILES
-    number = int(json.loads((found / "adapter_config.json").read_text())["r"])
-    assert (found / "README.md").read_text() == f"card {number}"
+    checkpoint = folder / "checkpoint"
+    assert sorted(path.name for path in checkpoint.iterdir()) == FILES
+    number = int(json.loads((checkpoint / "adapter_config.json").read_text())["r"])
+    assert (checkpoint / "README.md").read_text() == f"card {number}"
     expected = folder / "expected"
     write_adapter(expected, MANIFEST, lambda tensor: np.full(tensor.shape, number, np.float32), "float32")
-    assert (found / "adapter_model.safetensors").read_bytes() == expected.read_bytes()
+    assert (checkpoint / "adapter_model.safetensors").read_bytes() == expected.read_bytes()
     return number
 
 
@@ -129,7 +131,7 @@ def crashed_at(step: int, act: Callable[[], None]) -> bool:
 # From Python 3.12 on, forking a process with threads warns; the child does nothing but write files.
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("earlier", [0, 1, 2])
-def test_a_crash_at_any_step_leaves_a_whole_version_and_the_next_write_mends_the_rest(
+def test_a_crash_at_any_step_leaves_a_whole_version_and_the_next_write_repairs_the_rest(
     tmp_path: Path, earlier: int
 ) -> None:
     seen = []
@@ -162,7 +164,7 @@ def test_a_failed_write_is_a_named_error_and_the_version_before_stays(tmp_path: 
 # The model card.
 
 
-def card(facts: RunFacts = FACTS, **fields: Any) -> str:
+def card(facts: CardFacts = FACTS, **fields: Any) -> str:
     return model_card(spec(**fields), facts)
 
 
@@ -198,13 +200,14 @@ def test_licenses_stand_in_the_card_as_declared(license: str, expected: str) -> 
 
 def test_the_card_tells_how_the_adapter_was_made() -> None:
     text = card(
-        budget="1.5%",
-        schedule="per-round",
+        selection_budget="1.5%",
+        selection_schedule="per-round",
         cohort_fraction=0.25,
         lora_rank=4,
         lora_alpha=12,
         lora_targets=("q_proj", "v_proj"),
         learning_rate=0.001,
+        server_optimizer="momentum",
         seed=7,
     )
     for line in (
@@ -212,8 +215,10 @@ def test_the_card_tells_how_the_adapter_was_made() -> None:
         "| rounds | 3 of 5, cohort fraction 0.25 |",
         "| selection | fedhds-aligned, per-round, budget 1.5% |",
         "| rows trained on | 30 of 2000 (1.5%) |",
-        "| LoRA | rank 4, alpha 12, dropout 0.05, q_proj, v_proj |",
+        "| PEFT method | lora, rank 4, alpha 12, dropout 0.05, targets q_proj, v_proj |",
         "| training | Adam, learning rate 0.001, batch 4, 1 local epochs, rows up to 1024 tokens |",
+        "| aggregation | FedAvg: the mean of each tensor, weighted by rows |",
+        "| server optimizer | momentum: with momentum over rounds (FedAvgM) |",
         "| seed | 7 |",
         "| SHA-256 of the base model's config | `bb` |\n| SHA-256 of the base model's weights | `aa` |",
         "format `auto`",
@@ -230,8 +235,19 @@ def test_the_card_tells_what_was_measured() -> None:
     ) in card()
 
 
+def test_the_card_has_a_column_for_every_metric_and_gaps_where_one_was_not_measured() -> None:
+    evaluations = {0: (4, {"loss": 1.0}), 2: (4, {"loss": 0.5, "exact_match": 0.25})}
+    text = card(replace(FACTS, evaluations=evaluations))
+    assert (
+        "| round | rows | exact_match | loss (nats per response token) |\n"
+        "| --- | --- | --- | --- |\n"
+        "| before | 4 |  | 1.0000 |\n"
+        "| 2 | 4 | 0.2500 | 0.5000 |\n"
+    ) in text
+
+
 def test_a_run_without_rows_or_evaluators_has_a_card_too() -> None:
-    text = card(RunFacts(rounds=0, sites=0, rows=0, samples=0, fingerprint={}, version="1", evaluations=()))
+    text = card(CardFacts(rounds=0, sites=0, rows=0, samples=0, fingerprint={}, version="1", evaluations={}))
     assert "| rows trained on | 0 of 0 (none) |" in text
     assert "No site evaluated." in text
     assert "SHA-256" not in text
@@ -247,14 +263,18 @@ CENTROIDS_PLAIN = "Released cluster centroids carried no noise: no differential-
 @pytest.mark.parametrize(
     ("fields", "said", "unsaid"),
     [
-        ({"clip_norm": 0.5, "noise_multiplier": 1.25, "delta": 1e-6}, [CENTROIDS_NOISED], ["centroids carried no"]),
         (
-            {"clip_norm": 0.5},
+            {"selection_clip_norm": 0.5, "selection_noise_multiplier": 1.25, "selection_delta": 1e-6},
+            [CENTROIDS_NOISED],
+            ["centroids carried no"],
+        ),
+        (
+            {"selection_clip_norm": 0.5},
             [CENTROIDS_PLAIN, "they sent adapter tensors and cluster centroids."],
             ["noise multiplier"],
         ),
         (
-            {"strategy": "global", "clip_norm": 1.0, "noise_multiplier": 1.25},
+            {"selection_strategy": "federated-kmeans", "selection_clip_norm": 1.0, "selection_noise_multiplier": 1.25},
             [
                 "Rows' features were clipped to L2 norm 1 and their sums and counts noised",
                 "states the example-level epsilon at delta 1e-05",
@@ -262,12 +282,15 @@ CENTROIDS_PLAIN = "Released cluster centroids carried no noise: no differential-
             ["centroids", "client-level"],
         ),
         (
-            {"strategy": "global"},
-            ["Released sums and counts over cells of features carried no noise", "adapter tensors and sums and counts"],
+            {"selection_strategy": "federated-kmeans"},
+            [
+                "Released sums and counts over clusters of features carried no noise",
+                "adapter tensors and sums and counts",
+            ],
             ["centroids"],
         ),
-        ({"strategy": "random"}, ["they sent adapter tensors."], ["centroids"]),
-        ({"strategy": "full"}, ["they sent adapter tensors."], ["centroids"]),
+        ({"selection_strategy": "random"}, ["they sent adapter tensors."], ["centroids"]),
+        ({"selection_strategy": "full"}, ["they sent adapter tensors."], ["centroids"]),
     ],
 )
 def test_the_card_claims_no_more_privacy_than_there_is(
