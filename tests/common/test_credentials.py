@@ -37,7 +37,7 @@ def coordinator(folder: Path) -> TlsFiles:
 
 @pytest.fixture
 def stranger(tmp_path: Path) -> TlsFiles:
-    """A site of another federation, whose authority bears the same name."""
+    """A site of another federation, whose authority has the same name."""
     return issue(init_authority(tmp_path / "elsewhere").parent, "hospital-a", role=Role.SITE)
 
 

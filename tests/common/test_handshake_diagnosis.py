@@ -43,7 +43,7 @@ def coordinator(folder: Path) -> TlsFiles:
 
 @pytest.fixture
 def stranger(tmp_path: Path) -> TlsFiles:
-    """A site of another federation, whose authority bears the same name."""
+    """A site of another federation, whose authority has the same name."""
     return issue(init_authority(tmp_path / "elsewhere").parent, "hospital-a", role=Role.SITE)
 
 
@@ -135,15 +135,15 @@ async def test_the_coordinator_is_of_another_authority(coordinator: TlsFiles, st
         assert "is not from the authority in" in await _diagnose(server.target, stranger)
 
 
-@pytest.mark.parametrize("dialled", ["127.0.0.1", "localhost"])
-async def test_the_coordinators_certificate_names_another_host(folder: Path, site: TlsFiles, dialled: str) -> None:
+@pytest.mark.parametrize("dialed", ["127.0.0.1", "localhost"])
+async def test_the_coordinators_certificate_names_another_host(folder: Path, site: TlsFiles, dialed: str) -> None:
     files = issue(folder, "c", role=Role.COORDINATOR, hosts=["fed.example.org", "10.0.0.7"])
     async with serving(server_credentials(files)) as server:
-        target = server.target.replace("127.0.0.1", dialled)
+        target = server.target.replace("127.0.0.1", dialed)
         await is_refused(target, channel_credentials(site))
         reason = await _diagnose(target, site)
-    assert f"does not name the host {dialled}" in reason
-    assert f"--renew --host {dialled}" in reason
+    assert f"does not name the host {dialed}" in reason
+    assert f"--renew --host {dialed}" in reason
 
 
 @pytest.mark.parametrize(("starts", "ends", "reason"), [(-9, -1, "has expired"), (1, 9, "is not valid yet")])

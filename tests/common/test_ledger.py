@@ -141,9 +141,9 @@ def test_a_crash_in_an_append_leaves_what_was_there_and_spends_nothing(path: Pat
         ledger = Ledger(path)
         assert [entry.task_id for entry in ledger.entries()] == ["a"]
         assert ledger.release("run", "b") is None
-        record(ledger, "b", b"drawn anew")
+        record(ledger, "b", b"drawn again")
         assert [entry.task_id for entry in Ledger(path).entries()] == ["a", "b"]
-        assert Ledger(path).release("run", "b") == b"drawn anew"
+        assert Ledger(path).release("run", "b") == b"drawn again"
 
 
 def test_reading_changes_nothing(path: Path) -> None:

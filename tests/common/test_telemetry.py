@@ -88,7 +88,7 @@ def test_a_json_line_holds_whatever_is_logged(capsys: pytest.CaptureFixture[str]
         logger.exception("failed")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        # As `catch_warnings` has put aside whoever showed them.
+        # `catch_warnings` has removed what showed them.
         configure_logging("INFO", "json")
         warnings.warn("this goes", stacklevel=1)
     sys.excepthook(TypeError, TypeError("a defect"), None)

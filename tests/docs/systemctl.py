@@ -37,7 +37,7 @@ def _environment(service: configparser.SectionProxy) -> dict[str, str]:
 
 
 def supervise(name: str) -> None:
-    """Keeps a unit running until it ends well, ends in a way that starting again does not mend, or is stopped."""
+    """Keeps a unit running until it ends well, ends in a way that starting again does not fix, or is stopped."""
     service, pid = _unit(name), _ROOT / f"{name}.pid"
     process: subprocess.Popen[bytes] | None = None
     stopped = False

@@ -1,4 +1,4 @@
-"""docs/two-hosts.md and docs/operations.md, carried out: what a reader is told to do does what it says."""
+"""Runs docs/two-hosts.md and docs/operations.md: what a reader is told to do does what it says."""
 
 from __future__ import annotations
 
