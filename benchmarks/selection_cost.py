@@ -25,7 +25,7 @@ Line = dict[str, Any]
 
 VARIANTS = ("ours", "plain")
 MAX_LENGTH = 256
-# The strategy global at every size: so many rows wanted, over so many sites.
+# The strategy federated-kmeans at every size: so many rows wanted, over so many sites.
 _WANTED = 100
 _SITES = 20
 
@@ -124,7 +124,7 @@ def plain(base: Any, encode: Callable[[int], list[int]], count: int) -> tuple[Li
 def arithmetic(base: Any, rows: Iterable[list[int]], seconds: float) -> Line:
     """Floating-point operations per second of the body's matrix products, and what these threads reach at most.
 
-    Neither attention nor the LM head is counted, so that both variants are held against the same work.
+    Neither attention nor the LM head is counted, so that both variants are compared by the same work.
     """
     import torch
 

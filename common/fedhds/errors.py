@@ -5,7 +5,7 @@ FedhdsError                         FH01
 │   ├── SettingsError               FH11  a flag, an environment variable or a line of the YAML file
 │   ├── DataError                   FH12  a row or a file of instruction data
 │   └── ModelError                  FH13  a base model or tokenizer that cannot be used
-├── EnrollmentRefused                FH20  the coordinator will not take this site (wrong base model, version, policy)
+├── EnrollmentRefused               FH20  the coordinator will not take this site (wrong base model, version, policy)
 │   ├── NameInUse                   FH21  another live process, or another key, holds the site's name
 │   └── Evicted                     FH22  an operator excluded this site from the run
 ├── NotPermitted                    FH23  the caller may not change the run
@@ -18,10 +18,10 @@ FedhdsError                         FH01
 │   └── AdapterError                FH41  adapter tensors that do not fit the manifest or are not finite
 ├── StorageError                    FH50  the run folder, the state database or the artifact store cannot be used
 │   └── DamagedArtifact             FH51  an artifact that was acknowledged is gone, or holds other bytes now
-├── CoordinatorUnreachable          FH52  no answer from the coordinator for longer than the patience
+├── CoordinatorUnreachable          FH52  no answer from the coordinator within the reconnect timeout
 └── NotLeading                      FH53  another coordinator leads the run
 
-Codes stand behind messages, in logs and in docs/errors.md, and are for good: one that is given up is not given anew.
+Codes stand behind messages, in logs and in docs/errors.md, and are for good: one that is given up is never used again.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class NotLeading(FedhdsError):
 
 
 class CoordinatorUnreachable(FedhdsError):
-    """No answer from the coordinator for longer than the patience."""
+    """No answer from the coordinator within the reconnect timeout."""
 
     code = "FH52"
 

@@ -221,7 +221,7 @@ def _check_same_run(state: RunState, settings: ServerSettings) -> None:
 
 @contextlib.contextmanager
 def _run_folder(folder: Path) -> Iterator[tuple[Path, str]]:
-    """The run folder, made if need be and held against a second coordinator, and the name that is its own for good."""
+    """The run folder, made if need be and locked against a second coordinator, and the name that it keeps for good."""
     with contextlib.ExitStack() as stack:
         try:
             make_folder(folder)

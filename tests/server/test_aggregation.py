@@ -484,7 +484,7 @@ def test_shares_sum_to_one_and_none_is_above_the_bound(samples: list[int], large
         return
     assert shares.sum() == pytest.approx(1)
     assert shares.max() <= max(largest, 1 / sum(count > 0 for count in samples)) * (1 + 1e-9)
-    # Whoever brings more never counts less, and who brings nothing does not count.
+    # A site that brings more never counts less, and one that brings nothing does not count.
     order = np.argsort(samples, kind="stable")
     assert (np.diff(shares[order]) >= -1e-12).all()
     assert not shares[np.array(samples) == 0].any()

@@ -337,7 +337,7 @@ def test_many_may_upload_the_same_artifact_at_once(store: ArtifactStore, folder:
 def test_a_wrong_sender_of_the_same_digest_costs_the_others_time_only(store: ArtifactStore) -> None:
     store.append(ARTIFACT, 0, b"?" * 500)
     store.append(ARTIFACT, store.received(ARTIFACT), CONTENT[500:])
-    with pytest.raises(ArtifactError, match="send them anew"):
+    with pytest.raises(ArtifactError, match="send them again"):
         store.finish(ARTIFACT)
     assert store.received(ARTIFACT) == 0
     upload(store)
@@ -467,7 +467,7 @@ def test_damage_after_the_acknowledgement_is_never_read(store: ArtifactStore, da
     store.verified(ARTIFACT)
     path = store.path(ARTIFACT)
     if isinstance(store, RemoteArtifacts):
-        # Its copy is fetched anew: the object it is that counts.
+        # Its copy is fetched again: only the object counts.
         store._files.rm_file(store._object(ARTIFACT))
     stat = path.stat()
     match damage:
@@ -488,7 +488,7 @@ def test_damage_after_the_acknowledgement_is_never_read(store: ArtifactStore, da
         store.verified(ARTIFACT)
     with pytest.raises(DamagedArtifact):
         content_of(store)
-    # Deleted, it can be uploaded anew.
+    # Deleted, it can be uploaded again.
     store.delete(ARTIFACT)
     assert content_of(store, upload(store)) == CONTENT
 

@@ -134,7 +134,7 @@ def test_a_connection_that_is_cut_in_mid_save_is_a_named_error(shared: Place, po
     store = shared.leading()
     store.save(state(1))
     with shared.engine.connect() as other:
-        # Whoever saves waits for this row; meanwhile its connection is cut.
+        # The save waits for this row; meanwhile its connection is cut.
         other.exec_driver_sql("update run set format = 1")
         cut = threading.Timer(0.5, lambda: postgres.cut(shared.argument))
         cut.start()

@@ -104,7 +104,7 @@ def certs_init(
 
     certificate = init_authority(out, name=name, days=days)
     typer.echo(f"Wrote {certificate}, for everybody who takes part.")
-    typer.echo(f"Wrote {certificate.with_suffix('.key')}: whoever has it can admit anyone; keep it off the network.")
+    typer.echo(f"Wrote {certificate.with_suffix('.key')}: it can admit anyone; keep it secret and off the network.")
     typer.echo("Next, a certificate for the coordinator and for every site:")
     folder = shlex.quote(str(out))
     typer.echo(f"  fedhds certs issue coordinator --role coordinator --host HOST --ca {folder}")

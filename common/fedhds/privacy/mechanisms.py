@@ -82,10 +82,10 @@ def noised_centroids(
 
 
 def cluster_sensitivity(*, clip_norm: float) -> float:
-    """L2 sensitivity of all cells' sums and counts together, when one row of norm at most `clip_norm` is left out.
+    """L2 sensitivity of all clusters' sums and counts together, when one row of norm at most `clip_norm` is left out.
 
-    Centers are given from outside, so that a row is in one cell: it moves that cell's sum by its own norm at most and
-    its count by one. How many rows a shard has is public (zero-out adjacency).
+    Centers are given from outside, so that a row is in one cluster: it moves that cluster's sum by its own norm at most
+    and its count by one. How many rows a shard has is public (zero-out adjacency).
     """
     return math.hypot(clip_norm, 1.0)
 
@@ -96,7 +96,7 @@ def noised_clusters(
     """Sums (k, d) and counts (k,) under Gaussian noise of deviation `noise_multiplier * cluster_sensitivity(...)`.
 
     Unit: one row, left out (zero-out adjacency); local, as the site itself adds the noise. `sums` must be over rows
-    of norm at most `clip_norm`, and the cells those of centers that do not depend on this shard but through earlier
+    of norm at most `clip_norm`, and the clusters those of centers that do not depend on this shard but through earlier
     releases. Lapses when `rng` is not `site_rng()`, or when one release is drawn twice and both draws are sent.
     """
     std = noise_multiplier * cluster_sensitivity(clip_norm=clip_norm)

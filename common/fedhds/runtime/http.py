@@ -21,7 +21,7 @@ from fedhds.runtime.metrics import exposition
 
 logger = logging.getLogger(__name__)
 
-# Scrapes and probes come one at a time, and the status page bounds its own; whoever opens more keeps them waiting.
+# Scrapes and probes come one at a time, and the status page bounds its own; beyond that number they wait.
 _MAX_CONNECTIONS = 100
 _LAST_ANSWERS_S = 1
 
@@ -37,7 +37,7 @@ async def served(
 ) -> AsyncIterator[str]:
     """Answers on `address` (HOST:PORT; port 0 takes a free one) within the caller's event loop; gives the URL.
 
-    /healthz is answered by the loop itself: no answer within the prober's patience means that it stands still.
+    /healthz is answered by the loop itself: no answer within the prober's timeout means that it stands still.
     Raises SettingsError when the address cannot be had.
     """
 

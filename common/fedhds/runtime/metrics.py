@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-# One observation for every second in which the loop was free; the last bounds are those of a probe's patience.
+# One observation for every second in which the loop was free; the last bounds are those of a probe's timeout.
 LOOP_LAG = Histogram(
     "fedhds_event_loop_lag_seconds",
     "How much later than asked for the event loop woke up, observed once a second.",

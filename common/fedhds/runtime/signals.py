@@ -27,7 +27,7 @@ def on_signal(stop: Callable[[], object]) -> Callable[[], int]:
             # The first process of a container is spared by signals that it does not handle.
             os._exit(128 + number)
         received.append(number)
-        logger.info("stopping; once more kills")
+        logger.info("stopping; the same signal again ends at once")
         stop()
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -131,7 +131,7 @@ def channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
 
 
 def probe_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
-    """The same for whoever only asks how a coordinator is, which a coordinator may too."""
+    """The same for a caller that only asks how a coordinator is, which another coordinator may do, too."""
     import grpc
 
     return grpc.ssl_channel_credentials(
@@ -144,7 +144,7 @@ def probe_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
 def diagnose_handshake(target: str, files: TlsFiles | None, timeout_s: float = 5.0) -> str | None:
     """Why no gRPC connection to `target` comes about, with what to do; None if nothing is wrong.
 
-    Dials `target` anew, once or twice, with `timeout_s` for the connection and for every answer;
+    Dials `target` once or twice, with `timeout_s` for the connection and for every answer;
     it blocks, so call it from a thread. `target` is HOST:PORT as given to gRPC, a resolver's prefix
     allowed; None for Unix sockets, which it cannot judge. Does not raise for what it finds.
     """
@@ -256,7 +256,7 @@ def _refuse_server(host: str, files: TlsFiles, error: ssl.SSLCertVerificationErr
         return "the server's certificate is not a coordinator's; reissue it with --role coordinator"
     return (
         f"the coordinator's certificate is not from the authority in {files.ca} ({error.verify_message}); "
-        "take ca.crt from whoever issues this federation's certificates"
+        "take ca.crt from the person who issues this federation's certificates"
     )
 
 

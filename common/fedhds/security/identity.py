@@ -76,7 +76,7 @@ def identity_from_certificate(pem: bytes) -> PeerIdentity:
         )
     role, _, name = urns[0].removeprefix(URN_PREFIX).partition(":")
     if role not in {known.value for known in Role} or _NAME.fullmatch(name) is None:
-        raise EnrollmentRefused(f"the certificate's identity {urns[0]!r} is malformed; have it issued anew")
+        raise EnrollmentRefused(f"the certificate's identity {urns[0]!r} is malformed; have it issued again")
     return PeerIdentity(name, Role(role), hashlib.sha256(public_key).hexdigest())
 
 

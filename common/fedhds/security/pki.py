@@ -257,7 +257,7 @@ def _load_authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePri
     if certificate.not_valid_after_utc <= datetime.now(UTC):
         raise UsageError(
             f"{certificate_path} expired on {certificate.not_valid_after_utc:%Y-%m-%d}: "
-            "make a new authority in another folder and issue every certificate anew"
+            "make a new authority in another folder and issue every certificate again"
         )
     return certificate, key
 

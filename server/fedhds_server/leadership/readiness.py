@@ -18,7 +18,7 @@ from fedhds_server.run.state import RunState
 from fedhds_server.storage.base import Store
 
 _CHECK_S = 1.0
-# Beyond it, whoever waits for an answer of the store or the disk waits for one that does not come.
+# Beyond it, an answer of the store or the disk counts as one that does not come.
 _ANSWER_S = 5.0
 # For the state database, its log, the checkpoint's small files and what else writes there until somebody looks.
 DISK_RESERVE = 16 << 20

@@ -43,7 +43,7 @@ class AdapterUpdated:
 Outcome = NextStep | CoresetsSelected | AdapterUpdated
 
 
-# Events: what happened. `at` is wall time in seconds, given by whoever feeds the machine.
+# Events: what happened. `at` is wall time in seconds, given by the caller of the machine.
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,7 @@ class ArtifactStore:
                 raise ArtifactError(f"the upload ended after {uploaded.size} of {artifact.size} bytes; go on there")
             if uploaded != artifact:
                 part.unlink()
-                raise ArtifactError("the uploaded bytes have another digest than announced; send them anew")
+                raise ArtifactError("the uploaded bytes have another digest than announced; send them again")
             self._place(part, artifact)
 
     def adopt(self, path: Path, artifact: Artifact) -> None:
@@ -158,7 +158,7 @@ class ArtifactStore:
     def open_chunks(self, artifact: Artifact, offset: int, chunk_size: int) -> Iterator[bytes]:
         """The bytes from `offset` on; raises DamagedArtifact, or ArtifactError for one that ends before `offset`."""
         if offset > artifact.size:
-            raise ArtifactError(f"the download goes on at byte {offset} of {artifact.size}; fetch it anew")
+            raise ArtifactError(f"the download goes on at byte {offset} of {artifact.size}; fetch it again")
         path = self.verified(artifact)
         with self._guarded(), path.open("rb") as file:
             file.seek(offset)

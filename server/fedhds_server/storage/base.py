@@ -51,7 +51,7 @@ class Store(ABC):
         """Takes the lease, unless it is another holder's and has not run out; whether it is taken.
 
         At most one of those who ask at the same time MUST get it. A store that gets it MUST shut out every store that
-        had it before, also one of the same `holder`: that one gets it at once, as whoever asks vouches that the
+        had it before, also one of the same `holder`: that one gets it at once, as the caller vouches that the
         holder's former process is gone. `address` tells people where the leader is.
         """
 
@@ -65,7 +65,7 @@ class Store(ABC):
 
     @abstractmethod
     def leader(self) -> str:
-        """The address of whoever holds the lease; empty when nobody does."""
+        """The address of the coordinator that has the lease; empty when none has."""
 
     @abstractmethod
     def close(self) -> None:
