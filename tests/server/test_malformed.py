@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
@@ -26,7 +27,7 @@ from fedhds.tensors.manifest import AdapterManifest
 from fedhds.tensors.safetensors import AdapterReader, write_adapter
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import selection_pb2, status_pb2
-from fedhds_server import servicer, wire
+from fedhds_server.rpc import federation, grpc_server
 from fedhds_server.run.state import RunState
 from fedhds_server.storage.sql import SqlStore
 from tests.manifests import lora_manifest
@@ -34,7 +35,8 @@ from tests.server.test_service import FINGERPRINT, MANIFEST, Host, enroll, send,
 
 METHODS = {
     f"/{service.full_name}/{method.name}": method
-    for service in pb.DESCRIPTOR.services_by_name.values()
+    for file in (pb.DESCRIPTOR, status_pb2.DESCRIPTOR)
+    for service in file.services_by_name.values()
     for method in service.methods
 }
 FITTING = {
@@ -57,13 +59,16 @@ PATIENT = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 ROWS = 10
+RESULTS = [
+    f"fedhds.v2.{name}" for name in ("TrainResult", "EvaluationResult", "ClusterReport", "KMeansStats", "Coreset")
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def short_polls() -> Iterator[None]:
     """Whatever wait a message asks for is over soon."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(servicer, "_MAX_POLL_S", 0.1)
+        patch.setattr(federation, "_MAX_POLL_S", 0.1)
         yield
 
 
@@ -77,7 +82,8 @@ def values(field: FieldDescriptor, known: Known) -> st.SearchStrategy[Any]:
     match field.cpp_type:
         case FieldDescriptor.CPPTYPE_MESSAGE:
             assert field.message_type
-            value = messages(field.message_type.full_name, known)
+            any_message = field.message_type.full_name == "google.protobuf.Any"
+            value = packed(known) if any_message else messages(field.message_type.full_name, known)
         case FieldDescriptor.CPPTYPE_STRING if field.type == FieldDescriptor.TYPE_BYTES:
             value = st.binary(max_size=100)
         case FieldDescriptor.CPPTYPE_STRING:
@@ -94,7 +100,7 @@ def values(field: FieldDescriptor, known: Known) -> st.SearchStrategy[Any]:
             value = _integers(signed=False, bits=32 if kind == FieldDescriptor.CPPTYPE_UINT32 else 64)
         case FieldDescriptor.CPPTYPE_ENUM:
             assert field.enum_type
-            value = st.sampled_from(field.enum_type.values).map(lambda known: known.number) | _integers(
+            value = st.sampled_from([value.number for value in field.enum_type.values]) | _integers(
                 signed=True, bits=32
             )
         case kind:
@@ -102,6 +108,20 @@ def values(field: FieldDescriptor, known: Known) -> st.SearchStrategy[Any]:
     if field.name in known:
         value = st.sampled_from(known[field.name]) | value
     return value
+
+
+@st.composite
+def packed(draw: st.DrawFn, known: Known) -> AnyMessage:
+    """Any result, under its own type's name or under another, or bytes that are no message."""
+    wrapped = AnyMessage()
+    if draw(st.booleans()):
+        wrapped.Pack(draw(st.sampled_from(RESULTS).flatmap(lambda name: messages(name, known))))
+    if draw(st.integers(0, 3)) == 0:
+        urls = ["", "/", "x", "type.googleapis.com/", "a/fedhds.v2.Nothing", "a/fedhds.v2.TrainResult", "\0" * 300]
+        wrapped.type_url = draw(st.sampled_from(urls))
+    if draw(st.integers(0, 3)) == 0:
+        wrapped.value = draw(st.binary(max_size=100))
+    return wrapped
 
 
 def _integers(*, signed: bool, bits: int) -> st.SearchStrategy[int]:
@@ -113,8 +133,8 @@ def _integers(*, signed: bool, bits: int) -> st.SearchStrategy[int]:
 def messages(draw: st.DrawFn, full_name: str, known: Known) -> Message:
     """Any message of a type: every field set or not, of oneofs any or none, with unknown fields now and then."""
     if full_name in known and draw(st.booleans()):
-        held: Message = draw(st.sampled_from(known[full_name]))
-        return held
+        message_known: Message = draw(st.sampled_from(known[full_name]))
+        return message_known
     descriptor = pb.DESCRIPTOR.pool.FindMessageTypeByName(full_name)
     message = GetMessageClass(descriptor)()
     for field in draw(st.permutations(list(descriptor.fields))):
@@ -130,12 +150,19 @@ def _set(draw: st.DrawFn, message: Message, field: FieldDescriptor, known: Known
     """Gives a field any value."""
     message.ClearField(field.name)
     of_messages = field.cpp_type == FieldDescriptor.CPPTYPE_MESSAGE
-    if field.is_repeated:
+    if is_map(field):
+        for entry in draw(st.lists(values(field, known), max_size=4)):
+            getattr(message, field.name)[entry.key].CopyFrom(entry.value)
+    elif field.is_repeated:
         getattr(message, field.name).extend(draw(st.lists(values(field, known), max_size=4)))
     elif of_messages:
         getattr(message, field.name).CopyFrom(draw(values(field, known)))
     else:
         setattr(message, field.name, draw(values(field, known)))
+
+
+def is_map(field: FieldDescriptor) -> bool:
+    return field.message_type is not None and field.message_type.GetOptions().map_entry
 
 
 @st.composite
@@ -145,15 +172,22 @@ def distorted(draw: st.DrawFn, message: Message, known: Known) -> Message:
     copy.CopyFrom(message)
     part: Message = copy
     while part.DESCRIPTOR.fields:
+        if isinstance(part, AnyMessage) and draw(st.integers(0, 4)):
+            inner = GetMessageClass(pb.DESCRIPTOR.pool.FindMessageTypeByName(part.TypeName()))()
+            part.Unpack(inner)
+            part.Pack(draw(distorted(inner, known)))
+            return copy
         fields: list[Any] = list(part.DESCRIPTOR.fields)
         field = draw(st.sampled_from(fields))
         inside = field.cpp_type == FieldDescriptor.CPPTYPE_MESSAGE
-        held = getattr(part, field.name)
-        present = len(held) if field.is_repeated else inside and part.HasField(field.name)
+        value = getattr(part, field.name)
+        present = len(value) if field.is_repeated else inside and part.HasField(field.name)
         if not inside or not present or not draw(st.booleans()):
             _set(draw, part, field, known)
             return copy
-        part = held[draw(st.integers(0, len(held) - 1))] if field.is_repeated else held
+        if field.is_repeated:
+            value = value[draw(st.sampled_from(sorted(value) if is_map(field) else range(len(value))))]
+        part = value
     return copy
 
 
@@ -220,10 +254,10 @@ def comparable(state: RunState) -> dict[str, Any]:
 
 
 async def prepared(host: Host) -> Known:
-    """Two sites with open tasks, one that has not attested, and uploads that fit the run, do not, or are incomplete."""
+    """Two sites with open tasks, one not registered, and uploads that fit the run, do not, or are incomplete."""
     sessions = [await enroll(host, name, rows=ROWS, evaluates=True) for name in "ab"]
-    third = await host.federation.Enroll(pb.EnrollRequest(site="c", protocol_versions=[1]))
-    tasks = [(await task_of(host, session)).task_id for session in sessions]
+    third = await host.federation.Enroll(pb.EnrollRequest(site="c", protocol_versions=[2]))
+    tasks = [(await task_of(host, session)).task.id for session in sessions]
     uploads = [upload(host, MANIFEST, 0.5), upload(host, MANIFEST, np.nan), upload(host, OTHER, 0.5)]
     for path, artifact in uploads:
         await send(host, sessions[0], path.read_bytes(), artifact)
@@ -235,13 +269,13 @@ async def prepared(host: Host) -> Known:
         "session": [*sessions, third.session],
         "previous_session": [*sessions, third.session],
         "site": ["a", "b", "c"],
-        "task_id": [*tasks, "done", "evaluate/0/a", "train/1/a"],
+        "task_id": [*tasks, "evaluate/0/a", "train/1/a"],
         "size": [artifact.size for artifact in artifacts],
         "digest": [artifact.digest for artifact in artifacts],
         "fedhds.v2.ArtifactRef": [artifact.to_proto() for artifact in artifacts],
         "fedhds.v2.ModelFingerprint": [FINGERPRINT],
         "fedhds.v2.AdapterManifest": [MANIFEST.to_proto()],
-        "protocol_versions": [1],
+        "protocol_versions": [2],
     }
 
 
@@ -253,18 +287,36 @@ def upload(host: Host, manifest: AdapterManifest, value: float) -> tuple[Path, A
     return path, write_adapter(path, manifest, lambda tensor: np.full(tensor.shape, value, np.float32), "float32")
 
 
-FULL = {"strategy": "full", "min_sites": 2}
-RANDOM = {"strategy": "random", "min_sites": 1, "budget": "5", "rounds": 2, "schedule": "per-round"}
-ALIGNED = {"strategy": "fedhds-aligned", "min_sites": 2, "feature_dimension": 2, "budget": "3"}
-CLUSTERS = {"strategy": "fedhds", "min_sites": 2}
-CELLS = {"strategy": "global", "min_sites": 2, "feature_dimension": 2, "budget": "2", "lloyd_passes": 1}
+Fields = dict[str, object]
+FULL: Fields = {"selection_strategy": "full", "min_sites": 2}
+RANDOM: Fields = {
+    "selection_strategy": "random",
+    "min_sites": 1,
+    "selection_budget": "5",
+    "rounds": 2,
+    "selection_schedule": "per-round",
+}
+ALIGNED: Fields = {
+    "selection_strategy": "fedhds-aligned",
+    "min_sites": 2,
+    "feature_dimension": 2,
+    "selection_budget": "3",
+}
+CLUSTERS: Fields = {"selection_strategy": "fedhds", "min_sites": 2}
+KMEANS: Fields = {
+    "selection_strategy": "federated-kmeans",
+    "min_sites": 2,
+    "feature_dimension": 2,
+    "selection_budget": "2",
+    "kmeans_iterations": 1,
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
 @PATIENT
 @given(data=st.data())
 async def test_any_message(method: str, data: st.DataObject) -> None:
-    fields = data.draw(st.sampled_from([FULL, CLUSTERS, CELLS]))
+    fields = data.draw(st.sampled_from([FULL, CLUSTERS, KMEANS]))
     async with hosted(**fields) as host:
         known = await prepared(host)
         request = messages(METHODS[method].input_type.full_name, known)
@@ -273,14 +325,16 @@ async def test_any_message(method: str, data: st.DataObject) -> None:
             await call(host, method, *(message.SerializeToString() for message in drawn))
 
 
-@pytest.mark.parametrize("fields", [FULL, RANDOM, CLUSTERS, ALIGNED, CELLS], ids=lambda fields: str(fields["strategy"]))
+@pytest.mark.parametrize(
+    "fields", [FULL, RANDOM, CLUSTERS, ALIGNED, KMEANS], ids=lambda fields: str(fields["selection_strategy"])
+)
 @PATIENT
 @given(data=st.data())
-async def test_a_run_with_a_site_whose_every_message_is_wrong(fields: dict[str, object], data: st.DataObject) -> None:
+async def test_a_run_with_a_site_whose_every_message_is_wrong(fields: Fields, data: st.DataObject) -> None:
     """The run comes to its end, and what it ends with is finite."""
     async with hosted(**fields | {"min_sites": 1}) as host:
         sessions = {"b": await enroll(host, "b", rows=ROWS, evaluates=True)}
-        enrolled = await host.federation.Enroll(pb.EnrollRequest(site="a", protocol_versions=[1]))
+        enrolled = await host.federation.Enroll(pb.EnrollRequest(site="a", protocol_versions=[2]))
         sessions["a"] = enrolled.session
         path, artifact = upload(host, MANIFEST, 0.5)
         right = right_messages(artifact)
@@ -290,7 +344,7 @@ async def test_a_run_with_a_site_whose_every_message_is_wrong(fields: dict[str, 
         said = {kind: itertools.cycle(drawn) for kind, drawn in wrong.items()}
 
         async def say(kind: str, task_id: str = "") -> grpc.StatusCode:
-            method = {"attest": "Register", "fail": "FailTask"}.get(kind, "CompleteTask")
+            method = {"register": "Register", "fail": "FailTask"}.get(kind, "CompleteTask")
             return (await call(host, f"/fedhds.v2.Federation/{method}", addressed(next(said[kind]), task_id)))[0]
 
         def addressed(message: Message, task_id: str, site: str = "a") -> bytes:
@@ -299,53 +353,64 @@ async def test_a_run_with_a_site_whose_every_message_is_wrong(fields: dict[str, 
                 setattr(message, name, facts[name])
             return message.SerializeToString()
 
-        for _ in wrong["attest"]:
-            if await say("attest") is grpc.StatusCode.OK:
+        for _ in wrong["register"]:
+            if await say("register") is grpc.StatusCode.OK:
                 break
-            again = pb.EnrollRequest(site="a", protocol_versions=[1], previous_session=sessions["a"])
+            again = pb.EnrollRequest(site="a", protocol_versions=[2], previous_session=sessions["a"])
             sessions["a"] = (await host.federation.Enroll(again)).session
         else:
-            await call(host, "/fedhds.v2.Federation/Register", addressed(right["attest"], ""))
+            await call(host, "/fedhds.v2.Federation/Register", addressed(right["register"], ""))
         deadline = time.monotonic() + 20
         while not (state := host.coordinator.state).phase.over:
             assert time.monotonic() < deadline, state
             assert not host.work.done(), host.work
             for site in "ba":
                 request = pb.NextTaskRequest(session=sessions[site], wait_s=0.02)
-                task = await host.federation.NextTask(request)
-                kind = task.WhichOneof("task")
-                if kind in ("wait", "done"):
+                answer = await host.federation.NextTask(request)
+                if answer.WhichOneof("next") != "task":
                     continue
+                task = answer.task
+                kind = task.kind
                 if kind == "train":
                     await send(host, sessions[site], path.read_bytes(), artifact)
-                if kind == "select" and state.spec.selection.strategy.name == "global":
-                    kind = "last cells" if task.select.centers.last else "cells"
+                if kind == "select" and state.spec.selection.strategy.name == "federated-kmeans":
+                    centers = selection_pb2.KMeansCenters()
+                    task.request.Unpack(centers)
+                    kind = "last statistics" if centers.last else "statistics"
                 if site == "b":
-                    answer = addressed(right[kind], task.task_id, site)
-                    assert (await call(host, "/fedhds.v2.Federation/CompleteTask", answer))[0] is grpc.StatusCode.OK
-                elif await say(kind, task.task_id) is not grpc.StatusCode.OK:
-                    await say("fail", task.task_id)
-        with AdapterReader(host.artifacts.path(state.adapters[max(state.adapters)]), MANIFEST) as reader:
+                    payload = addressed(right[kind], task.id, site)
+                    status, _ = await call(host, "/fedhds.v2.Federation/CompleteTask", payload)
+                    assert status is grpc.StatusCode.OK
+                elif await say(kind, task.id) is not grpc.StatusCode.OK:
+                    await say("fail", task.id)
+        with AdapterReader(host.artifacts.path(state.adapter), MANIFEST) as reader:
             assert all(np.isfinite(reader.tensor(tensor)).all() for tensor in MANIFEST.tensors)
 
 
 def right_messages(artifact: Artifact) -> dict[str, Message]:
     """What a site with ROWS rows says."""
-    cell = selection_pb2.ClusterStats(count=ROWS, sums=[1 << 31, 1 << 30])
+    cluster = selection_pb2.ClusterStats(count=ROWS, sums=[1 << 31, 1 << 30])
     nearest = selection_pb2.ClusterStats(count=ROWS, sums=[1 << 31, 1 << 30], nearest=0.5)
-    centroids = [selection_pb2.Centroid(cluster=number, values=[number, 1.0], size=1) for number in (0, 1)]
-    clusters = selection_pb2.ClusterReport(dimension=2, centroids=centroids, unclustered=ROWS - 2)
-    evaluation = pb.EvaluationResult(rows=4, tokens=9, loss_sum=3.0, rouge_l_sum=2.0)
-    train = pb.TrainResult(update=artifact.to_proto(), samples=ROWS, loss=1.0)
-    return {
-        "attest": pb.RegisterRequest(fingerprint=FINGERPRINT, manifest=MANIFEST.to_proto(), rows=ROWS, evaluates=True),
-        "select": pb.CompleteTaskRequest(clusters=clusters),
-        "cells": pb.CompleteTaskRequest(cells=selection_pb2.KMeansStats(dimension=2, cells=[cell])),
-        "last cells": pb.CompleteTaskRequest(cells=selection_pb2.KMeansStats(dimension=2, cells=[nearest])),
-        "train": pb.CompleteTaskRequest(train=train),
-        "evaluate": pb.CompleteTaskRequest(evaluation=evaluation),
+    centroids = [selection_pb2.Centroid(cluster_id=number, values=[number, 1.0], size=1) for number in (0, 1)]
+    metrics = {"loss": pb.MetricSum(value_sum=3.0, weight=9), "rouge_l": pb.MetricSum(value_sum=2.0, weight=4)}
+    results = {
+        "select": selection_pb2.ClusterReport(dimension=2, centroids=centroids, unclustered=ROWS - 2),
+        "statistics": selection_pb2.KMeansStats(dimension=2, clusters=[cluster]),
+        "last statistics": selection_pb2.KMeansStats(dimension=2, clusters=[nearest]),
+        "train": pb.TrainResult(update=artifact.to_proto(), samples=ROWS, loss=1.0),
+        "evaluate": pb.EvaluationResult(rows=4, metrics=metrics),
+    }
+    right: dict[str, Message] = {
+        "register": pb.RegisterRequest(
+            fingerprint=FINGERPRINT, manifest=MANIFEST.to_proto(), rows=ROWS, evaluates=True
+        ),
         "fail": pb.FailTaskRequest(kind="E", reason="r"),
     }
+    for kind, result in results.items():
+        request = pb.CompleteTaskRequest()
+        request.result.Pack(result)
+        right[kind] = request
+    return right
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -390,7 +455,7 @@ async def test_a_method_or_service_that_is_none(tmp_path: Path) -> None:
 
 
 async def test_health_and_reflection_answer_malformed_requests_too() -> None:
-    server = wire.new_server()
+    server = grpc_server.new_server()
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
     reflection.enable_server_reflection([reflection.SERVICE_NAME], server)
     port = server.add_insecure_port("127.0.0.1:0")
