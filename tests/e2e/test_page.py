@@ -27,7 +27,7 @@ from tests.e2e.test_standby import Pair
 from tests.postgres import PostgresServer
 from tests.scrapes import FLAG
 from tests.server.stores import Place, sqlite_place
-from tests.server.test_page import large, page_of
+from tests.server.test_dashboard import large, page_of
 from tests.server.test_readiness import leading
 from tests.tiny import write_rows
 
@@ -89,7 +89,7 @@ def fail_with(run: Path, reason: str) -> None:
     state = state_of(run)
     with grpc.insecure_channel((run / "address").read_text().strip()) as channel:
         stub = rpc.FederationStub(channel)
-        session = stub.Enroll(pb.EnrollRequest(site="evil", protocol_versions=[1])).session
+        session = stub.Enroll(pb.EnrollRequest(site="evil", protocol_versions=[2])).session
         stub.Register(
             pb.RegisterRequest(
                 session=session,
@@ -109,7 +109,13 @@ def paused(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[st
     federation = Federation(tmp_path_factory.mktemp("page"), model)
     try:
         server = federation.server(
-            *("--rounds=400", "--strategy=fedhds-aligned", "--budget=12", "--min-evaluators=1", "--min-sites=4"),
+            *(
+                "--rounds=400",
+                "--selection-strategy=fedhds-aligned",
+                "--selection-budget=12",
+                "--min-evaluators=1",
+                "--min-sites=4",
+            ),
             *("--evaluate-every=1", "--deadline=3600", FLAG),
         )
         for name, topics in {
@@ -137,7 +143,7 @@ async def complete(page: Visit) -> None:
 
 
 async def test_a_run_is_seen_as_it_goes_to_its_end(federation: Federation, browser: Browser) -> None:
-    server = federation.server("--rounds=400", "--strategy=full", "--min-sites=2", "--evaluate-every=1", FLAG)
+    server = federation.server("--rounds=400", "--selection-strategy=full", "--min-sites=2", "--evaluate-every=1", FLAG)
     page = await visit(browser, url_of(server))
     await page.wait_for("document.title.startsWith('Waiting for sites')")
     await page.page.evaluate("window.unloaded = false")
@@ -281,7 +287,7 @@ async def test_a_screen_reader_finds_its_way(paused: str, browser: Browser) -> N
 async def test_a_page_outlives_its_coordinator_and_goes_on_with_the_next(
     federation: Federation, browser: Browser
 ) -> None:
-    flags = ("--rounds=3", "--strategy=full", "--min-sites=2", f"--http=127.0.0.1:{free_port()}")
+    flags = ("--rounds=3", "--selection-strategy=full", "--min-sites=2", f"--http=127.0.0.1:{free_port()}")
     listen = f"127.0.0.1:{free_port()}"
     first = federation.server(*flags, listen=listen)
     rows = write_rows(federation.folder / "a.jsonl", {"sun": 8})
@@ -358,12 +364,12 @@ def sqlite(tmp_path: Path) -> Iterator[Place]:
 async def test_a_run_of_thousands_of_sites_and_rounds_stays_readable(
     sqlite: Place, tmp_path: Path, browser: Browser, size: dict[str, int]
 ) -> None:
-    coordinator = leading(large(2000, 5000), sqlite, tmp_path).term.coordinator
+    coordinator = leading(large(2000, 5000), sqlite, tmp_path).gate.coordinator
     assert coordinator
     async with page_of(coordinator, sqlite) as url:
         page = await visit(browser, url, size=size)
         await page.wait_for("document.querySelectorAll('#sites-rows th').length === 200")
-        assert "ProgressDisplay are 200 of 2,000" in await page.text("#sites-note")
+        assert "The list has 200 of 2,000 sites" in await page.text("#sites-note")
         assert re.search(r"2,000\s+live of 2,000", await page.text("#live-figure"))
         points = await page.page.locator("#loss-chart polyline.training").get_attribute("points")
         assert 50 < len((points or "").split()) <= 200

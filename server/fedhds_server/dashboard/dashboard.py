@@ -145,7 +145,7 @@ class Dashboard:
         coordinator = self._gate.coordinator
         if coordinator is None:
             return own | {"leader": self._leadership.leader}
-        # Whoever looks is to see the end.
+        # Everybody who looks should see the end.
         coordinator.timers.watched()
         own["selection"] = coordinator.effects.newest_selection
         status = status_of(

@@ -2,7 +2,7 @@
 
 const COLORS = 8;
 const NUMBERED_GROUPS = 30;
-const LEAST_SPAN = 0.01; // What differs by less is no trend.
+const MIN_SPAN = 0.01; // A smaller difference is no trend.
 
 export function make(name, attributes, ...children) {
   const element = document.createElement(name);
@@ -28,20 +28,20 @@ export const listed = (names, all) => names.join(", ") + (all > names.length ? `
 const redraws = new Map();
 const observer = new ResizeObserver((entries) => entries.forEach(({ target }) => redraws.get(target)?.()));
 
-// Keeps in `host` what `drawn` gives for its width: text in it is never scaled.
-function keep(host, drawn) {
+// Keeps in `host` what `drawing` gives for its width, so that text is never scaled.
+function keep(host, drawing) {
   let width;
   redraws.set(host, () => {
     if (host.clientWidth === width || !host.clientWidth) return;
     width = host.clientWidth;
-    host.replaceChildren(drawn(width));
+    host.replaceChildren(drawing(width));
   });
   observer.observe(host);
   redraws.get(host)();
 }
 
-function ticks(low, high, most) {
-  const rough = (high - low) / most || 1, power = 10 ** Math.floor(Math.log10(rough));
+function ticks(low, high, limit) {
+  const rough = (high - low) / limit || 1, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((size) => size >= rough * 0.999);
   const first = Math.floor(low / step + 1e-9), last = Math.ceil(high / step - 1e-9);
   return Array.from({ length: last - first + 1 }, (_, index) => (first + index) * step);
@@ -52,16 +52,16 @@ export function chart(host, name, series, { rounds, floor }) {
   const points = Object.values(series).flat(), measured = Object.values(series).at(-1);
   if (!points.length) {
     redraws.delete(host);
-    host.replaceChildren(make("p", { class: "quiet" }, "Nothing measured yet."));
+    host.replaceChildren(make("p", { class: "quiet" }, "No evaluation yet."));
     return;
   }
   const values = points.map(([, value]) => value), last = Math.max(1, ...points.map(([round]) => round));
-  // A long run begins with a chart of its first rounds, not with one that is empty but for its edge.
+  // A long run starts with a chart of its first rounds; one of all rounds would be empty but for its edge.
   const end = Math.min(Math.max(rounds, last), Math.max(8, 2 ** Math.ceil(Math.log2(last + 1))));
-  const low = Math.min(floor, ...values), levels = ticks(low, Math.max(...values, low + LEAST_SPAN), 4);
+  const low = Math.min(floor, ...values), levels = ticks(low, Math.max(...values, low + MIN_SPAN), 4);
   const digits = Math.max(0, ...levels.map((level) => (String(+level.toPrecision(6)).split(".")[1] ?? "").length));
-  const told = ([round, value]) => `${decimals(value, 3)} in round ${round}`;
-  const label = `${name}: ${measured.length ? [measured[0], measured.at(-1)].map(told).join(", ") : "not measured yet"}. The table below has all values.`;
+  const text = ([round, value]) => `${decimals(value, 3)} in round ${round}`;
+  const label = `${name}: ${measured.length ? [measured[0], measured.at(-1)].map(text).join(", ") : "not measured yet"}. The table below has all values.`;
   keep(host, (width) => {
     const height = 168, left = 14 + 6 * levels.at(-1).toFixed(digits).length, right = 46, top = 10, bottom = 22;
     const x = (round) => (left + ((width - left - right) * round) / end).toFixed(1);

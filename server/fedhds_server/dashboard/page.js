@@ -1,10 +1,11 @@
-// The status page: keeps the coordinator's status as it is sent, and draws what has changed. Text becomes text nodes only.
+// The dashboard: keeps the status that the coordinator sends, and draws what has changed. Text becomes text nodes only.
 import { chart, count, decimals, draw, groupMap, groupStyle, listed, make, many, mark } from "./drawing.js";
 
 const RETRY_MS = 5000;
-const STALE_MS = 6000; // The coordinator says something every second.
-const MOST_EVENTS = 300;
-const WORK = { select: "selecting", train: "training", evaluate: "measuring" };
+const STALE_MS = 6000; // The coordinator sends an event every second.
+const MAX_EVENTS = 300;
+const WORK = { select: "selecting", train: "training", evaluate: "evaluating" };
+const ANSWERS = { select: "Reports", train: "Updates" };
 const HEADLINES = {
   enrolling: "Waiting for sites", selecting: "Selecting rows", grouping: "Grouping centroids", finishing: "Finishing",
   completed: "Completed", stopped: "Stopped", failed: "Failed",
@@ -12,7 +13,7 @@ const HEADLINES = {
 const OVER = ["completed", "stopped", "failed"];
 
 let status = {};
-let newest = 0; // number of the last line of the journal shown
+let newest = 0; // number of the last journal line on the page
 let mapped; // run and selection that the map shows
 let source, openedAt = 0, heardAt = 0, retry;
 
@@ -21,19 +22,19 @@ let source, openedAt = 0, heardAt = 0, retry;
 const $ = (id) => document.getElementById(id);
 
 function say(id, ...parts) {
-  const shown = $(id), text = parts.map((part) => part.textContent ?? part).join("");
-  // The same text again would be read out again.
-  if (shown.textContent !== text) shown.replaceChildren(...parts);
+  const element = $(id), text = parts.map((part) => part.textContent ?? part).join("");
+  // A screen reader would read the same text again.
+  if (element.textContent !== text) element.replaceChildren(...parts);
 }
 
 function bar(id, whole, parts) {
-  const shown = $(id);
+  const element = $(id);
   Object.entries(parts).forEach(([name, value], index) => {
-    const part = shown.children[index] ?? shown.appendChild(make("span", { class: name }));
+    const part = element.children[index] ?? element.appendChild(make("span", { class: name }));
     part.className = name;
     part.style.width = `${whole > 0 ? Math.min(100, (100 * value) / whole) : 0}%`;
   });
-  [...shown.children].slice(Object.keys(parts).length).forEach((part) => part.remove());
+  [...element.children].slice(Object.keys(parts).length).forEach((part) => part.remove());
 }
 
 // Values. 64-bit integers come as text.
@@ -55,32 +56,32 @@ function duration(seconds) {
   return hours ? `${hours}:${two(minutes)}:${two(whole % 60)} h` : `${minutes}:${two(whole % 60)} min`;
 }
 
-// Sections. Each is drawn anew when one of its keys has changed.
+// Sections. Each is drawn again when one of its keys has changed.
 
 const SECTIONS = [
-  [["phase", "round", "run", "message", "paused", "problems", "leader", "version"], showHeadline],
-  [["phase", "closed_rounds", "running_s", "run"], showRounds],
-  [["collection"], showAnswers],
-  [["trained_rows", "pool_rows", "run"], showSamples],
-  [["closed_rounds", "evaluations", "run"], showQuality],
+  [["phase", "round_number", "spec", "message", "paused", "problems", "leader", "version"], showHeadline],
+  [["phase", "closed_rounds", "running_s", "spec"], showRounds],
+  [["cohort"], showAnswers],
+  [["trained_rows", "pool_rows", "spec"], showSamples],
+  [["closed_rounds", "evaluations", "spec"], showQuality],
   [["sites", "site_states", "bytes_received"], showSites],
-  [["selection", "round", "run"], loadGroups],
-  [["run_id", "run", "checkpoint"], showAbout],
+  [["selection", "round_number", "spec"], loadGroups],
+  [["run_id", "spec", "checkpoint"], showAbout],
 ];
 
 function show(keys) {
   $("run").hidden = !status.run_id;
-  for (const [of, section] of SECTIONS) {
-    if ((section === showHeadline || status.run_id) && of.some((key) => keys.includes(key))) section();
+  for (const [needs, section] of SECTIONS) {
+    if ((section === showHeadline || status.run_id) && needs.some((key) => keys.includes(key))) section();
   }
 }
 
 function showHeadline() {
-  const { run_id, phase, round, run, leader, problems = {} } = status;
-  let headline = HEADLINES[phase] ?? `Round ${round} of ${run?.rounds}`, message = status.message;
-  // What the headline says already.
+  const { run_id, phase, round_number, spec, leader, problems = {} } = status;
+  let headline = HEADLINES[phase] ?? `Round ${round_number} of ${spec?.rounds.count}`, message = status.message;
+  // The headline says it already.
   message = message?.replace(/^round \d+ of \d+: /, "");
-  if (phase === "enrolling") message ||= `The run begins with ${many(run.min_sites, "site")}.`;
+  if (phase === "enrolling") message ||= `The run starts with ${many(spec.rounds.min_sites, "site")}.`;
   if (!run_id) {
     headline = "Standing by";
     message = leader
@@ -89,68 +90,70 @@ function showHeadline() {
   }
   say("headline", headline);
   say("message", message ?? "");
-  const wrong = Object.entries(problems).filter(([kind]) => kind !== "standby").map(([, problem]) => `Not ready: ${problem}.`);
-  if (status.paused != null) wrong.unshift(`The run is paused: ${status.paused}.`);
-  say("notice", wrong.join(" "));
-  $("notice").hidden = !wrong.length;
+  const notices = Object.entries(problems).filter(([kind]) => kind !== "standby").map(([, problem]) => `Not ready: ${problem}.`);
+  if (status.paused != null) notices.unshift(`The run is paused: ${status.paused}.`);
+  say("notice", notices.join(" "));
+  $("notice").hidden = !notices.length;
   say("version", `fedhds-server ${status.version}`);
   document.title = `${headline} · fedhds`;
 }
 
 function showRounds() {
-  const { closed_rounds: closed, run, running_s } = status, last = closed.at(-1);
-  const done = last ? last.round : 0;
-  say("rounds-figure", count(done), small(` of ${count(run.rounds)} closed`));
-  bar("rounds-bar", run.rounds, { done });
+  const { closed_rounds: closed, spec, running_s } = status, last = closed.at(-1);
+  const done = last ? last.round_number : 0;
+  say("rounds-figure", count(done), small(` of ${count(spec.rounds.count)} closed`));
+  bar("rounds-bar", spec.rounds.count, { done });
   const took = last ? `; the last round took ${decimals(last.seconds, 1)} s` : "";
   say("rounds-note", running_s ? `${OVER.includes(status.phase) ? "Ran" : "Running"} for ${duration(running_s)}${took}` : "Not yet started");
 }
 
 function showAnswers() {
-  const open = status.collection;
-  say("answers-name", open ? { select: "Reports", train: "Updates" }[open.task] : "Answers");
-  if (!open) {
+  const { cohort } = status;
+  say("answers-name", ANSWERS[cohort?.task] ?? "Answers");
+  if (!cohort) {
     say("answers-figure", "–");
     bar("answers-bar", 0, {});
-    say("answers-note", "Nothing is being collected");
+    say("answers-note", "No cohort has open tasks");
     return;
   }
-  const { answered, working, failed, away, target, quorum, deadline_s } = open;
-  const cohort = answered + working + failed + away;
+  const { answered, working, failed, disconnected, target, quorum, deadline_s } = cohort;
+  const size = answered + working + failed + disconnected;
   say("answers-figure", count(answered), small(` of ${count(Math.max(target, quorum))}, quorum ${count(quorum)}`));
-  bar("answers-bar", cohort, { answered, working, failed, away });
-  const parts = { "at work": working, failed, away };
-  const told = Object.entries(parts).filter(([, value]) => value).map(([name, value]) => `${count(value)} ${name}`);
-  if (deadline_s != null) told.push(deadline_s > 0 ? `deadline in ${duration(deadline_s)}` : "deadline reached");
-  say("answers-note", `Cohort of ${count(cohort)}${told.length ? `: ${told.join(", ")}` : ""}`);
+  bar("answers-bar", size, { answered, working, failed, disconnected });
+  const parts = Object.entries({ working, failed, disconnected }).filter(([, value]) => value);
+  const texts = parts.map(([name, value]) => `${count(value)} ${name}`);
+  if (deadline_s != null) texts.push(deadline_s > 0 ? `deadline in ${duration(deadline_s)}` : "deadline reached");
+  say("answers-note", `Cohort of ${count(size)}${texts.length ? `: ${texts.join(", ")}` : ""}`);
 }
 
 function showSamples() {
   const used = Number(status.trained_rows), pool = Number(status.pool_rows);
   say("samples-figure", count(used), small(` of ${count(pool)}`));
   bar("samples-bar", pool, { used });
-  const bound = status.run.schedule === "one-shot" ? "" : "at most ";
-  say("samples-note", pool ? `${bound}${decimals((100 * used) / pool, 1)} % of the rows that sites hold` : "No site has rows yet");
+  const bound = status.spec.selection.schedule === "one-shot" ? "" : "at most ";
+  say("samples-note", pool ? `${bound}${decimals((100 * used) / pool, 1)}% of the rows of all sites` : "No site has rows yet");
 }
 
 function showQuality() {
-  const { closed_rounds: closed, evaluations, run } = status;
-  const of = (lines, key) => lines.map((line) => [line.round, Number(line[key])]).filter(([, value]) => Number.isFinite(value));
+  const { closed_rounds: closed, evaluations, spec } = status, rounds = spec.rounds.count;
+  const points = (lines, value) =>
+    lines.map((line) => [line.round_number, Number(value(line))]).filter(([, number]) => Number.isFinite(number));
+  const measured = (metric) => points(evaluations, ({ metrics }) => metrics[metric]);
   const trained = closed.filter((line) => line.contributor_count);
-  const series = { training: of(trained, "loss"), "held-out": of(evaluations, "loss") }, rouge = { rouge: of(evaluations, "rouge_l") };
-  chart($("loss-chart"), "Loss on held-out rows", series, { rounds: run.rounds, floor: Infinity });
-  chart($("rouge-chart"), "Rouge-L on held-out rows", rouge, { rounds: run.rounds, floor: 0 });
+  const losses = { training: points(trained, ({ loss }) => loss), "held-out": measured("loss") };
+  chart($("loss-chart"), "Loss on held-out rows", losses, { rounds, floor: Infinity });
+  chart($("rouge-chart"), "Rouge-L on held-out rows", { rouge: measured("rouge_l") }, { rounds, floor: 0 });
   const lines = new Map();
-  for (const line of closed) lines.set(line.round, { ...line, training: trained.includes(line) ? line.loss : NaN });
-  for (const { round, loss, rouge_l } of evaluations) lines.set(round, { ...lines.get(round), held: loss, rouge_l });
-  const rows = [...lines].sort(([a], [b]) => b - a).map(([round, line]) =>
-    make("tr", {}, make("th", { scope: "row" }, String(round)),
-      ...[decimals(line.held, 4), decimals(line.rouge_l, 4), decimals(line.training, 4), line.samples ? count(line.samples) : "–",
+  for (const line of closed) lines.set(line.round_number, { ...line, training: trained.includes(line) ? line.loss : NaN });
+  for (const { round_number, metrics } of evaluations) lines.set(round_number, { ...lines.get(round_number), metrics });
+  const rows = [...lines].sort(([a], [b]) => b - a).map(([number, { metrics = {}, ...line }]) =>
+    make("tr", {}, make("th", { scope: "row" }, String(number)),
+      ...[decimals(metrics.loss, 4), decimals(metrics.rouge_l, 4), decimals(line.training, 4), line.samples ? count(line.samples) : "–",
         String(line.contributor_count ?? "–"), decimals(line.seconds, 1)].map((text) => make("td", {}, text))));
   $("rounds-rows").replaceChildren(...rows);
-  const all = closed.length ? closed.at(-1).round : 0;
-  say("rounds-caption", `What every round gave, newest first. Round 0 is the base model.${
-    closed.length < all ? ` Shown are ${closed.length} of ${count(all)} rounds, evenly spaced.` : ""}`);
+  const all = closed.length ? closed.at(-1).round_number : 0;
+  say("rounds-caption", `Results by round, newest first. Round 0 is the base model.${
+    closed.length < all ? ` The table has ${closed.length} of ${count(all)} rounds, evenly spaced.` : ""}`);
 }
 
 function showSites() {
@@ -164,30 +167,32 @@ function showSites() {
       make("td", {}, make("span", { class: `state ${works ? "working" : site.state}` }, state)),
       make("td", { class: "number" }, site.evaluates && site.rows === "0" ? "–" : count(site.rows)),
       make("td", { class: "number" }, bytes(site.bytes_received))));
-    const wrong = [site.rejections && `${many(site.rejections, "result")} rejected`, site.last_error].filter(Boolean).join("; ");
-    if (wrong) rows.push(make("tr", { class: "error" }, make("td", { colspan: "4" }, wrong)));
+    const error = [site.rejections && `${many(site.rejections, "result")} rejected`, site.last_error].filter(Boolean).join("; ");
+    if (error) rows.push(make("tr", { class: "error" }, make("td", { colspan: "4" }, error)));
   }
   $("sites-rows").replaceChildren(...rows);
   $("sites-list").hidden = !rows.length;
   const { enrolled = 0, connecting = 0, lost = 0, left = 0, evicted = 0, quarantined = 0 } = status.site_states;
-  const live = enrolled + connecting, shutOut = evicted + quarantined, all = live + lost + left + shutOut;
+  const live = enrolled + connecting, excluded = evicted + quarantined, all = live + lost + left + excluded;
   say("live-figure", count(live), small(` live of ${count(all)}`));
-  bar("live-bar", all, { live, lost, "shut-out": shutOut });
+  bar("live-bar", all, { live, lost, excluded });
   const others = Object.entries({ connecting, lost, left, evicted, quarantined }).filter(([, value]) => value);
   say("live-note", [...others.map(([state, value]) => `${count(value)} ${state}`), `sent ${bytes(status.bytes_received)}`].join(", "));
   say("sites-note", !all ? "No site has enrolled yet." : all === status.sites.length ? ""
-    : `Shown are ${status.sites.length} of ${count(all)}, those with errors or a task first; fedhds status lists all.`);
+    : `The list has ${status.sites.length} of ${count(all)} sites, those with errors or a task first; fedhds status lists all.`);
 }
 
 function showAbout() {
-  const { run } = status;
+  const { model, peft, selection, rounds, aggregation, privacy } = status.spec, noise = privacy.selection;
   say("run-id", `run ${status.run_id}`);
   const facts = {
-    Strategy: `${run.strategy}, ${run.schedule}`, Budget: run.budget, "Base model": run.model,
-    Cohort: `${decimals(100 * run.cohort_fraction, 0)} % of the sites`, Quorum: run.quorum,
-    Deadline: run.deadline ? duration(run.deadline) : "none",
-    Noise: run.noise_multiplier ? `multiplier ${run.noise_multiplier}, clipping norm ${run.clip_norm}` : "none",
-    "Adapter on the wire": `rank ${run.lora_rank}, ${run.wire_dtype}`, Checkpoint: status.checkpoint || "none yet",
+    "Base model": model.name, "PEFT method": [peft.method, peft.rank && `rank ${peft.rank}`].filter(Boolean).join(", "),
+    Selection: `${selection.strategy.name}, ${selection.schedule}`, Budget: selection.budget,
+    "Selection noise": noise.noise_multiplier ? `multiplier ${noise.noise_multiplier}, clipping norm ${noise.clip_norm}` : "none",
+    Cohort: `${decimals(100 * rounds.cohort_fraction, 0)}% of the sites`, Quorum: rounds.quorum,
+    Deadline: rounds.deadline ? duration(rounds.deadline) : "none",
+    Aggregator: aggregation.aggregator.name, "Server optimizer": aggregation.optimizer.name,
+    "Wire type": aggregation.wire_dtype, Checkpoint: status.checkpoint || "none yet",
   };
   $("about").replaceChildren(...Object.entries(facts).map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
 }
@@ -195,20 +200,18 @@ function showAbout() {
 // The map of groups.
 
 async function loadGroups() {
-  const { selection, run, run_id } = status, wanted = `${run_id}/${selection}`;
-  if (wanted === mapped) return;
-  if (selection == null) $("groups-shown").hidden = true;
-  if (["full", "random"].includes(run.strategy)) {
-    say("groups-note", `The strategy ${run.strategy} does not compare sites: there are no centroids.`);
-  } else if (selection == null) {
-    say("groups-note", status.round ? "The selection was made by another coordinator, whose run folder has the map." : "The map comes with the first selection.");
+  const { selection, run_id } = status, current = `${run_id}/${selection}`;
+  if (current === mapped) return;
+  if (selection == null) {
+    $("groups-shown").hidden = true;
+    say("groups-note", status.round_number ? "Another coordinator made the selection; its run folder has the map." : "The map comes with the first selection.");
   } else {
     try {
       const answer = await fetch("selection.json");
       if (!answer.ok) throw new Error(await answer.text());
       const groups = await answer.json();
       if (status.selection !== selection) return;
-      mapped = wanted;
+      mapped = current;
       showGroups(groups);
     } catch (error) {
       say("groups-note", `The map could not be loaded: ${error.message}`);
@@ -217,9 +220,10 @@ async function loadGroups() {
 }
 
 function showGroups(selection) {
-  const { round, notes, groups, group_count, dropped_count } = selection;
-  say("groups-note", `${round ? `Selection of round ${round}` : "Selection before the first round"}: ${notes.at(-1) ?? "nothing was noted"}.`);
-  $("groups-shown").hidden = false;
+  const { round_number, notes, groups, group_count, dropped_count } = selection;
+  const title = round_number ? `Selection of round ${round_number}` : "Selection before the first round";
+  say("groups-note", `${title}: ${notes.at(-1) ?? `the strategy ${status.spec.selection.strategy.name} does not compare sites`}.`);
+  $("groups-shown").hidden = !group_count && !dropped_count;
   const rows = groups.map((group, index) =>
     make("tr", {},
       make("th", { scope: "row" }, make("span", { class: `swatch ${groupStyle(group, index)}` }), String(index + 1)),
@@ -227,11 +231,11 @@ function showGroups(selection) {
       make("td", {}, listed(group.winners, group.winner_count))));
   const more = group_count - groups.length;
   if (more > 0) {
-    rows.push(make("tr", {}, make("td", { colspan: "3" }, `and ${many(more, "group")} more, in selection-${round}.json of the run folder`)));
+    rows.push(make("tr", {}, make("td", { colspan: "3" }, `and ${many(more, "group")} more, in selection-${round_number}.json of the run folder`)));
   }
   $("groups-rows").replaceChildren(...rows);
   groupMap($("groups-map"), selection);
-  const legend = [["of several sites, merged into a numbered group", "shared k0", false], ["of one site alone", "alone", false],
+  const legend = [["of several sites, merged into a numbered group", "shared k0", false], ["of one site", "alone", false],
     ["gives rows", "shared k0", true], ["dropped", "dropped", false]].slice(0, dropped_count ? 4 : 3);
   $("groups-legend").replaceChildren(...legend.map(([text, style, gives]) =>
     make("li", {}, draw("svg", { viewBox: "0 0 18 14" }, mark(9, 7, 1, style, gives)), text)));
@@ -246,7 +250,7 @@ function showLine({ number, at, message, trouble }) {
   list.prepend(make("li", { class: trouble ? "event trouble" : "event" },
     make("time", { datetime: time.toISOString(), title: time.toLocaleString() }, time.toLocaleTimeString([], { hour12: false })),
     make("p", {}, ...(trouble ? [make("span", { class: "unseen" }, "Trouble: ")] : []), message)));
-  if (list.children.length > MOST_EVENTS) list.lastChild.remove();
+  if (list.children.length > MAX_EVENTS) list.lastChild.remove();
   const earlier = newest - list.children.length;
   say("events-note", earlier > 0 ? `Newest first; ${many(earlier, "earlier one")} not shown` : "Newest first");
 }
@@ -259,7 +263,7 @@ function connection(kind, text) {
 function lost() {
   const last = heardAt && new Date(heardAt).toLocaleTimeString([], { hour12: false });
   if (OVER.includes(status.phase)) connection("over", `The run is over; its coordinator ended at ${last}`);
-  else connection("lost", heardAt ? `Disconnected since ${last}; trying again` : "The coordinator does not answer, or too many look at this page; trying again");
+  else connection("lost", heardAt ? `Disconnected since ${last}; trying again` : "The coordinator does not answer, or too many pages are open; trying again");
 }
 
 const HANDLERS = {

@@ -31,7 +31,7 @@ def write_selection(folder: Path, selection: Selection, *, run_id: str, number: 
     grouped = {member for group in selection.groups for member in group.members}
     content = {
         "run_id": run_id,
-        "round": number,
+        "round_number": number,
         "strategy": strategy,
         "notes": list(selection.notes),
         "groups": [
@@ -88,7 +88,7 @@ def abridged_selection(folder: Path, number: int) -> dict[str, Any]:
         )
     dropped = content.get("dropped", [])
     return {
-        "round": content["round"],
+        "round_number": content["round_number"],
         "notes": content["notes"],
         "groups": groups,
         "group_count": len(listed),

@@ -1,4 +1,4 @@
-"""What the status page sends: who gets it, how much it is, and what it costs; without a browser."""
+"""What the dashboard sends: to whom, how much, and at what cost; without a browser."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import pytest
 
 from fedhds.runtime.http import served
 from fedhds_server.coordinator import Coordinator
-from fedhds_server.dashboard import MAX_STREAMS, StatusPage
+from fedhds_server.dashboard.dashboard import MAX_STREAMS, Dashboard
 from fedhds_server.leadership.gate import LeaderGate
 from fedhds_server.leadership.leadership import Leadership
-from fedhds_server.run.state import ClosedRound, RunState, Task, TaskKind
+from fedhds_server.run.state import ClosedRound, RunState, Task
 from fedhds_server.selection.base import Group, Selection
 from fedhds_server.selection.record import abridged_selection, newest_selection, write_selection
 from fedhds_server.status import status_of
@@ -41,17 +41,17 @@ async def host(tmp_path: Path) -> AsyncIterator[Host]:
 
 @asynccontextmanager
 async def page_of(coordinator: Coordinator | None, place: Place, *, loopback: bool = True) -> AsyncIterator[str]:
-    """The URL at which the page is served."""
-    term = LeaderGate()
-    term._coordinator = coordinator
+    """The URL at which the dashboard is served."""
+    gate = LeaderGate()
+    gate._coordinator = coordinator
     leadership = Leadership(place.open(), "h", "h:1")
     leadership.leader = "" if coordinator else "fed2.example.org:8470"
-    page = StatusPage(term, leadership, loopback=loopback)
-    async with served("127.0.0.1:0", list, dict, page.routes) as url:
+    dashboard = Dashboard(gate, leadership, loopback=loopback)
+    async with served("127.0.0.1:0", list, dict, dashboard.routes) as url:
         try:
             yield url
         finally:
-            page.close()
+            dashboard.close()
     leadership.close()
 
 
@@ -120,11 +120,13 @@ async def test_a_stream_begins_with_all_goes_on_with_changes_and_resumes(host: H
             a, _ = await enroll(host, "a"), await enroll(host, "b")
             await task_of(host, a)
             _, _, changes = await stream.until("changes", lambda changes: changes.get("phase") == "training")
-            assert "run" not in changes
+            assert "spec" not in changes
+            assert snapshot["spec"]["rounds"]["count"] == 4
+            assert changes["round_number"] == 1
             assert {site["site"] for site in changes["sites"]} == {"a", "b"}
-            collection = changes["collection"]
-            assert (collection["working"], collection["answered"], collection["quorum"]) == (2, 0, 1)
-            assert 500 < collection["deadline_s"] <= 600
+            cohort = changes["cohort"]
+            assert (cohort["working"], cohort["answered"], cohort["disconnected"], cohort["quorum"]) == (2, 0, 0, 1)
+            assert 500 < cohort["deadline_s"] <= 600
             await pause(host, "a new disk")
             number, _, line = await stream.until("line", lambda line: "paused" in line["message"])
             assert line["trouble"]
@@ -178,14 +180,14 @@ async def test_open_streams_do_not_hold_up_the_end(host: Host, sqlite: Place, ca
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-async def test_whoever_looks_shares_one_look(host: Host, sqlite: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_all_who_look_share_one_status(host: Host, sqlite: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
 
     def counting(*arguments: Any, **options: Any) -> Any:
         taken.append(time.monotonic())
         return status_of(*arguments, **options)
 
-    monkeypatch.setattr("fedhds_server.dashboard.status_of", counting)
+    monkeypatch.setattr("fedhds_server.dashboard.dashboard.status_of", counting)
     async with page_of(host.coordinator, sqlite) as url:
         assert not taken
         began = time.monotonic()
@@ -219,7 +221,7 @@ async def test_headers_keep_everything_foreign_out(host: Host, sqlite: Place) ->
             assert status == 200
             assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self';")
             assert headers["x-content-type-options"] == "nosniff"
-        # A name that was pointed at the loopback address, by whoever made it.
+        # A name that somebody pointed at the loopback address.
         port = urlsplit(url).port
         for path in ("/", "/events", "/selection.json"):
             for name in (
@@ -240,34 +242,36 @@ async def test_headers_keep_everything_foreign_out(host: Host, sqlite: Place) ->
 
 def large(sites: int, rounds: int) -> RunState:
     state = of_sites(sites, rounds)
-    state.spec = state.spec.replace_with({"rounds": 2 * rounds})
+    state.spec = state.spec.replace(rounds=2 * rounds)
     names = list(state.sites)
     # In place of whole cohorts, which no run of this size has.
     state.closed_rounds = [
-        ClosedRound(round=number, cohort=names[:50], contributions=dict.fromkeys(names[:50], 1), loss=0.5, seconds=2.0)
+        ClosedRound(
+            round_number=number, cohort=names[:50], contributions=dict.fromkeys(names[:50], 1), loss=0.5, seconds=2.0
+        )
         for number in range(1, rounds + 1)
     ]
     state.evaluations = dict.fromkeys(range(rounds + 1), state.evaluations[rounds])
     for name in names[-30:]:
         state.sites[name].last_error = "RuntimeError: " + 480 * "x"
     for name in names[100:140]:
-        state.tasks[f"t-{name}"] = Task(id=f"t-{name}", kind=TaskKind.TRAIN, round=state.round, site=name)
+        state.tasks[f"t-{name}"] = Task(id=f"t-{name}", kind="train", round_number=state.round_number, site=name)
     return state
 
 
 def test_what_is_shown_of_a_large_run_is_bounded_and_first_what_matters() -> None:
     state = large(2000, 5000)
-    status = status_of(state, Path("none"), most=200)
+    status = status_of(state, Path("none"), limit=200)
     assert len(status.sites) == 200
     shown = {site.site for site in status.sites}
     names = list(state.sites)
     assert shown >= {*names[-30:], *names[100:140]}
     assert sum(status.site_states.values()) == 2000
-    numbers = [line.round for line in status.closed_rounds]
+    numbers = [line.round_number for line in status.closed_rounds]
     assert len(numbers) <= 200
     assert (numbers[0], numbers[-1]) == (1, 5000)
     assert {line.contributor_count for line in status.closed_rounds} == {50}
-    evaluated = [line.round for line in status.evaluations]
+    evaluated = [line.round_number for line in status.evaluations]
     assert set(evaluated[1:-1]) == set(numbers[1:-1])
     assert len(evaluated) <= 200
     assert (evaluated[0], evaluated[-1]) == (0, 5000)
@@ -280,8 +284,8 @@ def test_what_is_shown_of_a_large_run_is_bounded_and_first_what_matters() -> Non
 @pytest.mark.parametrize("rounds", range(1, 40))
 def test_rounds_that_are_left_out_stay_out_while_the_run_grows(rounds: int) -> None:
     def shown(count: int) -> set[int]:
-        status = status_of(of_sites(2, count), Path("none"), most=8)
-        return {line.round for line in status.closed_rounds}
+        status = status_of(of_sites(2, count), Path("none"), limit=8)
+        return {line.round_number for line in status.closed_rounds}
 
     assert len(shown(rounds)) <= 8
     assert {1, rounds} <= shown(rounds)
@@ -289,10 +293,10 @@ def test_rounds_that_are_left_out_stay_out_while_the_run_grows(rounds: int) -> N
 
 
 async def test_a_look_at_ten_thousand_sites_holds_the_loop_up_for_a_moment_only(sqlite: Place, tmp_path: Path) -> None:
-    coordinator = leading(large(10_000, 500), sqlite, tmp_path).term.coordinator
+    coordinator = leading(large(10_000, 500), sqlite, tmp_path).gate.coordinator
     assert coordinator
     began = time.process_time()
-    status_of(coordinator.state, coordinator.checkpoint, coordinator.journal, most=200)
+    status_of(coordinator.state, coordinator.checkpoint, coordinator.journal, limit=200)
     taken_s = time.process_time() - began
     print(f"{1e3 * taken_s:.1f} ms")
     assert taken_s < 0.5
@@ -315,6 +319,7 @@ def test_a_selection_is_kept_whole_and_shown_bounded(tmp_path: Path) -> None:
     (tmp_path / "selection-x.json").touch()
     assert newest_selection(tmp_path) == 10
     kept = json.loads((tmp_path / "selection-10.json").read_text())
+    assert kept["round_number"] == 10
     assert len(kept["groups"]) == 400
     assert kept["dropped"] == [{"site": "site-0", "cluster": 400, "at": [-1.0, 0.5]}]
     shown = abridged_selection(tmp_path, 10)
@@ -333,11 +338,11 @@ async def test_a_page_gets_the_map_and_of_a_damaged_one_its_error(host: Host, sq
     write_selection(host.folder, selection_of(3, 4), run_id="r", number=0, strategy="fedhds")
     async with page_of(host.coordinator, sqlite) as url:
         assert (await answer(url, "/selection.json"))[0] == 404
-        host.coordinator.newest_selection = 0
+        host.coordinator.effects.newest_selection = 0
         status, _, text = await answer(url, "/selection.json")
         assert (status, json.loads(text)["group_count"]) == (200, 3)
         (host.folder / "selection-1.json").write_text("{")
-        host.coordinator.newest_selection = 1
+        host.coordinator.effects.newest_selection = 1
         status, _, text = await answer(url, "/selection.json")
         assert status == 503
         assert text.startswith("cannot read ")
