@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +14,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedhds.spec import Strategy
+from benchmarks.simulation import Shards, select
+from fedhds.spec import STRATEGY_SPECS
 from fedhds.v2 import selection_pb2
-from tests.selection.simulation import Shards, select
 
-STRATEGIES = get_args(Strategy)
+STRATEGIES = tuple(STRATEGY_SPECS)
 BUDGETED = [name for name in STRATEGIES if name != "full"]
-REPORTING = [name for name in BUDGETED if name != "random"]
-FAST: dict[str, Any] = {"fusion": "pca", "lloyd_passes": 2}
+REPORTING = [name for name, spec in STRATEGY_SPECS.items() if spec.privacy_unit is not None]
+# A parameter belongs to some strategies only.
+FAST: dict[str, dict[str, Any]] = {
+    "fedhds": {"reduction": "pca"},
+    "fedhds-aligned": {"reduction": "pca"},
+    "federated-kmeans": {"kmeans_iterations": 2},
+}
 
 
 def world(sizes: list[int], kind: str, seed: int = 0) -> Shards:
@@ -58,7 +63,7 @@ def test_the_budget_is_met_exactly_with_rows_that_exist_and_never_twice(
 ) -> None:
     shards = world(sizes, kind)
     with tempfile.TemporaryDirectory() as folder:
-        outcome = select(shards, Path(folder), strategy, budget=budget, **FAST)
+        outcome = select(shards, Path(folder), strategy, selection_budget=budget, **FAST.get(strategy, {}))
     share = math.ceil(rows_of(shards) * float(budget[:-1]) / 100 - 1e-9) if budget.endswith("%") else int(budget)
     assert len(outcome.rows) == min(share, rows_of(shards))
     assert len(set(outcome.rows)) == len(outcome.rows)
@@ -73,7 +78,7 @@ def test_without_a_budget_every_shard_gives_rows_that_exist(
     tmp_path: Path, strategy: str, kind: str, sizes: list[int]
 ) -> None:
     shards = world(sizes, kind)
-    outcome = select(shards, tmp_path, strategy, **FAST)
+    outcome = select(shards, tmp_path, strategy, **FAST.get(strategy, {}))
     assert len(set(outcome.rows)) == len(outcome.rows) <= rows_of(shards)
     for site, row in outcome.rows:
         assert 0 <= row < len(shards[site])
@@ -89,8 +94,15 @@ def test_without_a_budget_every_shard_gives_rows_that_exist(
 @pytest.mark.parametrize("budget", ["auto", "9"])
 def test_the_order_in_which_sites_answer_does_not_matter(tmp_path: Path, strategy: str, budget: str) -> None:
     shards = world([40, 25, 3, 60], "topics")
-    one = select(shards, tmp_path / "one", strategy, budget=budget, **FAST)
-    other = select(shards, tmp_path / "other", strategy, budget=budget, order=lambda names: names[::-1], **FAST)
+    one = select(shards, tmp_path / "one", strategy, selection_budget=budget, **FAST.get(strategy, {}))
+    other = select(
+        shards,
+        tmp_path / "other",
+        strategy,
+        selection_budget=budget,
+        order=lambda names: names[::-1],
+        **FAST.get(strategy, {}),
+    )
     assert one.selection == other.selection
     assert one.picks == other.picks
 
@@ -99,16 +111,18 @@ def test_the_order_in_which_sites_answer_does_not_matter(tmp_path: Path, strateg
 def test_a_site_that_fails_is_as_if_it_had_not_been_there(tmp_path: Path, strategy: str) -> None:
     shards = world([40, 25, 30], "topics")
     without = {name: values for name, values in shards.items() if name != "site-1"}
-    failed = select(shards, tmp_path / "failed", strategy, budget="6", leaves={"site-1": 0}, **FAST)
-    absent = select(without, tmp_path / "absent", strategy, budget="6", **FAST)
+    failed = select(
+        shards, tmp_path / "failed", strategy, selection_budget="6", leaves={"site-1": 0}, **FAST.get(strategy, {})
+    )
+    absent = select(without, tmp_path / "absent", strategy, selection_budget="6", **FAST.get(strategy, {}))
     assert failed.picks == absent.picks
 
 
 @pytest.mark.parametrize("strategy", REPORTING)
 def test_under_noise_the_budget_is_an_upper_bound_and_no_site_shows_what_it_has(tmp_path: Path, strategy: str) -> None:
     shards = world([40, 25, 0, 3], "topics")
-    noise: dict[str, Any] = {"clip_norm": 1.0, "noise_multiplier": 0.5, "released_centroids": 6}
-    outcome = select(shards, tmp_path, strategy, budget="20", **FAST, **noise)
+    noise: dict[str, Any] = {"selection_clip_norm": 1.0, "selection_noise_multiplier": 0.5, "released_centroids": 6}
+    outcome = select(shards, tmp_path, strategy, selection_budget="20", **FAST.get(strategy, {}), **noise)
     assert 0 < len(outcome.rows) <= 20
     assert len(set(outcome.rows)) == len(outcome.rows)
     shapes = {site: [_shape(report) for name, report in outcome.reports if name == site] for site in shards}
@@ -121,9 +135,9 @@ def test_under_noise_the_budget_is_an_upper_bound_and_no_site_shows_what_it_has(
 def _shape(report: selection_pb2.ClusterReport | selection_pb2.KMeansStats) -> tuple[object, ...]:
     """Everything about a report that is no noised value."""
     if isinstance(report, selection_pb2.KMeansStats):
-        cells = [(cell.center, len(cell.sums), cell.HasField("nearest")) for cell in report.cells]
-        return report.dimension, report.noise_std, cells
-    centroids = [(centroid.cluster, len(centroid.values), centroid.size > 0) for centroid in report.centroids]
+        clusters = [(each.cluster_id, len(each.sums), each.HasField("nearest")) for each in report.clusters]
+        return report.dimension, report.noise_std, clusters
+    centroids = [(centroid.cluster_id, len(centroid.values), centroid.size > 0) for centroid in report.centroids]
     return report.dimension, report.noise_std, report.unclustered, centroids
 
 
@@ -153,12 +167,12 @@ def planted(seed: int) -> tuple[Shards, dict[str, npt.NDArray[np.int64]]]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("strategy", ["fedhds-aligned", "global"])
+@pytest.mark.parametrize("strategy", ["fedhds-aligned", "federated-kmeans"])
 def test_what_is_about_the_same_topic_is_put_together_and_no_topic_is_lost(
     tmp_path: Path, strategy: str, seed: int
 ) -> None:
     shards, truth = planted(seed)
-    outcome = select(shards, tmp_path, strategy, budget=str(_TOPICS + _UNIQUE))
+    outcome = select(shards, tmp_path, strategy, selection_budget=str(_TOPICS + _UNIQUE))
     assert {int(truth[site][row]) for site, row in outcome.rows} == set(range(_TOPICS + _UNIQUE))
     topic_of = _topics_of_clusters(tmp_path, truth)
     together, right, same = 0, 0, 0

@@ -1,4 +1,4 @@
-"""The strategy global: exactly the centralized coreset, and nothing but noise where noise is asked for."""
+"""Federated k-means: exactly the centralized coreset without noise, and nothing exact with it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from benchmarks.simulation import Shards, select
 from fedhds.errors import PrivacyError
-from fedhds.kmeans import UNIT, all_passes, splitting_passes
+from fedhds.kmeans import SUM_UNIT, splitting_passes, total_passes
 from fedhds.privacy.ledger import Ledger
 from fedhds.privacy.mechanisms import cluster_sensitivity, gaussian_epsilon
 from fedhds.spec import RunSpec
 from fedhds.v2 import selection_pb2
 from fedhds_client.features.assignment import assign
 from fedhds_client.features.extraction import Features
-from fedhds_client.selection import SelectionContext, selection_of
+from fedhds_client.selection import STRATEGIES, SelectionContext
 from fedhds_client.selection.private_reporter import PrivateReporter
-from tests.selection.simulation import Shards, select
+from fedhds_server.selection.kmeans_stats import fault_of
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -40,7 +41,7 @@ def lloyd(rows: FloatArray, centers: FloatArray, passes: int) -> list[FloatArray
     trace = []
     for _ in range(passes):
         labels = ((rows[:, None] - centers[None]) ** 2).sum(axis=2).argmin(axis=1)
-        assert len(np.unique(labels)) == len(centers), "the reference does not mend empty cells"
+        assert len(np.unique(labels)) == len(centers), "the reference does not fill empty clusters"
         centers = np.stack([rows[labels == label].mean(axis=0) for label in range(len(centers))])
         trace.append(centers)
     return trace
@@ -63,9 +64,9 @@ def nearest_rows(shards: Shards, centers: FloatArray) -> set[tuple[str, int]]:
 def test_without_noise_centers_and_picks_are_those_of_centralized_lloyd(tmp_path: Path, seed: int) -> None:
     shards = pool(seed)
     wanted, passes = 9, 4
-    outcome = select(shards, tmp_path, "global", budget=str(wanted), lloyd_passes=passes)
+    outcome = select(shards, tmp_path, "federated-kmeans", selection_budget=str(wanted), kmeans_iterations=passes)
     splitting = splitting_passes(wanted)
-    assert len(outcome.centers) + 1 == all_passes(wanted, passes)
+    assert len(outcome.centers) + 1 == total_passes(wanted, passes)
     start, *found = outcome.centers[splitting - 1 :]
     assert len(start) == wanted
     rows = np.concatenate([shards[site] for site in sorted(shards)]).astype(np.float64)
@@ -78,8 +79,8 @@ def test_without_noise_centers_and_picks_are_those_of_centralized_lloyd(tmp_path
 def test_one_site_with_all_rows_finds_what_many_sites_find(tmp_path: Path) -> None:
     shards = pool(1)
     whole = {"all": np.concatenate([shards[site] for site in sorted(shards)])}
-    many = select(shards, tmp_path / "many", "global", budget="9")
-    one = select(whole, tmp_path / "one", "global", budget="9")
+    many = select(shards, tmp_path / "many", "federated-kmeans", selection_budget="9")
+    one = select(whole, tmp_path / "one", "federated-kmeans", selection_budget="9")
     for mine, theirs in zip(many.centers, one.centers, strict=True):
         assert np.array_equal(mine, theirs)
     offsets = dict(zip(sorted(shards), np.cumsum([0, *(len(shards[site]) for site in sorted(shards))]), strict=False))
@@ -90,7 +91,14 @@ def test_one_site_with_all_rows_finds_what_many_sites_find(tmp_path: Path) -> No
 def test_who_drops_out_is_left_out_of_later_sums_and_picks(tmp_path: Path, leaves_in: int) -> None:
     shards = pool(3)
     wanted, passes = 6, 5
-    outcome = select(shards, tmp_path, "global", budget=str(wanted), lloyd_passes=passes, leaves={"site-4": leaves_in})
+    outcome = select(
+        shards,
+        tmp_path,
+        "federated-kmeans",
+        selection_budget=str(wanted),
+        kmeans_iterations=passes,
+        leaves={"site-4": leaves_in},
+    )
     rest = {site: values for site, values in shards.items() if site != "site-4"}
     answered = [site for site, _ in outcome.reports]
     assert answered.count("site-4") == leaves_in
@@ -109,29 +117,36 @@ def test_who_drops_out_is_left_out_of_later_sums_and_picks(tmp_path: Path, leave
 def test_equally_near_rows_go_to_the_first_site_and_row(tmp_path: Path) -> None:
     row = np.full((1, 16), 0.25, dtype=np.float32)
     shards = {name: np.tile(row, (3, 1)) for name in "cab"}
-    outcome = select(shards, tmp_path, "global", budget="1")
+    outcome = select(shards, tmp_path, "federated-kmeans", selection_budget="1")
     assert outcome.rows == [("a", 0)]
 
 
-NOISE: dict[str, Any] = {"clip_norm": 1.0, "noise_multiplier": 0.7, "released_centroids": 4, "lloyd_passes": 3}
+NOISE: dict[str, Any] = {
+    "selection_clip_norm": 1.0,
+    "selection_noise_multiplier": 0.7,
+    "released_centroids": 4,
+    "kmeans_iterations": 3,
+}
 
 
-def test_under_noise_every_cell_is_noised_no_distance_leaves_and_the_ledger_knows_all_passes(tmp_path: Path) -> None:
+def test_under_noise_every_cluster_is_noised_no_distance_leaves_and_the_ledger_has_all_passes(
+    tmp_path: Path,
+) -> None:
     shards = pool(2)
-    outcome = select(shards, tmp_path, "global", budget="10", **NOISE)
-    passes = all_passes(4, 3)
+    outcome = select(shards, tmp_path, "federated-kmeans", selection_budget="10", **NOISE)
+    passes = total_passes(4, 3)
     centers = [1, *(len(found) for found in outcome.centers)]
     for site in shards:
         reports = [report for name, report in outcome.reports if name == site]
         assert len(reports) == passes
         for report, number in zip(reports, centers, strict=True):
             assert isinstance(report, selection_pb2.KMeansStats)
-            assert [cell.center for cell in report.cells] == list(range(number))
-            assert not any(cell.HasField("nearest") for cell in report.cells)
+            assert [cluster.cluster_id for cluster in report.clusters] == list(range(number))
+            assert not any(cluster.HasField("nearest") for cluster in report.clusters)
             assert report.noise_std == pytest.approx(0.7 * math.sqrt(2))
         ledger = Ledger(tmp_path / site / "ledger.jsonl")
         entries = ledger.entries()
-        assert [(entry.unit, entry.release) for entry in entries] == [("example", "cells")] * passes
+        assert [(entry.unit, entry.release) for entry in entries] == [("example", "cluster statistics")] * passes
         expected = gaussian_epsilon(noise_multiplier=0.7, delta=1e-5, releases=passes)
         assert ledger.spent("run", delta=1e-5, unit="example") == pytest.approx(expected)
         # Nothing of the client's unit was released, and the two never mix.
@@ -148,52 +163,62 @@ def test_one_row_moves_sums_and_counts_by_no_more_than_the_stated_sensitivity() 
     for left_out in range(200):
         kept = np.delete(np.arange(200), left_out)
         less = assign(Features(kept, values[kept]), centers, norm=norm)
-        sums = (whole.sums - less.sums) / UNIT
+        sums = (whole.sums - less.sums) / SUM_UNIT
         worst = max(worst, float(np.sqrt((sums**2).sum() + ((whole.counts - less.counts) ** 2).sum())))
     assert worst <= cluster_sensitivity(clip_norm=norm)
     assert worst > 0.99 * cluster_sensitivity(clip_norm=norm)
 
 
-def test_noise_has_the_stated_deviation_and_is_drawn_anew_for_every_site(tmp_path: Path) -> None:
+def test_noise_has_the_stated_deviation_and_is_drawn_again_for_every_site(tmp_path: Path) -> None:
     shards = {f"site-{number}": np.zeros((1, 64), dtype=np.float32) for number in range(30)}
-    outcome = select(shards, tmp_path, "global", budget="1", clip_norm=1.0, noise_multiplier=2.0, released_centroids=1)
+    outcome = select(
+        shards,
+        tmp_path,
+        "federated-kmeans",
+        selection_budget="1",
+        selection_clip_norm=1.0,
+        selection_noise_multiplier=2.0,
+        released_centroids=1,
+    )
     first = [report for _, report in outcome.reports][:30]
-    values = np.array([list(cell.sums) for report in first for cell in report.cells]) / UNIT  # type: ignore[union-attr]
+    values = np.array([list(cluster.sums) for report in first for cluster in report.clusters]) / SUM_UNIT
     assert values.std() == pytest.approx(2 * math.sqrt(2), rel=0.1)
     assert len(np.unique(values)) == values.size
 
 
 def test_without_consent_nothing_exact_is_released(tmp_path: Path) -> None:
-    spec = RunSpec.of(model="m", rounds=1, selection_strategy="global", feature_dimension=4)
-    releases = PrivateReporter("ward", tmp_path, Ledger(tmp_path / "ledger.jsonl"), "run", spec, None)
+    spec = RunSpec.of(model="m", rounds=1, selection_strategy="federated-kmeans", feature_dimension=4)
+    reporter = PrivateReporter("ward", tmp_path, Ledger(tmp_path / "ledger.jsonl"), "run", spec, None)
 
     def features() -> Features:
         raise AssertionError("no work before the refusal")
 
-    with pytest.raises(PrivacyError, match="--share-exact-cells"):
-        selection_of("global").report(SelectionContext("select/0/ward", spec, 5, features, releases))
-    assert releases.ledger.entries() == []
+    with pytest.raises(PrivacyError, match="--allow-exact-kmeans-sums"):
+        STRATEGIES["federated-kmeans"].report(SelectionContext("select/0/ward", spec, 5, features, reporter))
+    assert reporter.ledger.entries() == []
 
 
 def test_a_task_that_comes_again_gets_the_same_bytes(tmp_path: Path) -> None:
-    spec = RunSpec.model_validate({"model": "m", "rounds": 1, "strategy": "global", "feature_dimension": 4, **NOISE})
+    spec = RunSpec.of(model="m", rounds=1, selection_strategy="federated-kmeans", feature_dimension=4, **NOISE)
     values = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
-    releases = PrivateReporter("ward", tmp_path, Ledger(tmp_path / "ledger.jsonl"), "run", spec, None)
-    context = SelectionContext("select/0/ward", spec, 6, lambda: Features(np.arange(6), values), releases)
-    one, again = (selection_of("global").report(context) for _ in range(2))
+    reporter = PrivateReporter("ward", tmp_path, Ledger(tmp_path / "ledger.jsonl"), "run", spec, None)
+    context = SelectionContext("select/0/ward", spec, 6, lambda: Features(np.arange(6), values), reporter)
+    one, again = (STRATEGIES["federated-kmeans"].report(context) for _ in range(2))
     assert one.SerializeToString() == again.SerializeToString()
-    assert len(releases.ledger.entries()) == 1
+    assert len(reporter.ledger.entries()) == 1
 
 
 # What the coordinator refuses.
 
-GIVEN = selection_pb2.KMeansCenters(dimension=2, values=[0, 0, 1, 1], wanted=2)
+GIVEN = selection_pb2.KMeansCenters(dimension=2, values=[0, 0, 1, 1], target_count=2)
 
 
-def report_of(*found: tuple[int, int, list[int]], nearest: float | None = None, noise_std: float = 0) -> selection_pb2.KMeansStats:
+def report_of(
+    *clusters: tuple[int, int, list[int]], nearest: float | None = None, noise_std: float = 0
+) -> selection_pb2.KMeansStats:
     report = selection_pb2.KMeansStats(dimension=2, noise_std=noise_std)
-    for center, count, sums in found:
-        report.cells.add(center=center, count=count, sums=sums, nearest=nearest)
+    for cluster_id, count, sums in clusters:
+        report.clusters.add(cluster_id=cluster_id, count=count, sums=sums, nearest=nearest)
     return report
 
 
@@ -207,31 +232,31 @@ def report_of(*found: tuple[int, int, list[int]], nearest: float | None = None, 
         (report_of((0, 2, [0, 0])), "do not add up to the 3 rows"),
         (report_of((0, 3, [0, 0]), (1, 0, [0, 0])), "without rows"),
         (report_of((0, 3, [0, 0]), noise_std=1.0), "does not ask for"),
-        (report_of((0, 3, [4 * UNIT, 0])), "larger than its rows"),
+        (report_of((0, 3, [4 * SUM_UNIT, 0])), "larger than its rows"),
         (report_of((0, 3, [-(2**63), 0])), "larger than its rows"),
         (report_of((0, 3, [0, 0]), nearest=-1.0), "negative"),
         (report_of((0, 3, [0, 0]), nearest=math.nan), "not finite"),
     ],
 )
 def test_a_report_that_cannot_be_right_is_refused(bad: selection_pb2.KMeansStats, words: str) -> None:
-    spec = RunSpec.of(model="m", rounds=1, selection_strategy="global", feature_dimension=2)
-    assert words in cells.check(bad, spec, centers=GIVEN, rows=3)
-    assert cells.check(report_of((0, 3, [UNIT, -UNIT]), nearest=0.5), spec, centers=GIVEN, rows=3) == ""
+    spec = RunSpec.of(model="m", rounds=1, selection_strategy="federated-kmeans", feature_dimension=2)
+    assert words in fault_of(bad, spec, centers=GIVEN, rows=3)
+    assert fault_of(report_of((0, 3, [SUM_UNIT, -SUM_UNIT]), nearest=0.5), spec, centers=GIVEN, rows=3) == ""
 
 
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
         (report_of((0, 3, [0, 0]), (1, 0, [0, 0])), "lacks the noise"),
-        (report_of((0, 3, [0, 0]), noise_std=1.0), "every cell"),
+        (report_of((0, 3, [0, 0]), noise_std=1.0), "every cluster"),
         (report_of((0, 3, [0, 0]), (1, 0, [0, 0]), noise_std=1.0, nearest=0.5), "lacks the noise"),
         (report_of((0, 300, [0, 0]), (1, 0, [0, 0]), noise_std=1.0), "count is larger"),
         (report_of((0, 3, [0, 0]), (1, 0, [0, 0]), noise_std=math.inf), "lacks the noise"),
     ],
 )
 def test_under_noise_other_reports_are_refused(bad: selection_pb2.KMeansStats, words: str) -> None:
-    noise = {"clip_norm": 1.0, "noise_multiplier": 0.7}
-    spec = RunSpec.model_validate({"model": "m", "rounds": 1, "strategy": "global", "feature_dimension": 2, **noise})
-    assert words in cells.check(bad, spec, centers=GIVEN, rows=3)
-    good = report_of((0, 3, [9 * UNIT, 0]), (1, -2, [0, 0]), noise_std=1.0)
-    assert cells.check(good, spec, centers=GIVEN, rows=3) == ""
+    noise = {"selection_clip_norm": 1.0, "selection_noise_multiplier": 0.7}
+    spec = RunSpec.of(model="m", rounds=1, selection_strategy="federated-kmeans", feature_dimension=2, **noise)
+    assert words in fault_of(bad, spec, centers=GIVEN, rows=3)
+    good = report_of((0, 3, [9 * SUM_UNIT, 0]), (1, -2, [0, 0]), noise_std=1.0)
+    assert fault_of(good, spec, centers=GIVEN, rows=3) == ""
