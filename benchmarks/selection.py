@@ -227,7 +227,7 @@ def run(job: Job) -> list[Line]:
     torch.set_num_threads(1)
     categories: list[str] = json.loads((job.folder / "categories.json").read_text(encoding="utf-8"))
     embedding: FloatArray = np.load(job.folder / "embedding.npy")
-    parts = partition(categories, clients=CLIENTS, by="dirichlet", alpha=ALPHA, min_rows=10, seed=job.seed)
+    parts = partition(categories, sites=CLIENTS, by="dirichlet", alpha=ALPHA, min_rows=10, seed=job.seed)
     values = np.zeros((len(categories), 2), dtype=np.float32)
     settings: dict[str, Any] = {"seed": job.seed}
     if job.choice:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from fedhds import settings
 from fedhds.runtime.logging import configure_logging
+from fedhds.settings import load, run_main
 from fedhds_client.settings import ClientSettings
 
 _DESCRIPTION = (
@@ -17,18 +17,18 @@ _DESCRIPTION = (
 
 def main() -> None:
     """Console entry point."""
-    settings.run_main("fedhds-client", _run)
+    run_main("fedhds-client", _run)
 
 
 def _run() -> int:
-    chosen = settings.load(
+    settings = load(
         ClientSettings,
         program="fedhds-client",
         description=_DESCRIPTION,
         arguments=sys.argv[1:],
         environment=os.environ,
     )
-    configure_logging(chosen.log_level, chosen.log_format)
+    configure_logging(settings.log_level, settings.log_format)
     # gRPC's own log repeats every broken connection at error level; what matters is logged by the daemons.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # No telemetry: a site talks to the coordinator and, for a hub model, to the hub.
@@ -40,4 +40,4 @@ def _run() -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     from fedhds_client.daemon import run_sites
 
-    return asyncio.run(run_sites(chosen))
+    return asyncio.run(run_sites(settings))

@@ -12,7 +12,7 @@ from fedhds.errors import StorageError, TaskError
 from fedhds.runtime.files import make_folder
 from fedhds.tensors.artifact import Artifact
 from fedhds_client.distributed.process_group import Prepare, ProcessGroup, Stop
-from fedhds_client.tasks import TASKS, TaskContext, TaskResult
+from fedhds_client.tasks import TaskContext, TaskResult, task_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,7 +54,7 @@ class TaskExecutor:
         self._indices = {site.name: index for index, site in enumerate(sites)}
         self._models: RunModels | None = None
         self._proof: tuple[pb.ModelFingerprint, AdapterManifest]
-        # Below a folder that this process holds: a fetch resumes the partial file that it finds.
+        # Below a folder that this process has locked: a fetch resumes the partial file that it finds.
         self._adapters = sites[0].folder / "adapters"
         self._fetching = asyncio.Lock()
 
@@ -105,10 +105,6 @@ class TaskExecutor:
         """Does a task of `site`; raises TaskError for a kind that this version does not know."""
         if self._models is None:
             raise TaskError("the base model is not loaded yet")
-        kind = TASKS.get(task.kind)
-        if kind is None:
-            raise TaskError(
-                f"this version of fedhds knows no task {task.kind!r}; install the coordinator's version here"
-            )
         index = self._indices[site.name]
-        return kind.run(TaskContext(task, run_id, site, index, self._settings, self._models, adapter, control))
+        context = TaskContext(task, run_id, site, index, self._settings, self._models, adapter, control)
+        return task_kind(task.kind).run(context)

@@ -59,7 +59,7 @@ class SiteMetrics:
         self._sites = sites
         self._client = client
         self._activities = activities
-        # Ledgers only grow: by site and unit the length of the file for which epsilon was told, and epsilon.
+        # Ledgers only grow: by site and unit the length of the file at which epsilon was computed, and epsilon.
         self._spent: dict[tuple[str, Unit], tuple[int, float]] = {}
 
     def problems(self) -> Mapping[str, str]:
@@ -92,13 +92,13 @@ class SiteMetrics:
     def _epsilon(self, site: Site, unit: Unit) -> float:
         try:
             size = site.ledger.size()
-            known = self._spent.get((site.name, unit))
-            if known is None or known[0] != size:
-                known = self._spent[site.name, unit] = size, site.ledger.spent(delta=MAX_DELTA, unit=unit)
+            spent = self._spent.get((site.name, unit))
+            if spent is None or spent[0] != size:
+                spent = self._spent[site.name, unit] = size, site.ledger.spent(delta=MAX_DELTA, unit=unit)
         except StorageError as error:
             logger.debug("%s", error)
             return float("nan")
-        return known[1]
+        return spent[1]
 
 
 def _gpu_memory() -> Mapping[str, float]:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, TypeVar
 import grpc
 
 from fedhds.errors import ArtifactError, CoordinatorUnreachable, FedhdsError, NotLeading, StorageError
-from fedhds.grpc_errors import error_of
+from fedhds.grpc_errors import error_of, older_coordinator
 from fedhds.security.credentials import TlsFiles, channel_credentials, diagnose_handshake
 from fedhds.settings import addresses
 from fedhds.tensors.artifact import Artifact
@@ -39,7 +39,7 @@ _TRANSIENT = (
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 )
-# The coordinator allows pings every 10 s; 20 s notices a dead link well before a long poll of 30 s ends.
+# The coordinator allows pings every 10 s; 20 s notices a dead connection well before a long poll of 30 s ends.
 _OPTIONS = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -47,9 +47,10 @@ _OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
 )
-# Of coordinators that do not say how large chunks are to be.
-_UNTOLD_CHUNK_SIZE = 1 << 19
-# A call that is not a long poll is answered in milliseconds; beyond this the link is dead whatever TCP believes.
+# For coordinators that do not say how large chunks are to be.
+_DEFAULT_CHUNK_SIZE = 1 << 19
+# A call that is not a long poll is answered in milliseconds; beyond this the connection is dead, even if TCP does not
+# know.
 _ANSWER_S = 60.0
 
 
@@ -60,8 +61,8 @@ class CoordinatorClient:
 
     `server` is a HOST:PORT, or several divided by commas, of which one leads and the others stand by: a call that one
     does not answer goes to the next at once. Every call is repeated while no coordinator can be reached, until
-    `reconnect_timeout_s` seconds have passed without any answer; then CoordinatorUnreachable. Domain errors of the coordinator
-    are raised as what they are.
+    `reconnect_timeout_s` seconds have passed without any answer; then CoordinatorUnreachable. Domain errors of the
+    coordinator are raised as what they are.
     """
 
     def __init__(self, server: str, tls: TlsFiles | None, *, reconnect_timeout_s: float) -> None:
@@ -97,7 +98,7 @@ class CoordinatorClient:
     async def upload(
         self, session: str, path: Path, artifact: Artifact, progress: Callable[[float], None] = lambda share: None
     ) -> None:
-        """Sends a file; after a broken link it goes on where the coordinator says it stands.
+        """Sends a file; after a broken connection it goes on at the offset that the coordinator has.
 
         `progress` hears the share that is sent.
         """
@@ -124,10 +125,10 @@ class CoordinatorClient:
 
         async def attempt() -> None:
             request = transfer_pb2.GetUploadRequest(session=session, artifact=artifact.to_proto())
-            held = await self.federation.GetUpload(request, timeout=_ANSWER_S)
-            # Also when all bytes are there: the link may have broken before they were checked and made durable.
-            chunk_size = chunks.smaller(held.chunk_size or _UNTOLD_CHUNK_SIZE, next(breaks))
-            await self.federation.Upload(parts(held.offset, chunk_size))
+            answer = await self.federation.GetUpload(request, timeout=_ANSWER_S)
+            # Also when all bytes are there: the connection may have broken before they were checked and made durable.
+            chunk_size = chunks.smaller(answer.chunk_size or _DEFAULT_CHUNK_SIZE, next(breaks))
+            await self.federation.Upload(parts(answer.offset, chunk_size))
 
         await self._transferred(attempt, lambda: sent)
 
@@ -159,8 +160,8 @@ class CoordinatorClient:
                         progress(offset / max(artifact.size, 1))
                 finally:
                     await taking.ended()
-                found = Artifact(digest.hexdigest(), file.tell())
-            if found != artifact:
+                received = Artifact(digest.hexdigest(), file.tell())
+            if received != artifact:
                 partial.unlink()
                 raise ArtifactError(f"the download of {artifact.digest[:12]} has another digest; it is fetched again")
 
@@ -179,27 +180,31 @@ class CoordinatorClient:
     ) -> Answer:
         """Neither the time for which a poll is held nor that in which a transfer's `position` grows is silence."""
         started, reached = time.monotonic(), position()
-        pause, told, tries = _FIRST_PAUSE_S, False, 0
+        pause, warned, tries = _FIRST_PAUSE_S, False, 0
         failures: dict[str, FedhdsError | str] = {}
         places = ", ".join(self._targets)
         while True:
-            asked, tries = self._current, tries + 1
-            target = self._targets[asked]
+            index, tries = self._current, tries + 1
+            target = self._targets[index]
             try:
                 answer = await attempt()
             except grpc.aio.AioRpcError as failure:
                 error = error_of(failure)
                 if error is not None and not isinstance(error, (StorageError, NotLeading)):
                     raise error from None
+                if error is None and failure.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    raise older_coordinator(target) from None
                 if error is None and failure.code() not in _TRANSIENT and not _cut_short(failure):
                     raise FedhdsError(
                         f"the coordinator at {target} answered {failure.code().name}: {failure.details()}"
                     ) from None
                 self.unanswered_since = self.unanswered_since or time.monotonic()
-                failures[target] = error or failure.details() or failure.code().name
+                # A call that was cut short says nothing of the reason; an earlier one may have.
+                if not (_cut_short(failure) and target in failures):
+                    failures[target] = error or failure.details() or failure.code().name
             else:
                 self.unanswered_since = None
-                if told:
+                if warned:
                     logger.info("the coordinator answers again%s", f", at {target}" if len(self._targets) > 1 else "")
                 return answer
             if (now_at := position()) > reached:
@@ -207,8 +212,8 @@ class CoordinatorClient:
             started, held_s = min(time.monotonic(), started + held_s), 0.0
             remaining = self._reconnect_timeout_s - (time.monotonic() - started)
             # Unless another call, which failed there too, has already moved on.
-            if self._current == asked:
-                self._current = (asked + 1) % len(self._targets)
+            if self._current == index:
+                self._current = (index + 1) % len(self._targets)
             if remaining <= 0:
                 raise CoordinatorUnreachable(
                     f"no answer from the coordinator at {places} for {self._reconnect_timeout_s:g} s: "
@@ -216,11 +221,11 @@ class CoordinatorClient:
                     "check --server and that fedhds-server runs there"
                 )
             if tries % len(self._targets):
-                if not told:
+                if not warned:
                     reason = await self._explained({target: failures[target]})
                     logger.info("%s: %s; trying %s", target, reason, self._targets[self._current])
                 continue
-            if not told:
+            if not warned:
                 reason = await self._explained(failures)
                 logger.warning(
                     "cannot reach %s: %s; trying again for %.0f s",
@@ -229,7 +234,7 @@ class CoordinatorClient:
                     remaining,
                     extra={"code": CoordinatorUnreachable.code},
                 )
-                told = True
+                warned = True
             await asyncio.sleep(min(pause, max(remaining, 0.05)))
             pause = min(pause * 2, _MAX_PAUSE_S)
 
@@ -238,8 +243,8 @@ class CoordinatorClient:
         for target, failure in failures.items():
             # gRPC says UNAVAILABLE for everything between a typing error and an expired certificate.
             if not isinstance(failure, FedhdsError):
-                found = await asyncio.to_thread(diagnose_handshake, target, self._tls, 3.0)
-                reasons[target] = found or reasons[target]
+                diagnosis = await asyncio.to_thread(diagnose_handshake, target, self._tls, 3.0)
+                reasons[target] = diagnosis or reasons[target]
         if len(reasons) == 1:
             return next(iter(reasons.values()))
         return "; ".join(f"{target}: {reason}" for target, reason in reasons.items())
@@ -258,7 +263,7 @@ def _stub(channel: grpc.aio.Channel) -> Any:
 
 
 class _Federation:
-    """The methods of whichever stub is current at the instant of the call."""
+    """The methods of the stub that is current at the instant of the call."""
 
     def __init__(self, current: Callable[[], Any]) -> None:
         self._current = current

@@ -86,9 +86,9 @@ class ClientSettings(BaseModel):
     )
     allow_exact_kmeans_sums: bool = Field(
         False,
-        description="Take part when the strategy federated-kmeans runs without noise: it then sends, for every center, the sum "
-        "of the features of this site's rows there and the distance of the nearest; a sum over one row is that row's "
-        "features.",
+        description="Take part when the strategy federated-kmeans runs without noise: it then sends, for every center, "
+        "the sum of the features of this site's rows there and the distance of the nearest; a sum over one row is that "
+        "row's features.",
         json_schema_extra={"group": "Policy"},
     )
     selection_max_epsilon: float | None = Field(

@@ -49,8 +49,8 @@ class Site:
     def next_session(self) -> str:
         """The secret of the session that is to begin, the same until `keep_session`; raises StorageError.
 
-        It is kept before the coordinator hears of it: whatever ends this process, or the coordinator, before the
-        answer is here, the site can show that it was the one that asked.
+        It is durable before the coordinator hears of it: if this process or the coordinator ends before the answer is
+        here, the site can show that it was the one that asked.
         """
         path = self.folder / "session.next"
         if not path.exists():
@@ -65,13 +65,13 @@ class Site:
 def open_sites(settings: ClientSettings, tls: TlsFiles | None, stack: ExitStack) -> list[Site]:
     """Opens every shard before anything is sent; raises DataError, SettingsError or StorageError.
 
-    `stack` closes the shards and gives the state folders free.
+    `stack` closes the shards and unlocks the state folders.
     """
     names = _names(settings, tls)
     _check_writable(settings.out, "--out")
     sites = []
     for index, name in enumerate(names):
-        folder = _held_folder(settings.state / file_key(name), name, stack)
+        folder = _locked_folder(settings.state / file_key(name), name, stack)
         shard = _opened(settings.data[index], settings, folder, stack) if settings.data else None
         held_out = _opened(settings.eval_data, settings, folder, stack) if settings.eval_data and not index else None
         sites.append(Site(name, folder, shard, held_out, Ledger(folder / "ledger.jsonl")))
@@ -104,7 +104,7 @@ def _opened(path: Path, settings: ClientSettings, folder: Path, stack: ExitStack
     return shard
 
 
-def _held_folder(folder: Path, name: str, stack: ExitStack) -> Path:
+def _locked_folder(folder: Path, name: str, stack: ExitStack) -> Path:
     try:
         make_folder(folder, private=True)
         stack.enter_context(locked(folder / "lock"))

@@ -34,7 +34,7 @@ from fedhds_client.progress import ProgressDisplay
 from fedhds_client.rpc_client import CoordinatorClient
 from fedhds_client.settings import ClientSettings
 from fedhds_client.site import Site
-from fedhds_client.tasks import TASKS
+from fedhds_client.tasks import TASKS, task_kind
 from fedhds_client.updates.delivery import write_adapter_folder
 
 logger = logging.getLogger(__name__)
@@ -110,13 +110,16 @@ class SiteLoop:
                     return await self._finish(answer.done)
                 case "task":
                     reason, task = "", answer.task
-                    # A kind that this version does not know fails in the executor, under one name for all.
+                    # Kinds that this version does not know share one label; they fail in `_result`.
                     self.activity, self._round_number = task.kind if task.kind in TASKS else WAITING, task.round_number
                     with TASK_SECONDS.labels(self.activity).time():
                         await self._work(task)
                     self.activity = WAITING
                 case other:
-                    raise FedhdsError(f"the coordinator gave an answer that this version does not know ({other})")
+                    raise FedhdsError(
+                        f"the coordinator sent an answer that fedhds {__version__} does not know ({other}); install "
+                        "the coordinator's version here"
+                    )
 
     def abandon(self) -> None:
         """Asks a running computation to stop."""
@@ -150,9 +153,10 @@ class SiteLoop:
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             where = ".".join(map(str, problem["loc"]))
+            reason = problem["msg"].removeprefix("Value error, ")
             raise EnrollmentRefused(
-                f"the run's specification is not one that fedhds {__version__} knows"
-                f"{f' ({where})' if where else ''}: {problem['msg']}; install the coordinator's version here"
+                f"fedhds {__version__} cannot read the run's specification: {f'{where}: ' if where else ''}{reason}; "
+                "install the coordinator's version here"
             ) from error
         logger.info(
             "%s: enrolled in run %s (%s, %d rounds of %s)",
@@ -194,7 +198,7 @@ class SiteLoop:
             logger.error("%s: %s task of round %d failed: %s", name, kind, number, error)
             await self._fail(task, error, str(error))
         except Exception as error:
-            # Whatever a library throws must not end the site, nor leave it: its text could contain data.
+            # What a library throws must not end the site, and its text must not leave it: that could contain data.
             logger.exception("%s: %s task of round %d failed", name, kind, number)
             await self._fail(task, error, "the site's log has the details")
         else:
@@ -203,9 +207,9 @@ class SiteLoop:
                 logger.warning("%s: the coordinator did not take the result: %s", name, answer.reason)
 
     async def _result(self, task: pb.Task) -> pb.CompleteTaskResponse:
+        kind = task_kind(task.kind)
         adapter = await self._fetch(task.id, task.adapter, task.round_number)
-        doing = TASKS[task.kind].doing if task.kind in TASKS else task.kind
-        with self._shown(doing, task.round_number) as show:
+        with self._shown(kind.doing, task.round_number) as show:
             result = await self._computed(
                 task.id,
                 lambda control: self._executor.execute(self._site, self._run_id, task, adapter, control),
@@ -274,11 +278,11 @@ class SiteLoop:
         finally:
             self._control = None
             control.cancel()
-            # Nobody may be waiting any more: how the computation then ends is not reported.
+            # The caller may be gone: how the computation then ends is not reported.
             future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
     async def _transferred(self, task_id: str, transfer: Coroutine[Any, Any, Result]) -> Result:
-        """Waits for a transfer and sends heartbeats meanwhile: a slow link, or a turn to wait for, is no silence."""
+        """Waits for a transfer and sends heartbeats meanwhile: a slow connection or a wait for a turn is no silence."""
         future = asyncio.ensure_future(transfer)
         try:
             return await self._awaited(task_id, future, Control())

@@ -13,22 +13,22 @@ if TYPE_CHECKING:
 
 
 def split(
-    data: Annotated[list[Path], typer.Argument(help="Data file, or several; a folder stands for its files.")],
+    data: Annotated[list[Path], typer.Argument(help="Data file, or several; a folder means its files.")],
     out: Annotated[Path, typer.Option(help="Folder for the shards; must be empty or made by an earlier split.")],
-    clients: Annotated[int, typer.Option(min=1, help="Number of clients (by task: as many as there are tasks).")] = 10,
+    sites: Annotated[int, typer.Option(min=1, help="Number of sites (by task: as many as there are tasks).")] = 10,
     by: Annotated[
         Literal["dirichlet", "category", "iid", "task"], typer.Option(help="How rows are dealt out.")
     ] = "dirichlet",
     alpha: Annotated[float, typer.Option(help="Dirichlet concentration; smaller is less alike.")] = 0.5,
     unseen: Annotated[
-        list[str] | None, typer.Option(help="Category that no client gets; goes to unseen.jsonl. Repeatable.")
+        list[str] | None, typer.Option(help="Category that no site gets; goes to unseen.jsonl. Repeatable.")
     ] = None,
     unseen_rows: Annotated[int | None, typer.Option(min=1, help="Keep so many of the unseen rows, drawn.")] = None,
-    min_rows: Annotated[int, typer.Option(min=1, help="Fewest rows of a client.")] = 10,
+    min_rows: Annotated[int, typer.Option(min=1, help="Fewest rows of a site.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 42,
     skip_bad_rows: Annotated[bool, typer.Option(help="Leave out rows that cannot be used.")] = False,
 ) -> None:
-    """Split DATA into shards for many clients, with held-out categories and a manifest."""
+    """Split DATA into shards for many sites, with held-out categories and a manifest."""
     import random
     from contextlib import ExitStack
 
@@ -51,19 +51,19 @@ def split(
             )
         seen = [index for index, name in enumerate(names) if name not in held_out]
         if not seen:
-            raise UsageError("--unseen: it leaves no rows for the clients; hold out fewer categories")
+            raise UsageError("--unseen: it leaves no rows for the sites; hold out fewer categories")
         parts = partition(
-            [names[index] for index in seen], clients=clients, by=by, alpha=alpha, min_rows=min_rows, seed=seed
+            [names[index] for index in seen], sites=sites, by=by, alpha=alpha, min_rows=min_rows, seed=seed
         )
         width = len(str(len(parts) - 1))
-        files = {f"client-{i:0{max(width, 2)}d}.jsonl": [seen[index] for index in part] for i, part in enumerate(parts)}
+        files = {f"site-{i:0{max(width, 2)}d}.jsonl": [seen[index] for index in part] for i, part in enumerate(parts)}
         if held_out:
             rows = [index for index, name in enumerate(names) if name in held_out]
             if unseen_rows is not None and unseen_rows < len(rows):
                 rows = sorted(random.Random(seed).sample(rows, unseen_rows))
             files["unseen.jsonl"] = rows
         arguments: dict[str, object] = {
-            "clients": len(parts),
+            "sites": len(parts),
             "by": by,
             "alpha": alpha,
             "unseen": sorted(held_out),
@@ -78,13 +78,13 @@ def split(
 def _files(data: list[Path]) -> list[Path]:
     from fedhds.errors import UsageError
 
-    found: list[Path] = []
+    files: list[Path] = []
     for path in data:
         inside = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
         if not inside:
             raise UsageError(f"DATA: the folder {path} holds no file")
-        found += inside
-    return found
+        files += inside
+    return files
 
 
 def _inputs(shards: list[Shard]) -> dict[str, str]:
@@ -114,7 +114,7 @@ def _write(
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out: {out} is a file; name a folder")
     if out.exists() and any(out.iterdir()) and not manifest.exists():
-        raise UsageError(f"--out: {out} holds files that are no split's; choose an empty folder")
+        raise UsageError(f"--out: {out} holds files that no split wrote; choose an empty folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         if manifest.exists():
@@ -154,7 +154,7 @@ def _earlier_files(manifest: Path) -> list[str]:
         names = []
     # The files are about to be deleted: only such as a split writes.
     if not names or not all(
-        isinstance(name, str) and re.fullmatch(r"(client-\d+|unseen)\.jsonl", name) for name in names
+        isinstance(name, str) and re.fullmatch(r"(site-\d+|unseen)\.jsonl", name) for name in names
     ):
         raise UsageError(f"--out: {manifest} is not the manifest of a split; choose an empty folder")
     return names

@@ -34,7 +34,7 @@ class Encoded:
 class Prompter:
     """Renders rows for one tokenizer.
 
-    Prompt and response are tokenised apart, so that the boundary is exact; the response ends with EOS, or with what
+    Prompt and response are tokenized apart, so that the boundary is exact; the response ends with EOS, or with what
     the chat template puts behind an answer.
     """
 

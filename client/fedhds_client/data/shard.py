@@ -19,12 +19,12 @@ from typing import IO, Any, Self, cast
 from fedhds.errors import DataError
 from fedhds_client.data.row_formats import BadRow, Row, is_task_file, normalized, task_rows
 
-_KEPT_REASONS = 10
+_MAX_REASONS = 10
 _ENDINGS = ".jsonl, .jsonl.gz, .json, .json.gz, .parquet"
 
 
 class Shard:
-    """Rows of one file, by id 0 to len - 1. Memory: eight bytes a row; the text lies in an unnamed file on disk."""
+    """Rows of one file, by id 0 to len - 1. Memory: eight bytes a row; the text is in an unnamed file on disk."""
 
     def __init__(self, path: Path, spool: IO[bytes]) -> None:
         self.path = path
@@ -95,10 +95,10 @@ class Shard:
             except BadRow as fault:
                 if not skip_bad_rows:
                     raise DataError(
-                        self.path, f"{fault}; mend the row or leave such rows out with --skip-bad-rows", place
+                        self.path, f"{fault}; fix the row, or leave such rows out with --skip-bad-rows", place
                     ) from None
                 self.skipped += 1
-                if len(self.skipped_reasons) < _KEPT_REASONS:
+                if len(self.skipped_reasons) < _MAX_REASONS:
                     self.skipped_reasons.append((place, str(fault)))
                 continue
             row = Row.from_content(len(self), content)
@@ -202,7 +202,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
                     number += 1
                     yield number, row
     except pyarrow.ArrowException as error:
-        raise DataError(path, "is not a readable Parquet file; write it anew", number + 1) from error
+        raise DataError(path, "is not a readable Parquet file; write it again", number + 1) from error
 
 
 def _table_rows(batch: Any) -> list[Any]:

@@ -88,7 +88,7 @@ class ProcessGroup:
             # All processes are on this host: no other host needs to reach them.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         # Without a GPU and without `cpu`, accelerate would take every process for one alone. Gloo also with GPUs: what
-        # is exchanged is small and lies in main memory, and NCCL would keep the GPUs busy while workers wait.
+        # is exchanged is small and in main memory, and NCCL would keep the GPUs busy while workers wait.
         state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), backend="gloo", timeout=_TIMEOUT)
         return cls(state.process_index, state.num_processes)
 

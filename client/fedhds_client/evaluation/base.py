@@ -17,13 +17,13 @@ class EvaluatedBatch:
     answers: Sequence[str]
     """Greedy answers, in the order of `rows`."""
     loss_sum: float
-    """Negative log-likelihood of the given responses, summed over their tokens, in nats."""
+    """Negative log-likelihood of the rows' responses, summed over their tokens, in nats."""
     tokens: int
-    """Tokens of the given responses."""
+    """Tokens of the rows' responses."""
 
 
 class Metric(ABC):
-    """A mean over rows, tokens or whatever the metric counts."""
+    """A mean over rows, over tokens or over what else the metric counts."""
 
     @abstractmethod
     def measure(self, batch: EvaluatedBatch) -> tuple[float, float]:

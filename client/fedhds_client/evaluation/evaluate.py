@@ -1,4 +1,4 @@
-"""One pass over held-out rows: the model reads the given responses and answers the prompts, and metrics measure both."""
+"""One pass over held-out rows: the model reads the responses and answers the prompts, and metrics measure both."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def evaluate(
     progress: Callable[[float], None] = lambda share: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> EvaluationSums:
-    """Measures all rows of `shard` by all metrics: the given responses are read, greedy answers are generated.
+    """Measures all rows of `shard` by all metrics: the rows' responses are read, greedy answers are generated.
 
     Rows of like length share a batch; that changes padding, not results. Raises Cancelled, and TaskError when memory
     runs out or the loss is not finite.

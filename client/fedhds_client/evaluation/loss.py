@@ -1,4 +1,4 @@
-"""Loss: the mean negative log-likelihood of the given responses per token, in nats."""
+"""Loss: the mean negative log-likelihood of the rows' responses per token, in nats."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ import numpy.typing as npt
 from fedhds.kmeans import SUM_UNIT
 from fedhds_client.features.extraction import Features
 
-# Rows whose distances to all centers are held at once.
+# Rows whose distances to all centers are in memory at once.
 _BLOCK = 4096
-# So many rows of a cluster are put in an order of their own; a budget that wants more of one cluster takes the rest as is.
+# So many rows of a cluster are spread; a budget that wants more of one cluster takes the rest by nearness.
 _SPREAD = 256
 
 

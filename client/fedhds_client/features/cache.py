@@ -2,7 +2,7 @@
 
 A file holds the rows of one shard under one key: a header, a keyed hash of each row's tokens, the features in the same
 order, and an HMAC-SHA-256 over the key and all of it. Neither text nor tokens are on disk. The hashes need the
-folder's secret, so that whoever holds a file alone cannot find out whether a row that he guesses is in it.
+folder's secret, so that a file alone does not show whether a guessed row is in it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedhds.runtime.files import locked, make_folder, replace_file, replacing
 from fedhds_client.features.extraction import Features
 
 # A run needs the present adapter's features; the ones before serve a site that is asked again for an earlier pass.
-_KEPT_FILES = 2
+_MAX_FILES = 2
 _SUFFIX = ".features"
 _FORMAT = b"FHDSFEA1"
 # Format, dimension, rows.
@@ -49,7 +49,7 @@ def cached_features(
 
     `key` names all that features depend on besides a row's tokens, which `encode(id)` gives. `extract` is asked once
     at most, for rows whose tokens all differ. `folder` belongs to one site; it is made when absent. Afterwards it
-    holds exactly these rows under `key`, and the file of one other key. What is wrong with the cache, `note` hears:
+    holds exactly these rows under `key`, and the file of one other key. `note` gets what is wrong with the cache:
     damaged files are replaced, and without a usable folder all features are computed. Errors of `encode` and
     `extract` pass through and leave the cache as it was. Memory besides the result and what `extract` gives: a hash
     per row. Processes and threads may share the folder; under one key the last writer's rows stay.
@@ -68,23 +68,23 @@ def cached_features(
 
     file = folder / (hashlib.sha256(key.encode()).hexdigest() + _SUFFIX)
     values = np.empty((len(ids), dimension), dtype=np.float32)
-    held: set[bytes] | None = None
+    cached: set[bytes] | None = None
     try:
-        held = _read(file, _mac(secret, file), places, values)
+        cached = _read(file, _mac(secret, file), places, values)
     except FileNotFoundError:
         pass
     except OSError as error:
-        note(f"cannot read the cached features in {file}: {error.strerror}; they are taken anew")
+        note(f"cannot read the cached features in {file}: {error.strerror}; they are taken again")
     except ValueError as error:
-        note(f"the cached features in {file} are of no use ({error}); they are taken anew")
+        note(f"the cached features in {file} are of no use ({error}); they are taken again")
 
-    missing = [place for row_hash, place in places.items() if held is None or row_hash not in held]
+    missing = [place for row_hash, place in places.items() if cached is None or row_hash not in cached]
     if missing and len(missing) == len(ids):
         del values
         values = _checked(extract(ids), ids, dimension).values
     elif missing:
-        asked = [ids[place] for place in missing]
-        values[missing] = _checked(extract(asked), asked, dimension).values
+        rows = [ids[place] for place in missing]
+        values[missing] = _checked(extract(rows), rows, dimension).values
     for place, row_hash in enumerate(hashes):
         if places[row_hash] != place:
             values[place] = values[places[row_hash]]
@@ -92,13 +92,13 @@ def cached_features(
     try:
         with locked(folder / "lock", wait=True):
             _make_room(file)
-            if held != places.keys() or not file.exists():
+            if cached != places.keys() or not file.exists():
                 with replacing(file, private=True) as stream:
                     stream.writelines(_content(_mac(secret, file), places, values))
             # The file system's own clock is too coarse to tell which of two files was used last.
             os.utime(file, ns=(time.time_ns(),) * 2)
     except (OSError, StorageError) as error:
-        note(f"cannot keep features in {file} ({error}); the next selection takes them anew")
+        note(f"cannot keep features in {file} ({error}); the next selection takes them again")
     return Features(np.asarray(ids, dtype=np.int64), values)
 
 
@@ -129,12 +129,12 @@ def _read(
     with file.open("rb") as stream:
 
         def piece(size: int) -> bytes:
-            found = _exactly(stream, size)
-            mac.update(found)
-            return found
+            content = _exactly(stream, size)
+            mac.update(content)
+            return content
 
-        version, found_dimension, rows = _HEADER.unpack(piece(_HEADER.size))
-        if (version, found_dimension) != (_FORMAT, dimension):
+        version, file_dimension, rows = _HEADER.unpack(piece(_HEADER.size))
+        if (version, file_dimension) != (_FORMAT, dimension):
             raise ValueError("another format or dimension")
         # Before anything of a size that a damaged header names is allocated.
         if os.fstat(stream.fileno()).st_size != _HEADER.size + rows * (_HASH_BYTES + 4 * dimension) + mac.digest_size:
@@ -143,8 +143,8 @@ def _read(
         hashes = [packed[start : start + _HASH_BYTES] for start in range(0, len(packed), _HASH_BYTES)]
         for block in _blocks(rows, dimension):
             part = np.frombuffer(piece(len(block) * 4 * dimension), dtype="<f4").reshape(len(block), dimension)
-            wanted = [row for row in block if hashes[row] in places]
-            values[[places[hashes[row]] for row in wanted]] = part[[row - block.start for row in wanted]]
+            used = [row for row in block if hashes[row] in places]
+            values[[places[hashes[row]] for row in used]] = part[[row - block.start for row in used]]
         if not hmac.compare_digest(_exactly(stream, mac.digest_size), mac.digest()):
             raise ValueError("its checksum does not match")
     return set(hashes)
@@ -173,10 +173,10 @@ def _blocks(rows: int, dimension: int) -> Iterator[range]:
 
 
 def _exactly(stream: BinaryIO, size: int) -> bytes:
-    found = stream.read(size)
-    if len(found) != size:
+    content = stream.read(size)
+    if len(content) != size:
         raise ValueError("it ends early")
-    return found
+    return content
 
 
 def _secret(folder: Path, note: Callable[[str], None]) -> bytes:
@@ -184,14 +184,14 @@ def _secret(folder: Path, note: Callable[[str], None]) -> bytes:
     make_folder(folder, private=True)
     file = folder / "secret"
     with locked(folder / "lock", wait=True):
-        found = file.read_bytes() if file.exists() else None
-        if found is not None and len(found) == _HASH_BYTES:
-            return found
-        if found is not None:
-            note(f"the secret of the cached features in {file} is damaged; it is drawn anew")
-        drawn = secrets.token_bytes(_HASH_BYTES)
-        replace_file(file, drawn, private=True)
-        return drawn
+        secret = file.read_bytes() if file.exists() else None
+        if secret is not None and len(secret) == _HASH_BYTES:
+            return secret
+        if secret is not None:
+            note(f"the secret of the cached features in {file} is damaged; a new one is drawn")
+        secret = secrets.token_bytes(_HASH_BYTES)
+        replace_file(file, secret, private=True)
+        return secret
 
 
 def _make_room(used: Path) -> None:
@@ -200,5 +200,5 @@ def _make_room(used: Path) -> None:
         partial.unlink()
     others = [file for file in used.parent.glob(f"*{_SUFFIX}") if file != used]
     others.sort(key=lambda file: file.stat().st_mtime_ns, reverse=True)
-    for file in others[_KEPT_FILES - 1 :]:
+    for file in others[_MAX_FILES - 1 :]:
         file.unlink()

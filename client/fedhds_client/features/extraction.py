@@ -51,7 +51,7 @@ def extract_features(
 
     `encode(id)` gives the tokens of a whole row, prompt and response. `progress` hears the share that is done after
     every batch; what it raises ends the extraction. The model computes in its own dtype, without dropout and without
-    its LM head, and is left in the training or evaluation mode it was found in. Memory besides the result: one window
+    its LM head, and is left in the training or evaluation mode that it was in. Memory besides the result: one window
     of token ids and one batch of hidden states.
 
     Raises TaskError when features are not finite, memory runs out or the space names a layer that is not there,
@@ -62,7 +62,7 @@ def extract_features(
     done = 0
     try:
         with _evaluating(model), torch.inference_mode():
-            for places, tokens in _batches(encode, ids, batch_size, _most_tokens(body)):
+            for places, tokens in _batches(encode, ids, batch_size, _max_tokens(body)):
                 values[places] = _features(body, tokens, pad_id, space)
                 done += len(places)
                 progress(done / len(ids))
@@ -72,9 +72,9 @@ def extract_features(
 
 
 def _batches(
-    encode: Callable[[int], Sequence[int]], ids: Sequence[int], batch_size: int, most_tokens: float
+    encode: Callable[[int], Sequence[int]], ids: Sequence[int], batch_size: int, max_tokens: float
 ) -> Iterator[tuple[list[int], list[Sequence[int]]]]:
-    """Places in `ids` and their tokens, rows of like length together, `most_tokens` with padding at most."""
+    """Places in `ids` and their tokens, rows of like length together, `max_tokens` with padding at most."""
     window = batch_size * _WINDOW_BATCHES
     for start in range(0, len(ids), window):
         tokens = {place: encode(ids[place]) for place in range(start, min(start + window, len(ids)))}
@@ -84,12 +84,12 @@ def _batches(
         by_length = sorted(tokens, key=lambda place: len(tokens[place]), reverse=True)
         while by_length:
             longest = len(tokens[by_length[0]])
-            size = max(1, int(min(most_tokens / longest, batch_size)))
+            size = max(1, int(min(max_tokens / longest, batch_size)))
             places, by_length = by_length[:size], by_length[size:]
             yield places, [tokens[place] for place in places]
 
 
-def _most_tokens(body: nn.Module) -> float:
+def _max_tokens(body: nn.Module) -> float:
     return _CPU_TOKENS if next(body.parameters()).device.type == "cpu" else math.inf
 
 
@@ -100,7 +100,7 @@ def _features(
     device = next(body.parameters()).device
     lengths = torch.tensor([len(row) for row in tokens])
     longest = int(lengths.max())
-    # Padded on the right, whatever side the tokenizer would choose: positions then count from each row's start.
+    # Padded on the right, whichever side the tokenizer would choose: positions then count from each row's start.
     padded = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in tokens])
     mask = torch.arange(longest)[None, :] < lengths[:, None]
     options = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
@@ -110,10 +110,10 @@ def _features(
         output_hidden_states=True,
         **options,
     )
-    found: npt.NDArray[np.float32] = space.features(output.hidden_states, lengths).cpu().numpy()
-    if not np.isfinite(found).all():
+    values: npt.NDArray[np.float32] = space.features(output.hidden_states, lengths).cpu().numpy()
+    if not np.isfinite(values).all():
         raise TaskError("the model's hidden states are not finite; the adapter has diverged or the dtype is too narrow")
-    return found
+    return values
 
 
 def _body(model: nn.Module) -> nn.Module:

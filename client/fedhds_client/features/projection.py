@@ -1,9 +1,9 @@
-"""The space of features: hidden states of chosen layers, pooled and projected, the same at every site.
+"""The space of features: hidden states of selected layers, pooled and projected, the same at every site.
 
 The projection follows from the run's specification alone: random signs (Achlioptas 2003, "Database-friendly random
 projections", Thm 1.1), drawn from a counter-based generator whose stream numpy keeps fixed, so that it is bit-identical
 on every machine. Nothing is fitted on rows. It is applied to each batch as it comes, so that no more than one batch of
-hidden states is held, whatever the number of layers.
+hidden states is in memory, however many layers there are.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class FeatureSpace:
         return f"{self.seed}/{self.dimension}/{self.layers}/{self.pooling}/{self.shared}"
 
     def layer_indices(self, count: int) -> list[int]:
-        """Indices of the layers in use, out of `count`, ascending; raises TaskError for one that the model does not have."""
+        """Indices of the layers in use, out of `count`, ascending; raises TaskError for a layer that is not there."""
         if self.layers == "all":
             return list(range(count))
         if self.layers == "last":
@@ -102,7 +102,7 @@ class FeatureSpace:
         if self.pooling == "last":
             return states[torch.arange(len(states), device=states.device), lengths - 1].float()
         mask = torch.arange(states.shape[1], device=states.device)[None, :] < lengths[:, None]
-        # where, not a product: what stands at padding may be anything.
+        # where, not a product: states at padding may be anything.
         summed = torch.where(mask[:, :, None], states.float(), 0.0).sum(dim=1)
         return summed / lengths[:, None]
 

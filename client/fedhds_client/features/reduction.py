@@ -65,10 +65,10 @@ def _principal(features: npt.NDArray[np.floating], dimensions: int, seed: int) -
     """The first principal components, as many as there are; at least two columns, filled up with zeros."""
     from sklearn.decomposition import PCA
 
-    # n centerd rows span n - 1 dimensions; one more would be rounding errors.
-    kept = min(dimensions, len(features) - 1, features.shape[1])
-    components = PCA(kept, random_state=seed).fit_transform(features).astype(np.float64)
-    missing = max(0, _DIMENSIONS - kept)
+    # n centered rows span n - 1 dimensions; one more would be rounding errors.
+    count = min(dimensions, len(features) - 1, features.shape[1])
+    components = PCA(count, random_state=seed).fit_transform(features).astype(np.float64)
+    missing = max(0, _DIMENSIONS - count)
     return np.pad(components, ((0, 0), (0, missing)))
 
 
@@ -81,11 +81,11 @@ def _tsne(features: FloatArray, seed: int) -> FloatArray:
 
 
 def _perplexity(rows: int) -> float:
-    """The paper's min(30, n - 1), mended where n - 1 is the smaller.
+    """The paper's min(30, n - 1), but a third of n - 1 where that is the smaller.
 
-    A perplexity of n - 1 makes every other row an equal neighbor, whatever the features: four well separated groups
-    in 24 rows were found with an adjusted Rand index of 0.1, against 1.0 with a third of it (10 seeds); from 33 rows
-    on the paper's value finds them.
+    A perplexity of n - 1 makes every other row an equal neighbor, and the features count for nothing: four well
+    separated groups in 24 rows were found with an adjusted Rand index of 0.1, against 1.0 with a third of it (10
+    seeds); from 33 rows on the paper's value finds them.
     """
     return _PERPLEXITY if rows > _PERPLEXITY + 1 else (rows - 1) / 3
 
@@ -136,30 +136,30 @@ def _kernel_principal(features: npt.NDArray[np.floating], seed: int) -> tuple[Fl
 
     rows = len(features)
     # Distances are taken from products, which would lose what little tells rows far from the origin apart.
-    centerd = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
+    centered = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
     rounding = features.shape[1] * float(_EQUAL * np.abs(features).max()) ** 2
-    gamma = 1 / _squared_width(centerd, rounding, seed)
+    gamma = 1 / _squared_width(centered, rounding, seed)
     if rows <= _KERNEL_ROWS:
         # The iterative solver, the default from 200 rows on, may fail where the kernel has few values above zero.
         reduction = KernelPCA(_DIMENSIONS, kernel="rbf", gamma=gamma, eigen_solver="dense")
-        points: FloatArray = reduction.fit_transform(centerd)
+        points: FloatArray = reduction.fit_transform(centered)
         return points, ""
-    mapped = Nystroem(gamma=gamma, n_components=_LANDMARKS, random_state=seed).fit_transform(centerd)
+    mapped = Nystroem(gamma=gamma, n_components=_LANDMARKS, random_state=seed).fit_transform(centered)
     return (
         _principal(mapped, _DIMENSIONS, seed),
         f"{rows} rows are too many for a full kernel (at most {_KERNEL_ROWS}): {_LANDMARKS} of them as landmarks",
     )
 
 
-def _squared_width(centerd: FloatArray, rounding: float, seed: int) -> float:
+def _squared_width(centered: FloatArray, rounding: float, seed: int) -> float:
     """The median squared distance between rows, over a sample (the median heuristic; Garreau et al., arXiv 1707.07269).
 
     Where half of the pairs are equal, up to `rounding`, that would be no width: then the mean over all pairs.
     """
     from scipy.spatial.distance import pdist
 
-    sample = centerd
-    if len(centerd) > _WIDTH_ROWS:
-        sample = centerd[np.random.default_rng(seed).choice(len(centerd), _WIDTH_ROWS, replace=False)]
+    sample = centered
+    if len(centered) > _WIDTH_ROWS:
+        sample = centered[np.random.default_rng(seed).choice(len(centered), _WIDTH_ROWS, replace=False)]
     median = float(np.median(pdist(sample, "sqeuclidean")))
-    return median if median > rounding else 2 * float(np.square(centerd).sum(axis=1).mean())
+    return median if median > rounding else 2 * float(np.square(centered).sum(axis=1).mean())

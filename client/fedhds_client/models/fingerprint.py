@@ -30,7 +30,7 @@ def fingerprint(base: BaseModel, template: str) -> pb.ModelFingerprint:
     backend = getattr(base.tokenizer, "backend_tokenizer", None)
     vocabulary = json.loads(backend.to_str()) if backend is not None else base.tokenizer.get_vocab()
     if backend is not None:
-        # Set by whoever last encoded a batch.
+        # Set by the last encoding of a batch.
         vocabulary |= {"truncation": None, "padding": None}
     special = {name: str(token) for name, token in base.tokenizer.special_tokens_map.items()}
     return pb.ModelFingerprint(

@@ -51,7 +51,7 @@ class BaseModel:
 
     @cached_property
     def weights(self) -> str:
-        """SHA-256 over all tensors as stored, whatever the files' layout; taken when first asked for."""
+        """SHA-256 over all tensors as stored, in whatever layout of files; taken when first asked for."""
         return weights_digest(self.name, self.weight_files, self.cache_dir)
 
 
@@ -107,19 +107,19 @@ def _quieten() -> None:
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 
-def _device(wanted: str) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
         raise ModelError("there is no CUDA device here; use --device auto or cpu")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _dtype(wanted: str, where: torch.device) -> torch.dtype:
-    if wanted == "auto":
+def _dtype(name: str, where: torch.device) -> torch.dtype:
+    if name == "auto":
         return torch.bfloat16 if where.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    found = getattr(torch, wanted, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ModelError(f"{wanted!r} is not a floating type; use auto, float32, bfloat16 or float16")
-    return found
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ModelError(f"{name!r} is not a floating type; use auto, float32, bfloat16 or float16")
+    return dtype
 
 
 def _config(name: str, source: str, options: dict[str, Any], body_only: bool) -> Any:
@@ -196,13 +196,13 @@ def _weight_files(source: str, options: dict[str, Any]) -> list[Path]:
     """The files that a model just loaded was read from; for a hub model, in the hub's cache."""
     where = {key: value for key, value in options.items() if key == "revision"}
 
-    def found(name: str) -> Path | None:
+    def cached(name: str) -> Path | None:
         path = cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False, **where)
         return Path(path) if path else None
 
     names = (stem + ending for stem in _WEIGHT_FILES for ending in ("", ".index.json"))
-    first = next((path for name in names if (path := found(name))), None)
+    first = next((path for name in names if (path := cached(name))), None)
     if first is None or first.suffix != ".json":
         return [first] if first else []
     parts = sorted(set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()))
-    return [path for name in parts if (path := found(name))]
+    return [path for name in parts if (path := cached(name))]

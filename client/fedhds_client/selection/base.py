@@ -45,7 +45,7 @@ class IntraClientSelection(ABC):
     def release(self, context: SelectionContext) -> Message:
         """Groups the rows and releases what the task asks for, through `context.reporter` and by nothing else.
 
-        MUST keep ids with whatever it computes of rows, and depend on nothing but its arguments.
+        MUST keep ids with what it computes of rows, and depend on nothing but its arguments.
         """
 
     def check_policy(self, reporter: PrivateReporter) -> None:

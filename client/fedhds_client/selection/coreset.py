@@ -17,7 +17,7 @@ from fedhds_client.state_files import file_key
 def coreset_rows(coreset: pb.Coreset, *, rows: int, run_id: str, folder: Path) -> tuple[int, ...]:
     """Ids of the rows to train on, ascending, each once, all within a shard of `rows` rows.
 
-    `folder` is the site's state folder. The result is empty when all picks fall on padding, which stands for clusters
+    `folder` is the site's state folder. The result is empty when all picks are of padding, which fills up clusters
     that the site does not have: then there is nothing to train. Raises TaskError for picks from clusters that this
     site never reported, StorageError when they cannot be read.
     """
@@ -26,8 +26,8 @@ def coreset_rows(coreset: pb.Coreset, *, rows: int, run_id: str, folder: Path) -
             return tuple(range(rows))
         case "random":
             count = min(coreset.random.count, rows)
-            drawn = np.random.default_rng(coreset.random.seed).choice(rows, count, replace=False) if count else ()
-            return tuple(sorted(int(row) for row in drawn))
+            sample = np.random.default_rng(coreset.random.seed).choice(rows, count, replace=False) if count else ()
+            return tuple(sorted(int(row) for row in sample))
         case "picks":
             task_id = coreset.picks.select_task_id
             return _picked(coreset.picks, *_load_clusters(_file(folder, run_id, task_id), task_id, rows))
@@ -48,8 +48,8 @@ def save_clusters(
 
     Call it before the report leaves, so that picks resolve however the process ends. Raises StorageError.
     """
-    kept = {"rows": rows, "members": [list(cluster) for cluster in members], "unclustered": list(unclustered)}
-    replace_file(_file(folder, run_id, task_id), json.dumps(kept), private=True)
+    content = {"rows": rows, "members": [list(cluster) for cluster in members], "unclustered": list(unclustered)}
+    replace_file(_file(folder, run_id, task_id), json.dumps(content), private=True)
 
 
 def _picked(picks: pb.ClusterPicks, members: list[list[int]], unclustered: list[int]) -> tuple[int, ...]:
@@ -65,10 +65,10 @@ def _picked(picks: pb.ClusterPicks, members: list[list[int]], unclustered: list[
 
 def _load_clusters(file: Path, task_id: str, rows: int) -> tuple[list[list[int]], list[int]]:
     try:
-        kept = json.loads(file.read_text(encoding="ascii"))
-        members: list[list[int]] = kept["members"]
-        unclustered: list[int] = kept["unclustered"]
-        rows_then: int = kept["rows"]
+        content = json.loads(file.read_text(encoding="ascii"))
+        members: list[list[int]] = content["members"]
+        unclustered: list[int] = content["unclustered"]
+        rows_then: int = content["rows"]
     except FileNotFoundError as error:
         raise TaskError(f"this site has reported no clusters in the task {task_id}") from error
     except OSError as error:

@@ -3,6 +3,8 @@
 A new kind is a file here and its entry below; the coordinator's workflow has the same kind.
 """
 
+from fedhds import __version__
+from fedhds.errors import TaskError
 from fedhds_client.tasks.base import SiteTask, TaskContext, TaskResult
 from fedhds_client.tasks.evaluate import EvaluateTask
 from fedhds_client.tasks.select import SelectTask
@@ -10,4 +12,11 @@ from fedhds_client.tasks.train import TrainTask
 
 TASKS: dict[str, SiteTask] = {"select": SelectTask(), "train": TrainTask(), "evaluate": EvaluateTask()}
 
-__all__ = ["TASKS", "SiteTask", "TaskContext", "TaskResult"]
+__all__ = ["TASKS", "SiteTask", "TaskContext", "TaskResult", "task_kind"]
+
+
+def task_kind(name: str) -> SiteTask:
+    """The kind of task with that name; raises TaskError for one that this version does not know."""
+    if name not in TASKS:
+        raise TaskError(f"fedhds {__version__} knows no task {name!r}; install the coordinator's version here")
+    return TASKS[name]

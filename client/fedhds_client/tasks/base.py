@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from google.protobuf.message import Message
 
+from fedhds import __version__
 from fedhds.errors import TaskError
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ class TaskContext:
         message = kind()
         if not self.task.request.Unpack(message):
             raise TaskError(
-                f"the {self.task.kind} task has a request that this version does not know; install the coordinator's "
-                "version of fedhds here"
+                f"the {self.task.kind} task has a request of type {self.task.request.TypeName() or 'none'}, but fedhds "
+                f"{__version__} expects {kind.DESCRIPTOR.full_name}; install the coordinator's version here"
             )
         return message
 

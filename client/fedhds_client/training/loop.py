@@ -1,4 +1,4 @@
-"""The local training loop: LoRA on the response tokens of a coreset."""
+"""The local training loop: the adapter on the response tokens of a coreset."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def train(
 
     Adam, a fresh one in every round, as the global adapter is a new start; order of rows and dropout come from `seed`.
     Rows become tokens batch by batch, so memory does not grow with the shard. The global random state is left alone.
+    With `trainable_roles`, tensors of other roles keep their bytes and take no memory for gradients.
     Raises Cancelled, TaskError when loss or gradient is not finite or memory runs out, ValueError without rows.
     """
     if not rows:
@@ -52,11 +53,15 @@ def train(
     started = time.monotonic()
     loss_of = ResponseLoss(model)
     parameters = model.parameters(trainable_roles)
+    trained = set(parameters)
+    frozen = [parameter for parameter in model.parameters() if parameter not in trained]
     optimizer = torch.optim.Adam(parameters, lr=spec.learning_rate)
     order = torch.Generator().manual_seed(seed % 2**63)
     steps = math.ceil(len(rows) / spec.batch_size)
     truncated: set[int] = set()
     model.module.train()
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
@@ -79,6 +84,8 @@ def train(
         ) from error
     finally:
         model.module.eval()
+        for parameter in frozen:
+            parameter.requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
     seconds = time.monotonic() - started
     return TrainOutcome(len(rows), loss_sum / max(tokens, 1), seconds, len(truncated), steps=steps * spec.local_epochs)

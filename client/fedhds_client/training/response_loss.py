@@ -35,17 +35,17 @@ class ResponseLoss:
         longest = max(len(row.input_ids) for row in batch)
         ids = torch.full((len(batch), longest), self._pad)
         mask = torch.zeros((len(batch), longest), dtype=torch.long)
-        wanted = torch.zeros((len(batch), longest), dtype=torch.bool)
+        targeted = torch.zeros((len(batch), longest), dtype=torch.bool)
         for i, row in enumerate(batch):
             length = len(row.input_ids)
             ids[i, :length] = torch.tensor(row.input_ids)
             mask[i, :length] = 1
             # The first token of all has nothing before it that could predict it.
-            wanted[i, max(row.response_start, 1) : length] = True
-        ids, mask, wanted = ids.to(self._device), mask.to(self._device), wanted.to(self._device)
+            targeted[i, max(row.response_start, 1) : length] = True
+        ids, mask, targeted = ids.to(self._device), mask.to(self._device), targeted.to(self._device)
         # Position t predicts token t + 1.
-        before = wanted.roll(-1, dims=1)
-        targets = ids[wanted]
+        before = targeted.roll(-1, dims=1)
+        targets = ids[targeted]
         if self._split is None:
             self._split = self._can_split(ids, mask, before)
         with self._precision():

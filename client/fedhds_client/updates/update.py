@@ -83,10 +83,10 @@ class FinishedUpdate:
 def keep_update(
     path: Path, model: AdapterModel, adapter: Path, outcome: TrainOutcome, *, round_number: int
 ) -> FinishedUpdate:
-    """Writes what training made of the global adapter `adapter` in round `round_number` to `path`, in the run's wire type.
+    """Writes what training made of the global adapter `adapter` in a round to `path`, in the run's wire type.
 
     A difference (int8) is to `adapter`, plus what was rounded away of the site's update before; what is rounded away of
-    this one lies beside it. It is finished, and earlier ones go, once its note is durable. Raises StorageError.
+    this one is beside it. It is finished, and earlier ones go, once its note is durable. Raises StorageError.
     """
     folder = path.parent
     try:

@@ -41,7 +41,7 @@ class Entry(BaseModel):
     clip_norm: float = Field(
         ge=0, allow_inf_nan=False, description="Norm every centroid or row was clipped to; 0: none."
     )
-    released: int = Field(ge=0, description="Number of centroids or cells.")
+    released: int = Field(ge=0, description="Number of centroids or clusters.")
     dimension: int = Field(ge=0, description="Values per centroid.")
     delta: float = Field(gt=0, lt=1, description="Delta at which `epsilon` holds.")
     unit: Unit = Field(
@@ -53,9 +53,9 @@ class Entry(BaseModel):
 
 
 class Ledger:
-    """The append-only ledger of one site at `path`, read anew for every answer, so that it never answers stale.
+    """The append-only ledger of one site at `path`, read again for every answer, so that it never answers stale.
 
-    One process writes it at a time: whoever holds the lock of the site's state folder. Methods raise StorageError
+    One process writes it at a time: the one that has the lock of the site's state folder. Methods raise StorageError
     when the file or a payload cannot be read or written or is damaged. A last line without its line feed is what a
     crash leaves of an append that had not returned; nothing was sent for it, so it does not count.
     """
@@ -156,7 +156,7 @@ class Ledger:
             raise PrivacyError(
                 f"this release would bring the site's {unit}-level epsilon to {after:.4g} (delta {delta:g}; inf: some "
                 f"release has no noise), above its own limit of {max_epsilon:g}; the run needs more noise, or the site "
-                "a larger --max-epsilon"
+                "a larger --selection-max-epsilon"
             )
 
     def _multipliers(self, unit: Unit, run_id: str | None = None) -> list[float]:
