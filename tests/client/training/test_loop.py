@@ -26,7 +26,7 @@ from tests.tiny import make_model, write_rows
 
 
 def _spec(**fields: Any) -> RunSpec:
-    return RunSpec.model_validate({"model": "m", "rounds": 1, "learning_rate": 1e-2, "batch_size": 2} | fields)
+    return RunSpec.of(**{"model": "m", "rounds": 1, "learning_rate": 1e-2, "batch_size": 2} | fields)
 
 
 def _adapter(folder: Path, spec: RunSpec) -> AdapterModel:
@@ -43,7 +43,7 @@ def _train(adapter: AdapterModel, shard: Shard, rows: Sequence[int], spec: RunSp
     prompter = options.pop("prompter", None) or _prompter(adapter)
     defaults: dict[str, Any] = {"seed": 1, "progress": lambda share: None, "cancelled": lambda: False}
     options = defaults | options
-    return train(adapter, shard, rows, prompter, spec, **options)
+    return train(adapter, shard, rows, prompter, spec.training, **options)
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +193,41 @@ def test_base_weights_global_random_state_and_mode_are_left_alone(llama: Path, s
     assert all(parameter.grad is None for parameter in adapter.module.parameters())
     assert all(torch.equal(adapter.module.state_dict()[name], tensor) for name, tensor in frozen.items())
     assert not any(torch.equal(a, b) for a, b in zip(changing, adapter.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("role", ["lora_A", "lora_B"])
+def test_of_some_roles_only_their_tensors_change(tmp_path: Path, llama: Path, shard: Shard, role: str) -> None:
+    spec = _spec(local_epochs=2)
+    adapter = _adapter(llama, spec)
+    # In a first adapter B is zero, and A has no gradient.
+    _train(adapter, shard, range(8), spec)
+    adapter.save(tmp_path / "start")
+    state = {tensor.name: adapter.values()(tensor).tobytes() for tensor in adapter.manifest().tensors}
+    _train(adapter, shard, range(8), spec, seed=2, trainable_roles=frozenset({role}))
+    for tensor in adapter.manifest().tensors:
+        assert (adapter.values()(tensor).tobytes() == state[tensor.name]) is (tensor.role != role), tensor.name
+    # Nothing stays frozen, and nothing is left of gradients.
+    assert len(adapter.parameters()) == len(adapter.manifest().tensors)
+    assert all(parameter.grad is None for parameter in adapter.module.parameters())
+    # All roles is the same as none.
+    results = []
+    for roles in (frozenset[str](), adapter.manifest().roles):
+        adapter.load(tmp_path / "start")
+        _train(adapter, shard, range(8), spec, trainable_roles=roles)
+        results.append(adapter.save(tmp_path / "end"))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("frozen_on", ["cancelled", "role"])
+def test_nothing_stays_frozen_when_training_ends_early(llama: Path, shard: Shard, frozen_on: str) -> None:
+    adapter = _adapter(llama, _spec())
+    if frozen_on == "cancelled":
+        with pytest.raises(Cancelled):
+            _train(adapter, shard, [0], _spec(), trainable_roles=frozenset({"lora_B"}), cancelled=lambda: True)
+    else:
+        with pytest.raises(TaskError, match="cannot train magnitude alone; use another --aggregator"):
+            _train(adapter, shard, [0], _spec(), trainable_roles=frozenset({"magnitude"}))
+    assert len(adapter.parameters()) == len(adapter.manifest().tensors)
 
 
 def test_rows_become_tokens_batch_by_batch(llama: Path, shard: Shard) -> None:

@@ -113,7 +113,7 @@ def test_the_centroid_leans_to_sure_members() -> None:
     assert found.centroids[number][1] < plain[1]
 
 
-def test_features_without_fusion_can_be_clustered() -> None:
+def test_features_without_reduction_can_be_clustered() -> None:
     rng = np.random.default_rng(0)
     labels = np.arange(30) % 3
     points = rng.normal(size=(3, 500))[labels] * 5 + rng.normal(size=(30, 500))

@@ -196,7 +196,7 @@ def assert_rebuilt(folder: Path) -> None:
     desk = Desk(folder, SHARD).take_right()
     assert desk.asked == SHARD
     assert len(desk.notes) == 1
-    assert "taken anew" in desk.notes[0]
+    assert "taken again" in desk.notes[0]
     repaired = Desk(folder, SHARD).take_right()
     assert not repaired.asked
     assert not repaired.notes
@@ -306,7 +306,7 @@ def test_on_a_full_disk_the_features_are_given_and_the_earlier_file_is_kept(tmp_
     script = f"""
 import resource
 from pathlib import Path
-from tests.client.test_feature_cache import Desk, SHARD
+from tests.client.features.test_cache import Desk, SHARD
 resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40))
 desk = Desk(Path({str(tmp_path)!r}), [*SHARD, (77,)]).take_right()
 assert desk.asked == [(77,)], desk.asked
@@ -403,7 +403,7 @@ def test_processes_that_share_a_folder_use_one_secret_and_corrupt_nothing(tmp_pa
     script = """
 import sys, time
 from pathlib import Path
-from tests.client.test_feature_cache import Desk
+from tests.client.features.test_cache import Desk
 folder, number = Path(sys.argv[1]), int(sys.argv[2])
 print("ready", flush=True)
 start = float(sys.stdin.readline())
@@ -467,7 +467,7 @@ def test_memory_is_one_result_and_little_more(tmp_path: Path) -> None:
     assert peak() < 1.25
 
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": os.pathsep.join(str(REPOSITORY / name) for name in ("common", "server", "client", "")),

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from fedhds_client.data.prompts import Encoded, Prompter
 from fedhds_client.data.row_formats import Row
-from fedhds_client.evaluation.evaluate import generate
+from fedhds_client.evaluation.generation import generate
 from fedhds_client.models.adapter import InferenceModel
 from fedhds_client.models.loading import load_base_model
 from fedhds_client.training.response_loss import ResponseLoss

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from fedhds.errors import DataError, ModelError, UsageError
 from fedhds.spec import RunSpec
 from fedhds.tensors.safetensors import write_adapter
-from fedhds_client import commands
+from fedhds_client.commands import adapter as commands
 from fedhds_client.models.adapter import AdapterModel
 from fedhds_client.models.loading import load_base_model
 from tests.tiny import make_model, write_rows
@@ -48,7 +48,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter folder for it, as a site receives one."""
     folder = tmp_path_factory.mktemp("adapter")
-    spec = RunSpec.model_validate({"model": str(llama), "rounds": 1, "lora_rank": 4})
+    spec = RunSpec.of(model=str(llama), rounds=1, lora_rank=4)
     manifest = AdapterModel(load_base_model(str(llama), device="cpu"), spec).manifest()
     write_adapter(
         folder / "adapter_model.safetensors", manifest, lambda tensor: tensor.initial_value(3) + 0.05, "float32"
@@ -159,6 +159,9 @@ def test_a_base_model_that_does_not_fit_leaves_no_folder(adapter: Path, tmp_path
 
 
 def test_help_needs_no_heavy_import() -> None:
-    code = "import sys, fedhds_client.commands.adapter; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    code = (
+        "import sys, fedhds_client.commands.adapter; "
+        "print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

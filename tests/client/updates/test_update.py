@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from fedhds.errors import StorageError
-from fedhds.spec import WireDtype
+from fedhds.spec import AggregationSpec, WireDtype
 from fedhds.tensors.codecs import CODECS
 from fedhds.tensors.manifest import AdapterManifest, FloatArray, TensorSpec
 from fedhds.tensors.safetensors import AdapterReader, write_adapter
-from fedhds_client.updates.update import Trained, keep_update
-from fedhds_server.aggregation import AGGREGATORS, Update
+from fedhds_client.updates.update import FinishedUpdate, keep_update
+from fedhds_server.aggregation import AGGREGATORS, Update, aggregate
+from fedhds_server.optimizers import OPTIMIZERS
 from tests.manifests import lora_manifest
 
 MANIFEST = lora_manifest({"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)})
@@ -66,9 +67,9 @@ def kept(
     number: int,
     dtype: WireDtype = "int8",
     start: Start = zeros,
-) -> Trained:
+) -> FinishedUpdate:
     model: Any = Model(dtype, start)
-    return keep_update(folder / "run" / f"update-{number}.safetensors", model, adapter, OUTCOME, number=number)
+    return keep_update(folder / "run" / f"update-{number}.safetensors", model, adapter, OUTCOME, round_number=number)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
@@ -76,13 +77,13 @@ def test_a_finished_update_is_found_again_and_goes_with_the_next(
     tmp_path: Path, adapter: Path, dtype: WireDtype
 ) -> None:
     first = kept(tmp_path, adapter, 1, dtype)
-    assert Trained.found(first.path) == first
+    assert FinishedUpdate.load(first.path) == first
     result = first.result()
     assert (result.samples, result.loss, result.truncated_rows) == (5, 1.5, 1)
     assert result.update.digest == first.artifact.digest
     second = kept(tmp_path, adapter, 2, dtype)
-    assert Trained.found(first.path) is None
-    assert Trained.found(second.path) == second
+    assert FinishedUpdate.load(first.path) is None
+    assert FinishedUpdate.load(second.path) == second
     left = {"update-2.json", "update-2.safetensors"} | ({"update-2.residual"} if dtype == "int8" else set())
     assert {path.name for path in (tmp_path / "run").iterdir()} == left
 
@@ -91,14 +92,14 @@ def test_a_finished_update_is_found_again_and_goes_with_the_next(
 def test_an_update_with_a_damaged_note_or_damaged_tensors_is_not_taken(
     tmp_path: Path, adapter: Path, content: str
 ) -> None:
-    found = kept(tmp_path, adapter, 1)
-    note = found.path.with_suffix(".json")
+    update = kept(tmp_path, adapter, 1)
+    note = update.path.with_suffix(".json")
     whole = note.read_text()
     note.write_text(content)
-    assert Trained.found(found.path) is None
+    assert FinishedUpdate.load(update.path) is None
     note.write_text(whole)
-    found.path.write_bytes(found.path.read_bytes()[:-1] + b"?")
-    assert Trained.found(found.path) is None
+    update.path.write_bytes(update.path.read_bytes()[:-1] + b"?")
+    assert FinishedUpdate.load(update.path) is None
 
 
 def test_what_is_rounded_away_is_made_up_for_by_later_updates(tmp_path: Path, adapter: Path) -> None:
@@ -127,9 +128,20 @@ def test_the_coordinator_adds_the_difference_to_the_adapter_that_it_was_made_fro
     base = tmp_path / "base"
     write_adapter(base, MANIFEST, start, "float32")
     one, two = kept(tmp_path / "a", base, 1, start=start), kept(tmp_path / "b", base, 1, "float32", start=start)
-    updates = [Update("a", one.path, 1.0), Update("b", two.path, 3.0)]
-    AGGREGATORS["fedavg"].aggregate(MANIFEST, base, updates, tmp_path / "out", "float32")
-    with AdapterReader(tmp_path / "out", MANIFEST) as reader:
+    updates = [Update("a", one.path, 0.25), Update("b", two.path, 0.75)]
+    settings = AggregationSpec()
+    aggregate(
+        MANIFEST,
+        base,
+        updates,
+        aggregator=AGGREGATORS[settings.aggregator.name],
+        optimizer=OPTIMIZERS[settings.optimizer.name],
+        spec=settings,
+        slots={},
+        scratch=lambda name: tmp_path / name,
+        round_number=1,
+    )
+    with AdapterReader(tmp_path / "aggregate", MANIFEST) as reader:
         for spec in MANIFEST.tensors:
             off = np.abs(reader.tensor(spec) - start(spec) - LEARNED[spec.name])
             assert off.max() <= np.abs(LEARNED[spec.name]).max() / 127 / 2 / 4 + 1e-4
@@ -161,7 +173,7 @@ def test_a_site_whose_state_folder_is_gone_says_so(
     assert "there is no earlier update of this run" in caplog.text
 
 
-def test_an_update_that_is_made_anew_takes_what_the_one_before_left(tmp_path: Path, adapter: Path) -> None:
+def test_an_update_that_is_made_again_takes_what_the_one_before_left(tmp_path: Path, adapter: Path) -> None:
     """A crash between the second update's files and its note: made again, it is the same."""
     first = kept(tmp_path, adapter, 1)
     before = {path: path.read_bytes() for path in first.path.parent.iterdir()}

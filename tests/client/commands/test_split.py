@@ -65,20 +65,20 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("by", ["dirichlet", "category", "iid", "task"])
-def test_every_row_goes_to_exactly_one_client(data: Path, out: Path, by: str) -> None:
-    _split(data, "--out", out, "--clients", 3, "--by", by)
+def test_every_row_goes_to_exactly_one_site(data: Path, out: Path, by: str) -> None:
+    _split(data, "--out", out, "--sites", 3, "--by", by)
     dealt = _digests(out)
-    assert list(dealt) == ["client-00.jsonl", "client-01.jsonl", "client-02.jsonl"]
+    assert list(dealt) == ["site-00.jsonl", "site-01.jsonl", "site-02.jsonl"]
     assert Counter(digest for rows in dealt.values() for digest in rows) == Counter(row.digest for row in _rows(data))
     assert set(_bytes(out)) == {*dealt, "manifest.json"}
 
 
 def test_the_manifest_says_what_was_done_and_what_came_out(data: Path, out: Path) -> None:
-    _split(data, "--out", out, "--clients", 3, "--unseen", "birds", "--unseen-rows", 7, "--alpha", 2, "--seed", 5)
+    _split(data, "--out", out, "--sites", 3, "--unseen", "birds", "--unseen-rows", 7, "--alpha", 2, "--seed", 5)
     manifest = _manifest(out)
     assert manifest["fedhds"] == __version__
     assert manifest["arguments"] == {
-        "clients": 3,
+        "sites": 3,
         "by": "dirichlet",
         "alpha": 2.0,
         "unseen": ["birds"],
@@ -88,7 +88,7 @@ def test_the_manifest_says_what_was_done_and_what_came_out(data: Path, out: Path
     }
     with Shard.open(data) as shard:
         assert manifest["inputs"] == {"pool.jsonl": shard.digest}
-    assert set(manifest["files"]) == {"client-00.jsonl", "client-01.jsonl", "client-02.jsonl", "unseen.jsonl"}
+    assert set(manifest["files"]) == {"site-00.jsonl", "site-01.jsonl", "site-02.jsonl", "unseen.jsonl"}
     for name, described in manifest["files"].items():
         rows = _rows(out / name)
         assert described == {
@@ -99,7 +99,7 @@ def test_the_manifest_says_what_was_done_and_what_came_out(data: Path, out: Path
 
 
 def test_the_same_arguments_give_the_same_bytes_and_another_seed_does_not(data: Path, tmp_path: Path) -> None:
-    arguments = ("--clients", 4, "--unseen", "cats", "--unseen-rows", 20)
+    arguments = ("--sites", 4, "--unseen", "cats", "--unseen-rows", 20)
     for folder, seed in (("one", 1), ("again", 1), ("other", 2)):
         _split(data, "--out", tmp_path / folder, *arguments, "--seed", seed)
     assert _bytes(tmp_path / "one") == _bytes(tmp_path / "again")
@@ -107,8 +107,8 @@ def test_the_same_arguments_give_the_same_bytes_and_another_seed_does_not(data: 
     assert all(one[name] != other[name] for name in one)
 
 
-def test_unseen_categories_are_held_out_from_every_client(data: Path, out: Path) -> None:
-    _split(data, "--out", out, "--clients", 2, "--unseen", "birds", "--unseen", "dogs")
+def test_unseen_categories_are_held_out_from_every_site(data: Path, out: Path) -> None:
+    _split(data, "--out", out, "--sites", 2, "--unseen", "birds", "--unseen", "dogs")
     files = {file.name: _rows(file) for file in out.glob("*.jsonl")}
     held_out = files.pop("unseen.jsonl")
     assert Counter(row.category for row in held_out) == {"birds": 40, "dogs": 50}
@@ -118,12 +118,12 @@ def test_unseen_categories_are_held_out_from_every_client(data: Path, out: Path)
 
 def test_unseen_rows_are_a_draw_of_the_held_out_ones(data: Path, out: Path) -> None:
     pool = [row.digest for row in _rows(data) if row.category == "birds"]
-    _split(data, "--out", out, "--clients", 2, "--unseen", "birds", "--unseen-rows", 15)
+    _split(data, "--out", out, "--sites", 2, "--unseen", "birds", "--unseen-rows", 15)
     drawn = _digests(out)["unseen.jsonl"]
     assert len(drawn) == len(set(drawn)) == 15
     assert set(drawn) < set(pool)
     assert drawn != pool[:15]
-    _split(data, "--out", out, "--clients", 2, "--unseen", "birds", "--unseen-rows", 9999)
+    _split(data, "--out", out, "--sites", 2, "--unseen", "birds", "--unseen-rows", 9999)
     assert _digests(out)["unseen.jsonl"] == pool
 
 
@@ -139,8 +139,8 @@ def test_rows_of_every_format_keep_their_content(tmp_path: Path, out: Path) -> N
         row["category"] = "mixed"
     data = tmp_path / "pool.jsonl.gz"
     data.write_bytes(gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in rows)))
-    _split(data, "--out", out, "--clients", 1, "--min-rows", 1)
-    assert _rows(out / "client-00.jsonl") == _rows(data)
+    _split(data, "--out", out, "--sites", 1, "--min-rows", 1)
+    assert _rows(out / "site-00.jsonl") == _rows(data)
 
 
 def _task_file(path: Path, count: int) -> None:
@@ -148,7 +148,7 @@ def _task_file(path: Path, count: int) -> None:
     path.write_text(json.dumps({"Definition": ["Answer."], "Instances": instances}), encoding="utf-8")
 
 
-def test_a_folder_of_task_files_gives_a_client_per_task(tmp_path: Path, out: Path) -> None:
+def test_a_folder_of_task_files_gives_a_site_per_task(tmp_path: Path, out: Path) -> None:
     tasks = tmp_path / "tasks"
     (tasks / "ignored").mkdir(parents=True)
     for name, count in (("task002_b", 3), ("task001_a", 5), ("task003_c", 4)):
@@ -156,13 +156,13 @@ def test_a_folder_of_task_files_gives_a_client_per_task(tmp_path: Path, out: Pat
     _split(tasks, "--out", out, "--by", "task", "--unseen", "task003_c")
     manifest = _manifest(out)
     assert {name: described["categories"] for name, described in manifest["files"].items()} == {
-        "client-00.jsonl": {"task001_a": 5},
-        "client-01.jsonl": {"task002_b": 3},
+        "site-00.jsonl": {"task001_a": 5},
+        "site-01.jsonl": {"task002_b": 3},
         "unseen.jsonl": {"task003_c": 4},
     }
-    assert manifest["arguments"]["clients"] == 2
+    assert manifest["arguments"]["sites"] == 2
     assert set(manifest["inputs"]) == {"task001_a.json", "task002_b.json", "task003_c.json"}
-    for row in _rows(out / "client-00.jsonl"):
+    for row in _rows(out / "site-00.jsonl"):
         assert (row.instruction, row.category, row.references) == ("Answer.", "task001_a", ("yes", "indeed"))
 
 
@@ -186,11 +186,11 @@ def test_several_files_are_one_pool_and_all_of_them_are_in_the_manifest(tmp_path
     assert _manifest(out)["inputs"] == inputs
 
 
-def test_the_files_of_many_clients_sort_in_their_order(tmp_path: Path, out: Path) -> None:
+def test_the_files_of_many_sites_sort_in_their_order(tmp_path: Path, out: Path) -> None:
     data = write_rows(tmp_path / "pool.jsonl", {"cats": 101})
-    _split(data, "--out", out, "--clients", 101, "--min-rows", 1, "--by", "iid")
+    _split(data, "--out", out, "--sites", 101, "--min-rows", 1, "--by", "iid")
     names = sorted(file.name for file in out.glob("*.jsonl"))
-    assert (len(names), names[0], names[-1]) == (101, "client-000.jsonl", "client-100.jsonl")
+    assert (len(names), names[0], names[-1]) == (101, "site-000.jsonl", "site-100.jsonl")
     assert list(_manifest(out)["files"]) == names
 
 
@@ -205,25 +205,25 @@ def test_bad_rows_are_an_error_or_left_out(data: Path, out: Path) -> None:
 
 
 def test_a_split_replaces_an_earlier_one_and_nothing_else(data: Path, out: Path) -> None:
-    _split(data, "--out", out, "--clients", 8, "--min-rows", 1, "--unseen", "birds")
+    _split(data, "--out", out, "--sites", 8, "--min-rows", 1, "--unseen", "birds")
     (out / "notes.txt").write_text("mine")
-    _split(data, "--out", out, "--clients", 2)
-    assert set(_bytes(out)) == {"client-00.jsonl", "client-01.jsonl", "manifest.json", "notes.txt"}
-    assert set(_manifest(out)["files"]) == {"client-00.jsonl", "client-01.jsonl"}
+    _split(data, "--out", out, "--sites", 2)
+    assert set(_bytes(out)) == {"site-00.jsonl", "site-01.jsonl", "manifest.json", "notes.txt"}
+    assert set(_manifest(out)["files"]) == {"site-00.jsonl", "site-01.jsonl"}
 
 
 def test_an_empty_folder_is_taken(data: Path, out: Path) -> None:
     out.mkdir(parents=True)
-    _split(data, "--out", out, "--clients", 2)
+    _split(data, "--out", out, "--sites", 2)
     assert len(_bytes(out)) == 3
 
 
 def test_a_folder_with_other_files_is_left_alone(data: Path, out: Path) -> None:
     out.mkdir(parents=True)
-    (out / "client-00.jsonl").write_text("mine")
-    with pytest.raises(UsageError, match=r"^--out: .* holds files that are no split's; choose an empty folder"):
+    (out / "site-00.jsonl").write_text("mine")
+    with pytest.raises(UsageError, match=r"^--out: .* holds files that no split wrote; choose an empty folder"):
         _split(data, "--out", out)
-    assert _bytes(out) == {"client-00.jsonl": b"mine"}
+    assert _bytes(out) == {"site-00.jsonl": b"mine"}
 
 
 @pytest.mark.parametrize(
@@ -264,12 +264,12 @@ def test_an_out_that_cannot_be_a_folder_is_an_error(data: Path) -> None:
         (("--alpha", -1), "--alpha: -1 is not a finite number above 0"),
         (("--alpha", "nan"), "--alpha: nan is not a finite number above 0"),
         (("--alpha", "inf"), "--alpha: inf is not a finite number above 0"),
-        (("--alpha", 1e-9, "--clients", 9), "--alpha: no draw"),
+        (("--alpha", 1e-9, "--sites", 9), "--alpha: no draw"),
         (("--unseen", "fish"), "--unseen: there is no category 'fish'; there are birds, cats, dogs"),
-        (("--unseen", "cats", "--unseen", "dogs", "--unseen", "birds"), "--unseen: it leaves no rows for the clients"),
-        (("--clients", 16), "--clients: 16 clients of at least 10 rows need 160 rows, there are 150"),
-        (("--clients", 12, "--unseen", "birds"), "--clients: 12 clients of at least 10 rows need 120 rows"),
-        (("--clients", 2, "--min-rows", 76, "--by", "iid"), "--clients: 2 clients of at least 76 rows"),
+        (("--unseen", "cats", "--unseen", "dogs", "--unseen", "birds"), "--unseen: it leaves no rows for the sites"),
+        (("--sites", 16), "--sites: 16 sites of at least 10 rows need 160 rows, there are 150"),
+        (("--sites", 12, "--unseen", "birds"), "--sites: 12 sites of at least 10 rows need 120 rows"),
+        (("--sites", 2, "--min-rows", 76, "--by", "iid"), "--sites: 2 sites of at least 76 rows"),
     ],
 )
 def test_a_senseless_choice_is_an_error_that_names_the_flag_and_writes_nothing(
@@ -283,7 +283,7 @@ def test_a_senseless_choice_is_an_error_that_names_the_flag_and_writes_nothing(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--clients", 0),
+        ("--sites", 0),
         ("--min-rows", 0),
         ("--unseen-rows", 0, "--unseen", "cats"),
         ("--seed", -1),
@@ -312,12 +312,12 @@ def test_data_that_cannot_be_read_is_an_error(tmp_path: Path, data: Path, out: P
     assert not out.exists()
 
 
-def test_the_table_shows_rows_per_client_and_category(data: Path, out: Path) -> None:
-    shown = _split(data, "--out", out, "--by", "category", "--clients", 3, "--unseen", "cats")
+def test_the_table_shows_rows_per_site_and_category(data: Path, out: Path) -> None:
+    shown = _split(data, "--out", out, "--by", "category", "--sites", 3, "--unseen", "cats")
     table = [re.findall(r"[^\s│┃]+", line) for line in shown.splitlines()]
     assert ["file", "rows", "birds", "cats", "dogs"] in table
-    assert ["client-00.jsonl", "30", "30"] in table
-    assert ["client-01.jsonl", "30", "10", "20"] in table
+    assert ["site-00.jsonl", "30", "30"] in table
+    assert ["site-01.jsonl", "30", "10", "20"] in table
     assert ["unseen.jsonl", "60", "60"] in table
     assert "4 files and manifest.json in" in shown
 

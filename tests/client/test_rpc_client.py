@@ -1,4 +1,4 @@
-"""The link against a real server behind a relay that can be cut: calls are repeated, transfers go on, patience ends."""
+"""The client against a real server behind a relay that can be cut: calls are repeated, transfers go on."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ from fedhds.errors import (
     StorageError,
     TaskError,
 )
+from fedhds.grpc_errors import abort
 from fedhds.security.credentials import server_credentials
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
+from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
-from fedhds.transfer.background_step import chunks, status
+from fedhds.transfer import chunks
 from fedhds.v2 import federation_pb2 as pb
-from fedhds_client.rpc_client import CoordinatorClient, file_key
+from fedhds_client.rpc_client import CoordinatorClient
 from fedhds_server.rpc.federation import FederationServicer
 from fedhds_server.storage.artifacts import ArtifactStore
 from tests.common.tls_servers import serving
@@ -48,7 +50,7 @@ Fault = Callable[[Any], Awaitable[None]]
 
 
 class Relay:
-    """A TCP relay before the server: what breaks a link without either end being at fault."""
+    """A TCP relay before the server: what breaks a connection without either end being at fault."""
 
     def __init__(self) -> None:
         self.server_port = 0
@@ -142,15 +144,15 @@ class World:
     tasks: dict[str, Any]
     relay: Relay = field(default_factory=Relay)
     faults: Faults = field(default_factory=Faults)
-    links: list[CoordinatorClient] = field(default_factory=list)
+    clients: list[CoordinatorClient] = field(default_factory=list)
 
-    def link(self, *, patience: float = 20.0) -> CoordinatorClient:
-        link = CoordinatorClient(f"127.0.0.1:{self.relay.port}", None, patience=patience)
-        self.links.append(link)
-        return link
+    def client(self, *, reconnect_timeout_s: float = 20.0) -> CoordinatorClient:
+        client = CoordinatorClient(f"127.0.0.1:{self.relay.port}", None, reconnect_timeout_s=reconnect_timeout_s)
+        self.clients.append(client)
+        return client
 
     def breaks_after(self, chunks: int, ready: Callable[[], bool] = lambda: True, *, slow_s: float = 0.0) -> None:
-        """Cuts the link once, behind so many chunks of `slow_s` each and when `ready`; what was under way is lost."""
+        """Cuts the connection once: after so many chunks of `slow_s` each, when `ready`; what is under way is lost."""
         loop, passed = asyncio.get_running_loop(), 0
 
         def on_chunk() -> None:
@@ -169,7 +171,7 @@ class World:
 
             loop.call_soon_threadsafe(cut)
             is_cut.wait()
-            raise StorageError("the link is cut")
+            raise StorageError("the connection is cut")
 
         self.store.on_chunk = on_chunk
 
@@ -188,31 +190,35 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     async def site_of(session: str) -> Any:
         if session != SESSION:
             raise SessionLost("the session is not known")
-        return SimpleNamespace(bytes_received=0)
+        return SimpleNamespace(name="ward")
 
     async def next_task(site: Any, wait_s: float) -> None:
         await asyncio.sleep(wait_s)
+
+    def noted(*_: object) -> None:
+        return None
 
     phase = SimpleNamespace(over=False)
     state = SimpleNamespace(
         adapters=adapters,
         tasks=tasks,
         phase=phase,
-        round=3,
+        round_number=3,
         message="wait",
         paused=None,
-        spec=SimpleNamespace(patience=60.0),
+        spec=RunSpec.of(model="m", rounds=5),
     )
     made = World(tmp_path, Store(tmp_path / "artifacts"), adapters, tasks)
-    coordinator = cast(Any, SimpleNamespace(site_of=site_of, next_task=next_task, state=state, artifacts=made.store))
+    presence = SimpleNamespace(site_of=site_of, next_task=next_task, uploads=noted, received=noted)
+    coordinator = cast(Any, SimpleNamespace(presence=presence, state=state, artifacts=made.store))
     server = grpc.aio.server(interceptors=(made.faults,))
     FederationServicer(lambda: coordinator).register(server)
     made.relay.server_port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     await made.relay.up()
     yield made
-    for link in made.links:
-        await link.close()
+    for client in made.clients:
+        await client.close()
     made.relay.down()
     await server.stop(None)
 
@@ -231,13 +237,13 @@ def _refuses(code: grpc.StatusCode) -> Fault:
 
 def _raises(error: Exception) -> Fault:
     async def fault(context: Any) -> None:
-        await status.abort(context, error)
+        await abort(context, error)
 
     return fault
 
 
-async def _beat(link: CoordinatorClient) -> bool:
-    return bool((await link.call(link.federation.Heartbeat, BEAT)).withdrawn)
+async def _beat(client: CoordinatorClient) -> bool:
+    return bool((await client.call(client.federation.Heartbeat, BEAT)).withdrawn)
 
 
 @asynccontextmanager
@@ -259,34 +265,34 @@ async def _after(delay_s: float, action: Callable[[], Any]) -> AsyncIterator[Non
 
 
 async def test_a_call_is_answered_and_its_bytes_are_counted(world: World) -> None:
-    link = world.link()
-    assert await _beat(link)
+    client = world.client()
+    assert await _beat(client)
     assert world.faults.calls == ["Heartbeat"]
-    assert link.bytes_sent == BEAT.ByteSize() > 0
+    assert client.bytes_sent == BEAT.ByteSize() > 0
 
 
 @pytest.mark.parametrize("code", ["UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "RESOURCE_EXHAUSTED"])
 async def test_a_call_that_fails_in_passing_is_repeated(world: World, code: str) -> None:
     world.faults.planned = [_refuses(grpc.StatusCode[code])] * 2
-    link = world.link()
-    assert await _beat(link)
+    client = world.client()
+    assert await _beat(client)
     assert len(world.faults.calls) == 3
-    assert link.bytes_sent == 3 * BEAT.ByteSize()
+    assert client.bytes_sent == 3 * BEAT.ByteSize()
 
 
 async def test_a_coordinator_that_cannot_store_is_asked_again(world: World) -> None:
     world.faults.planned = [_raises(StorageError("the disk is full"))]
-    assert await _beat(world.link())
+    assert await _beat(world.client())
     assert len(world.faults.calls) == 2
 
 
-async def test_a_call_that_was_under_way_when_the_link_broke_is_repeated(world: World) -> None:
+async def test_a_call_that_was_under_way_when_the_connection_broke_is_repeated(world: World) -> None:
     async def cut(context: Any) -> None:
         world.relay.cut()
         await asyncio.sleep(60)
 
     world.faults.planned = [cut, cut]
-    assert await _beat(world.link())
+    assert await _beat(world.client())
     assert len(world.faults.calls) == 3
 
 
@@ -294,22 +300,22 @@ async def test_a_coordinator_that_is_away_for_a_while_is_waited_for(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="fedhds_client.rpc_client")
-    link = world.link()
-    assert await _beat(link)
+    client = world.client()
+    assert await _beat(client)
     world.relay.down()
     async with _after(1.0, world.relay.up):
-        assert await _beat(link)
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 2
-    assert told[0].startswith(f"cannot reach 127.0.0.1:{world.relay.port}: nothing listens on")
-    assert "trying again for " in told[0]
-    assert told[1] == "the coordinator answers again"
+        assert await _beat(client)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert messages[0].startswith(f"cannot reach 127.0.0.1:{world.relay.port}: nothing listens on")
+    assert "trying again for " in messages[0]
+    assert messages[1] == "the coordinator answers again"
 
 
-async def test_sites_of_one_process_share_a_link(world: World) -> None:
-    link = world.link()
+async def test_sites_of_one_process_share_a_client(world: World) -> None:
+    client = world.client()
     world.faults.planned = [_refuses(grpc.StatusCode.UNAVAILABLE)] * 3
-    assert all(await asyncio.gather(*(_beat(link) for _ in range(20))))
+    assert all(await asyncio.gather(*(_beat(client) for _ in range(20))))
     assert len(world.faults.calls) == 23
 
 
@@ -328,15 +334,22 @@ async def test_what_the_coordinator_refuses_is_raised_as_what_it_is_and_not_repe
 ) -> None:
     world.faults.planned = [_raises(error)]
     with pytest.raises(type(error), match=f"^{error}$"):
-        await _beat(world.link())
+        await _beat(world.client())
     assert len(world.faults.calls) == 1
 
 
-@pytest.mark.parametrize("code", ["INTERNAL", "UNIMPLEMENTED", "PERMISSION_DENIED"])
+@pytest.mark.parametrize("code", ["INTERNAL", "UNKNOWN", "PERMISSION_DENIED"])
 async def test_any_other_failure_is_an_error_that_names_coordinator_and_status(world: World, code: str) -> None:
     world.faults.planned = [_refuses(grpc.StatusCode[code])]
     with pytest.raises(FedhdsError, match=rf"the coordinator at 127\.0\.0\.1:\d+ answered {code}: as planned"):
-        await _beat(world.link())
+        await _beat(world.client())
+    assert len(world.faults.calls) == 1
+
+
+async def test_a_coordinator_that_does_not_know_the_call_is_an_older_one(world: World) -> None:
+    world.faults.planned = [_refuses(grpc.StatusCode.UNIMPLEMENTED)]
+    with pytest.raises(EnrollmentRefused, match=r"at 127\.0\.0\.1:\d+ does not know protocol 2 .*install"):
+        await _beat(world.client())
     assert len(world.faults.calls) == 1
 
 
@@ -347,119 +360,119 @@ async def test_what_a_standby_does_not_answer_goes_to_the_leader_at_once_and_sta
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="fedhds_client.rpc_client")
-    async with _standby() as (standby, asked):
+    async with _standby() as (standby, calls):
         leader = f"127.0.0.1:{world.relay.port}"
-        link = CoordinatorClient(f"{standby}, {leader}", None, patience=20)
-        world.links.append(link)
+        client = CoordinatorClient(f"{standby}, {leader}", None, reconnect_timeout_s=20)
+        world.clients.append(client)
         began = time.monotonic()
-        assert await _beat(link)
+        assert await _beat(client)
         assert time.monotonic() - began < 0.2, "it paused"
-        assert all([await _beat(link) for _ in range(3)])
-        assert len(asked) == 1
+        assert all([await _beat(client) for _ in range(3)])
+        assert len(calls) == 1
         path, artifact = world.folder / "update", _file(world.folder / "update", 3 * CHUNK_SIZE)
-        await link.upload(SESSION, path, artifact)
+        await client.upload(SESSION, path, artifact)
     assert world.store.has(artifact)
-    told = [record.getMessage() for record in caplog.records]
-    assert told == [f"{standby}: this one stands by; trying {leader}"]
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [f"{standby}: this one stands by; trying {leader}"]
 
 
 async def test_sites_of_one_process_move_on_together(world: World) -> None:
-    async with _standby() as (standby, asked):
-        link = CoordinatorClient(f"{standby},127.0.0.1:{world.relay.port}", None, patience=20)
-        world.links.append(link)
-        assert all(await asyncio.gather(*(_beat(link) for _ in range(20))))
-        assert len(asked) <= 20
+    async with _standby() as (standby, calls):
+        client = CoordinatorClient(f"{standby},127.0.0.1:{world.relay.port}", None, reconnect_timeout_s=20)
+        world.clients.append(client)
+        assert all(await asyncio.gather(*(_beat(client) for _ in range(20))))
+        assert len(calls) <= 20
         assert len(world.faults.calls) == 20
 
 
 async def test_of_several_addresses_that_lead_nowhere_each_is_explained(world: World) -> None:
     port = world.relay.port
     world.relay.down()
-    async with _standby() as (standby, asked):
-        link = CoordinatorClient(f"{standby},127.0.0.1:{port}", None, patience=0.7)
-        world.links.append(link)
+    async with _standby() as (standby, calls):
+        client = CoordinatorClient(f"{standby},127.0.0.1:{port}", None, reconnect_timeout_s=0.7)
+        world.clients.append(client)
         with pytest.raises(CoordinatorUnreachable) as caught:
-            await _beat(link)
+            await _beat(client)
         assert f"at {standby}, 127.0.0.1:{port} for 0.7 s: " in str(caught.value)
         assert f"{standby}: this one stands by" in str(caught.value)
         assert f"127.0.0.1:{port}: nothing listens" in str(caught.value)
         # With pauses between the rounds, not in a tight loop.
-        assert 2 <= len(asked) < 8
+        assert 2 <= len(calls) < 8
 
 
 @asynccontextmanager
 async def _standby() -> AsyncIterator[tuple[str, list[str]]]:
-    """A coordinator that does not lead: its address, and what it was asked."""
-    asked: list[str] = []
+    """A coordinator that does not lead: its address, and the calls that it got."""
+    calls: list[str] = []
 
     def leading() -> Any:
-        asked.append("")
+        calls.append("")
         raise NotLeading("this one stands by")
 
     server = grpc.aio.server()
     FederationServicer(leading).register(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    yield f"127.0.0.1:{port}", asked
+    yield f"127.0.0.1:{port}", calls
     await server.stop(None)
 
 
-# Patience.
+# The reconnect time-out.
 
 
-async def _gives_up(link: CoordinatorClient, patience: float) -> str:
+async def _gives_up(client: CoordinatorClient, timeout_s: float) -> str:
     started = time.monotonic()
     with pytest.raises(CoordinatorUnreachable) as caught:
-        await _beat(link)
-    assert patience <= time.monotonic() - started < patience + 5
+        await _beat(client)
+    assert timeout_s <= time.monotonic() - started < timeout_s + 5
     return str(caught.value)
 
 
-async def test_patience_ends_with_the_reason_and_what_to_check(world: World) -> None:
+async def test_the_reconnect_timeout_ends_with_the_reason_and_what_to_check(world: World) -> None:
     world.relay.down()
-    said = await _gives_up(world.link(patience=0.7), 0.7)
+    message = await _gives_up(world.client(reconnect_timeout_s=0.7), 0.7)
     target = f"127.0.0.1:{world.relay.port}"
-    assert said.startswith(f"no answer from the coordinator at {target} for 0.7 s: nothing listens on {target}; ")
-    assert said.endswith("check --server and that fedhds-server runs there")
+    assert message.startswith(f"no answer from the coordinator at {target} for 0.7 s: nothing listens on {target}; ")
+    assert message.endswith("check --server and that fedhds-server runs there")
 
 
-async def test_patience_ends_also_with_a_coordinator_that_answers_but_never_well(world: World) -> None:
+async def test_the_reconnect_timeout_ends_also_with_a_coordinator_that_answers_but_never_well(world: World) -> None:
     world.faults.always = _raises(StorageError("the disk is full"))
-    assert "the disk is full" in await _gives_up(world.link(patience=0.7), 0.7)
+    assert "the disk is full" in await _gives_up(world.client(reconnect_timeout_s=0.7), 0.7)
     world.faults.always = _refuses(grpc.StatusCode.UNAVAILABLE)
     before = len(world.faults.calls)
-    assert "as planned" in await _gives_up(world.link(patience=1.5), 1.5)
+    assert "as planned" in await _gives_up(world.client(reconnect_timeout_s=1.5), 1.5)
     # After 0, 0.2, 0.6, 1.4 and 1.5 s: the pauses grow.
     assert 3 <= len(world.faults.calls) - before <= 6
 
 
-async def test_patience_begins_anew_with_every_call(world: World) -> None:
-    link = world.link(patience=1.0)
+async def test_the_reconnect_timeout_begins_again_with_every_call(world: World) -> None:
+    client = world.client(reconnect_timeout_s=1.0)
     for _ in range(3):
         world.faults.planned = [_refuses(grpc.StatusCode.UNAVAILABLE)] * 2
-        assert await _beat(link)
+        assert await _beat(client)
 
 
-async def test_the_time_for_which_a_poll_is_held_does_not_try_the_patience(world: World) -> None:
-    link = world.link(patience=0.6)
+async def test_the_time_for_which_a_poll_is_held_does_not_count_as_silence(world: World) -> None:
+    client = world.client(reconnect_timeout_s=0.6)
     request = pb.NextTaskRequest(session=SESSION, wait_s=1.5)
     async with _after(1.2, world.relay.cut):
-        answer = await link.call(link.federation.NextTask, request, wait_s=1.5)
+        answer = await client.call(client.federation.NextTask, request, wait_s=1.5)
     assert answer.wait.reason == "wait"
     assert world.faults.calls == ["NextTask"] * 2
 
 
-async def test_a_link_without_tls_to_a_coordinator_with_it_says_so(tmp_path: Path) -> None:
+async def test_a_client_without_tls_to_a_coordinator_with_it_says_so(tmp_path: Path) -> None:
     folder = init_authority(tmp_path / "certs").parent
     async with serving(server_credentials(issue(folder, "coordinator", role=Role.COORDINATOR))) as listener:
-        link = CoordinatorClient(listener.target, None, patience=0.3)
-        assert "speaks TLS, but no --tls-* flags were given" in await _gives_up(link, 0.3)
-        await link.close()
-        link = CoordinatorClient(listener.target, issue(folder, "ward", role=Role.SITE), patience=20)
+        client = CoordinatorClient(listener.target, None, reconnect_timeout_s=0.3)
+        assert "speaks TLS, but no --tls-* flags were given" in await _gives_up(client, 0.3)
+        await client.close()
+        client = CoordinatorClient(listener.target, issue(folder, "ward", role=Role.SITE), reconnect_timeout_s=20)
         # It gets through: this server has none of a coordinator's methods.
-        with pytest.raises(FedhdsError, match="UNIMPLEMENTED"):
-            await _beat(link)
-        await link.close()
+        with pytest.raises(EnrollmentRefused, match=f"{listener.target} does not know protocol 2"):
+            await _beat(client)
+        await client.close()
 
 
 # Uploads.
@@ -467,31 +480,31 @@ async def test_a_link_without_tls_to_a_coordinator_with_it_says_so(tmp_path: Pat
 
 async def test_an_upload_arrives_whole_and_is_counted(world: World) -> None:
     for size in (1, CHUNK_SIZE, 2 * CHUNK_SIZE + 5):
-        link, path = world.link(), world.folder / "update"
+        client, path = world.client(), world.folder / "update"
         artifact = _file(path, size)
-        await link.upload(SESSION, path, artifact)
+        await client.upload(SESSION, path, artifact)
         assert world.store.path(artifact).read_bytes() == path.read_bytes()
-        assert link.bytes_sent == size
+        assert client.bytes_sent == size
 
 
-async def test_an_upload_goes_on_where_the_link_broke(world: World) -> None:
+async def test_an_upload_goes_on_where_the_connection_broke(world: World) -> None:
     path, size = world.folder / "update", 5 * CHUNK_SIZE + 7
     artifact = _file(path, size)
     world.breaks_after(2)
-    link = world.link()
-    await link.upload(SESSION, path, artifact)
+    client = world.client()
+    await client.upload(SESSION, path, artifact)
     assert world.store.path(artifact).read_bytes() == path.read_bytes()
     # In smaller chunks then.
     assert world.store.uploads == [0, CHUNK_SIZE, *range(2 * CHUNK_SIZE, size, CHUNK_SIZE // 2)]
     assert world.faults.calls.count("Upload") == 2
-    assert size <= link.bytes_sent < 2 * size
+    assert size <= client.bytes_sent < 2 * size
 
 
 async def test_chunks_are_smaller_while_many_sites_transfer(world: World) -> None:
     world.tasks |= {f"train/3/{number}": None for number in range(64)}
-    link, path = world.link(), world.folder / "update"
+    client, path = world.client(), world.folder / "update"
     artifact = _file(path, CHUNK_SIZE)
-    await link.upload(SESSION, path, artifact)
+    await client.upload(SESSION, path, artifact)
     assert world.store.uploads == [number * CHUNK_SIZE // 8 for number in range(8)]
 
 
@@ -501,7 +514,7 @@ async def test_a_coordinator_that_does_not_say_how_large_chunks_are_to_be_gets_t
     monkeypatch.setattr(chunks, "chunk_size", lambda _: 0)
     path = world.folder / "update"
     artifact = _file(path, 3 << 18)
-    await world.link().upload(SESSION, path, artifact)
+    await world.client().upload(SESSION, path, artifact)
     assert world.store.uploads == [0, 1 << 19]
 
 
@@ -509,35 +522,35 @@ async def test_an_upload_of_a_restarted_site_goes_on_too(world: World) -> None:
     path = world.folder / "update"
     artifact = _file(path, 3 * CHUNK_SIZE)
     world.store.append(artifact, 0, path.read_bytes()[: CHUNK_SIZE + 1])
-    await world.link().upload(SESSION, path, artifact)
+    await world.client().upload(SESSION, path, artifact)
     assert world.store.uploads[1:] == [CHUNK_SIZE + 1, 2 * CHUNK_SIZE + 1]
     assert world.store.has(artifact)
 
 
-async def test_an_upload_whose_last_byte_arrived_just_before_the_link_broke_is_made_durable(world: World) -> None:
+async def test_an_upload_whose_last_byte_arrived_just_before_the_connection_broke_is_made_durable(world: World) -> None:
     path = world.folder / "update"
     artifact = _file(path, CHUNK_SIZE + 3)
     world.store.append(artifact, 0, path.read_bytes())
     assert not world.store.has(artifact)
-    await world.link().upload(SESSION, path, artifact)
+    await world.client().upload(SESSION, path, artifact)
     assert world.store.has(artifact)
 
 
 async def test_an_upload_that_is_there_already_sends_no_bytes(world: World) -> None:
     path = world.folder / "update"
     artifact = _file(path, CHUNK_SIZE)
-    await world.link().upload(SESSION, path, artifact)
-    link = world.link()
-    await link.upload(SESSION, path, artifact)
-    assert link.bytes_sent == 0
+    await world.client().upload(SESSION, path, artifact)
+    client = world.client()
+    await client.upload(SESSION, path, artifact)
+    assert client.bytes_sent == 0
     assert world.store.uploads == [0]
 
 
-async def test_an_upload_onto_damaged_bytes_is_made_anew(world: World) -> None:
+async def test_an_upload_onto_damaged_bytes_is_made_again(world: World) -> None:
     path = world.folder / "update"
     artifact = _file(path, 3 * CHUNK_SIZE)
     world.store.append(artifact, 0, bytes(CHUNK_SIZE))
-    await world.link().upload(SESSION, path, artifact)
+    await world.client().upload(SESSION, path, artifact)
     assert world.store.path(artifact).read_bytes() == path.read_bytes()
 
 
@@ -547,7 +560,7 @@ async def test_an_upload_of_a_file_that_has_changed_is_an_error(world: World) ->
     for content in (bytes(1000), bytes(1001), bytes(999)):
         path.write_bytes(content)
         with pytest.raises(ArtifactError):
-            await world.link().upload(SESSION, path, artifact)
+            await world.client().upload(SESSION, path, artifact)
         assert not world.store.has(artifact)
 
 
@@ -555,11 +568,11 @@ async def test_an_upload_in_a_lost_session_is_an_error_at_once(world: World) -> 
     path = world.folder / "update"
     artifact = _file(path, 1000)
     with pytest.raises(SessionLost):
-        await world.link().upload("another", path, artifact)
+        await world.client().upload("another", path, artifact)
     assert world.faults.calls == ["GetUpload"]
 
 
-async def test_an_upload_that_makes_no_progress_ends_with_the_patience(
+async def test_an_upload_that_makes_no_progress_ends_with_the_reconnect_timeout(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def append(*_: object) -> None:
@@ -569,15 +582,15 @@ async def test_an_upload_that_makes_no_progress_ends_with_the_patience(
     artifact = _file(path, 3 * CHUNK_SIZE)
     monkeypatch.setattr(world.store, "append", append)
     with pytest.raises(CoordinatorUnreachable, match=r"for 0\.7 s: the disk is full"):
-        await asyncio.wait_for(world.link(patience=0.7).upload(SESSION, path, artifact), 20)
+        await asyncio.wait_for(world.client(reconnect_timeout_s=0.7).upload(SESSION, path, artifact), 20)
     assert world.faults.calls.count("Upload") > 1
 
 
-async def test_the_time_in_which_an_upload_makes_progress_does_not_try_the_patience(world: World) -> None:
+async def test_the_time_in_which_an_upload_makes_progress_does_not_count_as_silence(world: World) -> None:
     path = world.folder / "update"
     artifact = _file(path, 5 * CHUNK_SIZE)
     world.breaks_after(4, slow_s=0.3)
-    await world.link(patience=0.6).upload(SESSION, path, artifact)
+    await world.client(reconnect_timeout_s=0.6).upload(SESSION, path, artifact)
     assert world.store.has(artifact)
     assert world.faults.calls.count("Upload") == 2
 
@@ -601,51 +614,51 @@ def _fetched(world: World, adapter: Artifact) -> bool:
 
 
 async def test_a_download_arrives_whole(world: World, adapter: Artifact) -> None:
-    await world.link().download(SESSION, adapter, world.folder / "fetched")
+    await world.client().download(SESSION, adapter, world.folder / "fetched")
     assert _fetched(world, adapter)
     assert world.store.downloads == [0]
 
 
-async def test_a_download_goes_on_where_the_link_broke(world: World, adapter: Artifact) -> None:
+async def test_a_download_goes_on_where_the_connection_broke(world: World, adapter: Artifact) -> None:
     partial = world.folder / "fetched.partial"
     world.breaks_after(3, lambda: partial.stat().st_size >= 2 * CHUNK_SIZE)
-    await world.link().download(SESSION, adapter, world.folder / "fetched")
+    await world.client().download(SESSION, adapter, world.folder / "fetched")
     assert _fetched(world, adapter)
     first, second = world.store.downloads
     assert first == 0
     assert 2 * CHUNK_SIZE <= second <= 3 * CHUNK_SIZE
 
 
-async def test_the_time_in_which_a_download_makes_progress_does_not_try_the_patience(
+async def test_the_time_in_which_a_download_makes_progress_does_not_count_as_silence(
     world: World, adapter: Artifact
 ) -> None:
     partial = world.folder / "fetched.partial"
     world.breaks_after(4, lambda: partial.stat().st_size >= 3 * CHUNK_SIZE, slow_s=0.3)
-    await world.link(patience=0.6).download(SESSION, adapter, world.folder / "fetched")
+    await world.client(reconnect_timeout_s=0.6).download(SESSION, adapter, world.folder / "fetched")
     assert _fetched(world, adapter)
     assert len(world.store.downloads) == 2
 
 
 async def test_a_download_of_a_restarted_site_goes_on_too(world: World, adapter: Artifact) -> None:
     content = world.store.path(adapter).read_bytes()
-    for held in (1, 2 * CHUNK_SIZE + 1, adapter.size):
-        (world.folder / "fetched.partial").write_bytes(content[:held])
-        await world.link().download(SESSION, adapter, world.folder / "fetched")
-        assert world.store.downloads.pop() == held
+    for size in (1, 2 * CHUNK_SIZE + 1, adapter.size):
+        (world.folder / "fetched.partial").write_bytes(content[:size])
+        await world.client().download(SESSION, adapter, world.folder / "fetched")
+        assert world.store.downloads.pop() == size
         assert _fetched(world, adapter)
 
 
-@pytest.mark.parametrize("held", [1, CHUNK_SIZE, 5 * CHUNK_SIZE + 7, 9 * CHUNK_SIZE])
-async def test_a_download_onto_other_bytes_is_made_anew(world: World, adapter: Artifact, held: int) -> None:
-    (world.folder / "fetched.partial").write_bytes(bytes(held))
-    await world.link().download(SESSION, adapter, world.folder / "fetched")
+@pytest.mark.parametrize("size", [1, CHUNK_SIZE, 5 * CHUNK_SIZE + 7, 9 * CHUNK_SIZE])
+async def test_a_download_onto_other_bytes_is_made_again(world: World, adapter: Artifact, size: int) -> None:
+    (world.folder / "fetched.partial").write_bytes(bytes(size))
+    await world.client().download(SESSION, adapter, world.folder / "fetched")
     assert _fetched(world, adapter)
-    assert world.store.downloads == ([held, 0] if held <= adapter.size else [0])
+    assert world.store.downloads == ([size, 0] if size <= adapter.size else [0])
 
 
 async def test_a_download_replaces_what_was_there(world: World, adapter: Artifact) -> None:
     (world.folder / "fetched").write_text("an older adapter")
-    await world.link().download(SESSION, adapter, world.folder / "fetched")
+    await world.client().download(SESSION, adapter, world.folder / "fetched")
     assert _fetched(world, adapter)
 
 
@@ -657,7 +670,7 @@ async def test_a_download_that_is_wrong_twice_is_an_error_and_leaves_what_was_th
     world.store.path(adapter).write_bytes(bytes(adapter.size))
     (world.folder / "fetched").write_text("an older adapter")
     with pytest.raises(ArtifactError, match="has another digest"):
-        await world.link().download(SESSION, adapter, world.folder / "fetched")
+        await world.client().download(SESSION, adapter, world.folder / "fetched")
     assert world.store.downloads == [0, 0]
     assert (world.folder / "fetched").read_text() == "an older adapter"
 
@@ -665,38 +678,27 @@ async def test_a_download_that_is_wrong_twice_is_an_error_and_leaves_what_was_th
 async def test_a_download_of_a_damaged_adapter_waits_until_it_has_been_put_back(
     world: World, adapter: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content, found = world.store.path(adapter).read_bytes(), threading.Event()
+    content, seen = world.store.path(adapter).read_bytes(), threading.Event()
     verified = world.store.verified
 
     def noted(artifact: Artifact) -> Path:
         try:
             return verified(artifact)
         except DamagedArtifact:
-            found.set()
+            seen.set()
             raise
 
     monkeypatch.setattr(world.store, "verified", noted)
     world.store.path(adapter).write_bytes(content[:-1] + b"?")
-    download = asyncio.create_task(world.link().download(SESSION, adapter, world.folder / "fetched"))
-    assert await asyncio.to_thread(found.wait, 20)
+    download = asyncio.create_task(world.client().download(SESSION, adapter, world.folder / "fetched"))
+    assert await asyncio.to_thread(seen.wait, 20)
     assert not (world.folder / "fetched.partial").stat().st_size
     world.store.path(adapter).write_bytes(content)
     await download
     assert _fetched(world, adapter)
 
 
-async def test_a_download_of_what_the_coordinator_has_not_is_an_error(world: World) -> None:
+async def test_a_download_of_what_the_coordinator_does_not_have_is_an_error(world: World) -> None:
     with pytest.raises(ArtifactError, match="there is no such global adapter"):
-        await world.link().download(SESSION, Artifact("0" * 64, 5), world.folder / "fetched")
+        await world.client().download(SESSION, Artifact("0" * 64, 5), world.folder / "fetched")
     assert not (world.folder / "fetched").exists()
-
-
-# Names of files.
-
-
-def test_a_file_key_is_a_short_name_that_depends_on_the_text_alone() -> None:
-    texts = ["hospital-a/ward", "hospital-a", "../../etc/passwd", "", "Größe", "x" * 10_000]
-    keys = [file_key(text) for text in texts]
-    assert keys == [file_key(text) for text in texts]
-    assert len(set(keys)) == len(texts)
-    assert all(key.isalnum() and len(key) == 24 for key in keys)

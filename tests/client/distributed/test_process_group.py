@@ -19,9 +19,9 @@ from fedhds.errors import DataError, Evicted, StorageError, TaskError
 from fedhds_client.distributed.process_group import Extract, Matrix, Prepare, ProcessGroup, Stop, WorkerError
 from fedhds_client.features.extraction import extract_features
 from fedhds_client.features.projection import FeatureSpace
-from tests.client.test_features import DIMENSION, PAD, ROWS, SEED, llama
+from tests.client.features.test_extraction import DIMENSION, PAD, ROWS, SEED, llama
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 COMMANDS = (
@@ -140,7 +140,7 @@ def test_two_processes_give_what_one_gives_and_learn_of_each_others_errors(tmp_p
     script.write_text(
         f"import sys; sys.path[:0] = {[str(ROOT), *sys.path]!r}\n"
         "from pathlib import Path\n"
-        "from tests.client.test_process_group import follow\n"
+        "from tests.client.distributed.test_process_group import follow\n"
         f"follow(Path({str(tmp_path / 'features.npy')!r}))\n"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -12,12 +12,12 @@ import numpy.typing as npt
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from fedhds.spec import Fusion
+from fedhds.spec import Reduction
 from fedhds_client.features.clustering import cluster
 from fedhds_client.features.reduction import _KERNEL_ROWS, _neighbors, _perplexity, reduce
 
 SIZES = [0, 1, 2, 3, 4, 5, 31, 32, 60]
-METHODS: list[Fusion] = ["tsne", "umap", "pca", "kpca", "none"]
+METHODS: list[Reduction] = ["tsne", "umap", "pca", "kpca", "none"]
 
 
 def planted(rows: int, *, groups: int, seed: int = 0, width: int = 200) -> tuple[npt.NDArray[np.float32], list[int]]:
@@ -34,7 +34,7 @@ def planted(rows: int, *, groups: int, seed: int = 0, width: int = 200) -> tuple
 @pytest.mark.parametrize(
     "kind", ["random", "identical", "nearly identical", "close", "two values", "one column", "zero"]
 )
-def test_points_are_finite_and_their_width_is_public(method: Fusion, rows: int, kind: str) -> None:
+def test_points_are_finite_and_their_width_is_public(method: Reduction, rows: int, kind: str) -> None:
     rng = np.random.default_rng(rows)
     values = {
         "random": rng.normal(size=(rows, 70)),
@@ -73,19 +73,19 @@ def test_points_are_finite_and_their_width_is_public(method: Fusion, rows: int, 
         ),
     ],
 )
-def test_what_was_done_otherwise_is_said(values: npt.NDArray[np.float64], method: Fusion, said: str) -> None:
+def test_what_was_done_otherwise_is_said(values: npt.NDArray[np.float64], method: Reduction, said: str) -> None:
     _, note = reduce(values, method, seed=0)
     assert (said in note) if said else not note
 
 
 @pytest.mark.parametrize("method", ["tsne", "umap", "pca", "kpca"])
-def test_nothing_is_left_of_identical_rows_but_the_origin(method: Fusion) -> None:
+def test_nothing_is_left_of_identical_rows_but_the_origin(method: Reduction) -> None:
     assert not reduce(np.full((7, 5), 3.3, dtype=np.float32), method, seed=0)[0].any()
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rows", [24, 300])
-def test_planted_groups_are_found_again(method: Fusion, rows: int) -> None:
+def test_planted_groups_are_found_again(method: Reduction, rows: int) -> None:
     """Three groups: two components, linear or not, have no room for more."""
     for seed in range(3):
         values, labels = planted(rows, groups=3, seed=seed)
@@ -145,7 +145,8 @@ def test_kernel_pca_does_not_depend_on_where_the_origin_is() -> None:
 
 
 def test_what_is_slow_to_import_waits_for_its_use() -> None:
-    code = "import sys, fedhds_client.features.reduction; sys.exit(bool({'umap', 'numba', 'sklearn'} & sys.modules.keys()))"
+    slow = {"umap", "numba", "sklearn"}
+    code = f"import sys, fedhds_client.features.reduction; sys.exit(bool({slow} & sys.modules.keys()))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
 

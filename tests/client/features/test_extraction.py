@@ -123,7 +123,7 @@ def test_ids_and_values_never_part(ids: list[int], batch_size: int) -> None:
 
 
 def test_rows_of_several_windows_keep_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedhds_client.features._WINDOW_BATCHES", 2)
+    monkeypatch.setattr("fedhds_client.features.extraction._WINDOW_BATCHES", 2)
     whole = extract_features(
         model_called("llama"), ROWS.__getitem__, range(len(ROWS)), SPACE, pad_id=PAD, batch_size=100
     )

@@ -1,0 +1,170 @@
+"""The task loop of a site: what it makes of answers, and what ends a task but not the site."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from google.protobuf.message import Message
+
+from fedhds import __version__
+from fedhds.errors import ArtifactError, EnrollmentRefused
+from fedhds.spec import RunSpec
+from fedhds.v2 import federation_pb2 as pb
+from fedhds_client.counters import ENROLLING
+from fedhds_client.progress import ProgressDisplay
+from fedhds_client.site import Site
+from fedhds_client.site_loop import SiteLoop
+from fedhds_client.tasks import TaskResult
+from fedhds_client.updates.update import FinishedUpdate, UpdateMetadata
+
+DIGEST = "0" * 64
+SPEC = RunSpec.of(model="m", rounds=1)
+
+
+class Coordinator:
+    """A coordinator that has lost the first `losses` uploads when it is told that they are complete.
+
+    It gives out `tasks` one after the other and then says that the run is over.
+    """
+
+    def __init__(self, *, losses: int = -1, tasks: tuple[pb.Task, ...] = (), spec: str = "") -> None:
+        self.federation = SimpleNamespace(**{name: name for name in ("Enroll", "Register", "NextTask", "CompleteTask")})
+        self.federation.FailTask, self.federation.ConfirmDelivery = "FailTask", "ConfirmDelivery"
+        self.calls: list[tuple[str, Any]] = []
+        self.uploads = 0
+        self._losses = losses
+        self._tasks = list(tasks)
+        self._spec = spec or SPEC.model_dump_json()
+
+    async def upload(self, *_: object) -> None:
+        self.uploads += 1
+
+    async def call(self, method: str, request: Message, *, wait_s: float = 0.0) -> Any:
+        self.calls.append((method, request))
+        match method:
+            case "Enroll":
+                return pb.EnrollResponse(session="s", run_id="run", spec=self._spec, heartbeat_timeout_s=60)
+            case "NextTask" if self._tasks:
+                return pb.NextTaskResponse(task=self._tasks.pop(0))
+            case "NextTask":
+                return pb.NextTaskResponse(done=pb.Done(outcome="completed"))
+            case "CompleteTask" if self.uploads <= self._losses:
+                raise ArtifactError("the update was damaged where it was kept; upload it again")
+            case "CompleteTask":
+                return pb.CompleteTaskResponse(accepted=True)
+        return None
+
+    def requests(self, method: str) -> list[Any]:
+        return [request for name, request in self.calls if name == method]
+
+
+class Executor:
+    """Gives every task the same result, and notes the tasks."""
+
+    def __init__(self, folder: Path, result: TaskResult) -> None:
+        self.tasks: list[str] = []
+        self.fetches = 0
+        self._folder, self._result = folder, result
+
+    def prepare(self, spec: RunSpec) -> Any:
+        assert spec == SPEC
+        return pb.ModelFingerprint(), SimpleNamespace(to_proto=pb.AdapterManifest)
+
+    async def fetch(self, *_: object) -> Path:
+        self.fetches += 1
+        return self._folder / "adapter"
+
+    def execute(self, site: Site, run_id: str, task: pb.Task, adapter: Path, control: object) -> TaskResult:
+        self.tasks.append(task.id)
+        return self._result
+
+
+@pytest.fixture
+def worker() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+def loop_of(folder: Path, worker: ThreadPoolExecutor, coordinator: Coordinator, executor: Executor) -> SiteLoop:
+    site: Any = Site("ward", folder, None, None, SimpleNamespace())  # type: ignore[arg-type]
+    settings = SimpleNamespace(reconnect_timeout=60.0, out=folder / "out")
+    parts: Any = (site, coordinator, executor, worker, settings, ProgressDisplay())
+    return SiteLoop(*parts)
+
+
+@pytest.mark.parametrize(("losses", "accepted"), [(0, True), (1, True), (2, False)])
+async def test_an_update_that_the_coordinator_lost_is_uploaded_once_more(
+    tmp_path: Path, worker: ThreadPoolExecutor, losses: int, accepted: bool
+) -> None:
+    path = tmp_path / "update"
+    path.touch()
+    metadata = UpdateMetadata(DIGEST, 1, samples=1, loss=1.0, seconds=1.0, truncated=0, round_number=1)
+    update = FinishedUpdate(path, metadata)
+    coordinator = Coordinator(losses=losses)
+    loop = loop_of(tmp_path, worker, coordinator, Executor(tmp_path, TaskResult(update.result(), update)))
+    task = pb.Task(id="train/1/ward", round_number=1, kind="train")
+    if accepted:
+        assert (await loop._result(task)).accepted
+    else:
+        with pytest.raises(ArtifactError, match="upload it again"):
+            await loop._result(task)
+    assert coordinator.uploads == min(losses + 1, 2)
+    # Until it is accepted, a restarted site loads it.
+    assert path.exists() != accepted
+    result = pb.TrainResult()
+    assert coordinator.requests("CompleteTask")[-1].result.Unpack(result)
+    assert result == update.result()
+
+
+async def test_a_task_of_an_unknown_kind_fails_and_the_site_goes_on(tmp_path: Path, worker: ThreadPoolExecutor) -> None:
+    # Such a task may have no adapter to fetch.
+    tasks = (pb.Task(id="unmask/1/ward", round_number=1, kind="unmask"), pb.Task(id="evaluate/1/ward", kind="evaluate"))
+    coordinator = Coordinator(tasks=tasks)
+    executor = Executor(tmp_path, TaskResult(pb.EvaluationResult(rows=3)))
+    loop = loop_of(tmp_path, worker, coordinator, executor)
+    assert loop.activity == ENROLLING
+    assert await loop.run()
+    (failure,) = coordinator.requests("FailTask")
+    assert (failure.session, failure.task_id, failure.kind) == ("s", "unmask/1/ward", "TaskError")
+    assert failure.reason == f"fedhds {__version__} knows no task 'unmask'; install the coordinator's version here"
+    assert executor.tasks == ["evaluate/1/ward"]
+    assert executor.fetches == 1
+    assert [request.task_id for request in coordinator.requests("CompleteTask")] == ["evaluate/1/ward"]
+    assert len(coordinator.requests("ConfirmDelivery")) == 1
+
+
+def _changed(**fields: object) -> str:
+    return json.dumps(json.loads(SPEC.model_dump_json()) | fields)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (_changed(schema_version=3), "schema_version: the run's specification has schema 3, and fedhds "),
+        (
+            _changed(selection={"strategy": {"name": "novel"}}),
+            "selection.strategy: 'novel' is not a known selection strategy; choose one of full, random, ",
+        ),
+        (_changed(peft={"method": "novel"}), "peft: 'novel' is not a known PEFT method"),
+        (_changed(novel=1), "novel: Extra inputs are not permitted"),
+        ("{", "Invalid JSON"),
+    ],
+)
+async def test_a_specification_that_this_version_does_not_know_is_refused_with_the_reason(
+    tmp_path: Path, worker: ThreadPoolExecutor, spec: str, reason: str
+) -> None:
+    coordinator = Coordinator(spec=spec)
+    executor = Executor(tmp_path, TaskResult(pb.EvaluationResult()))
+    with pytest.raises(EnrollmentRefused) as caught:
+        await loop_of(tmp_path, worker, coordinator, executor).run()
+    message = str(caught.value)
+    assert message.startswith(f"fedhds {__version__} cannot read the run's specification: {reason}")
+    assert message.endswith("; install the coordinator's version here")
+    assert "Value error" not in message
+    assert [name for name, _ in coordinator.calls] == ["Enroll"]
