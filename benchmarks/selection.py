@@ -2,8 +2,8 @@
 
 Quality: Dolly-15k without `summarization`, over 20 sites (Dirichlet 0.5 over the categories). Every strategy picks at
 every budget by the real halves of its selection, and the picks are judged in an embedding that no strategy sees: TF-IDF
-of the whole row, by truncated SVD 128 values of norm 1. The seed decides split, projection, fusion and draws. Results
-are appended to a JSON lines file as they come; tables and plots are made from all of it, the latest line counts.
+of the whole row, by truncated SVD 128 values of norm 1. The seed decides split, projection, reduction and draws.
+Results are appended to a JSON lines file; tables and plots are made from all of it, where the latest line counts.
 Cost: see `benchmarks.selection_cost`.
 """
 
@@ -31,30 +31,31 @@ import torch
 
 import fedhds_client.selection.fedhds as intra
 from benchmarks import selection_cost
-from fedhds.spec import Fusion
-from fedhds_client import features, fusion, prompts, shard_features, space
+from benchmarks.simulation import Outcome, select
+from fedhds.spec import STRATEGY_SPECS, ClusteringSpec, Reduction, budget_rows
+from fedhds_client.data import prompts
 from fedhds_client.data.partition import partition
 from fedhds_client.data.prompts import Encoded, Prompter
 from fedhds_client.data.shard import Shard
+from fedhds_client.features import extraction, projection, reduction, shard_features
 from fedhds_client.features.extraction import extract_features
 from fedhds_client.features.projection import FeatureSpace, Pooling
 from fedhds_client.models.loading import load_base_model
-from tests.selection.simulation import Outcome, select
 
 FloatArray = npt.NDArray[np.float32]
 Line = dict[str, Any]
 
-CLIENTS = 20
+SITES = 20
 ALPHA = 0.5
 UNSEEN = "summarization"
 _BATCH = 16
 _EMBEDDING_DIMENSIONS = 128
-STRATEGIES = ("random", "fedhds", "fedhds-aligned", "global")
+STRATEGIES = ("random", "fedhds", "fedhds-aligned", "federated-kmeans")
 # Not a strategy: k-means of the judging embedding itself on the pooled rows, to show how much room there is.
 CEILING = "ceiling"
 MEASURES = ("coverage", "redundancy", "balance")
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
-FUSIONS: tuple[Fusion, ...] = get_args(Fusion)
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 
 def main() -> None:
@@ -64,7 +65,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="Dolly-15k: a file or its folder")
     parser.add_argument("--model", help="base model: a hub id or a path")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="plots go beside it")
-    parser.add_argument("--cache", type=Path, default=Path("build/selection-cache"), help="hidden states and fusions")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("build/selection-cache"), help="hidden states and reductions"
+    )
     parser.add_argument("--rows", type=int, default=None, help="quality: only so many rows of the pool, drawn")
     parser.add_argument(
         "--features",
@@ -76,7 +79,7 @@ def main() -> None:
             for layers in ("all", "last")
             for pooling in POOLINGS
         ],
-        metavar="LAYERS/POOLING/DIMENSION[/FUSION]",
+        metavar="LAYERS/POOLING/DIMENSION[/REDUCTION]",
     )
     parser.add_argument("--strategies", nargs="+", choices=[*STRATEGIES, CEILING], default=[*STRATEGIES, CEILING])
     parser.add_argument("--budgets", nargs="+", default=["0.1%", "0.5%", "1.5%", "3%"])
@@ -84,25 +87,35 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--sizes", nargs="+", type=int, default=[1000, 2000, 4000, 8000, 15000], help="speed: rows")
     parser.add_argument("--threads", type=int, default=2, help="speed: OMP_NUM_THREADS")
-    chosen = parser.parse_args()
-    if chosen.part != "report" and not (chosen.data and chosen.model):
+    arguments = parser.parse_args()
+    if arguments.part != "report" and not (arguments.data and arguments.model):
         parser.error("--data and --model are needed")
-    if chosen.data and chosen.data.is_dir():
-        chosen.data = next(path for path in sorted(chosen.data.iterdir()) if ".json" in path.name)
+    if arguments.data and arguments.data.is_dir():
+        arguments.data = next(path for path in sorted(arguments.data.iterdir()) if ".json" in path.name)
 
     def write(line: Line) -> None:
-        with chosen.out.open("a", encoding="utf-8") as file:
+        with arguments.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
 
-    if chosen.part in ("all", "quality"):
-        measure_quality(chosen, write)
-    if chosen.part in ("all", "speed"):
-        selection_cost.measure(chosen.data, chosen.model, chosen.sizes, chosen.threads, write)
-    lines = [json.loads(line) for line in chosen.out.read_text(encoding="utf-8").splitlines()]
-    show_quality([line for line in lines if line["part"] == "quality"], chosen.out.with_name("selection-quality.png"))
+    if arguments.part in ("all", "quality"):
+        measure_quality(arguments, write)
+    if arguments.part in ("all", "speed"):
+        selection_cost.measure(arguments.data, arguments.model, arguments.sizes, arguments.threads, write)
+    lines = [current_names(json.loads(line)) for line in arguments.out.read_text(encoding="utf-8").splitlines()]
+    show_quality(
+        [line for line in lines if line["part"] == "quality"], arguments.out.with_name("selection-quality.png")
+    )
     speed = [line for line in lines if line["part"] == "speed"]
-    selection_cost.show(speed, chosen.out.with_name("selection-speed.png"))
+    selection_cost.show(speed, arguments.out.with_name("selection-speed.png"))
+
+
+def current_names(line: Line) -> Line:
+    """A recorded line with the names of today; those of fedhds 0.2 and earlier have others."""
+    renamed = {selection_cost.FORMER_NAMES.get(key, key): value for key, value in line.items()}
+    if renamed.get("strategy") == "global":
+        renamed["strategy"] = "federated-kmeans"
+    return renamed
 
 
 @dataclass(frozen=True)
@@ -112,23 +125,23 @@ class FeatureChoice:
     layers: str
     pooling: Pooling
     dimension: int
-    fusion: Fusion = "tsne"
+    reduction: Reduction = "tsne"
 
     @classmethod
     def parsed(cls, text: str) -> FeatureChoice:
         """The inverse of str."""
-        layers, pooling, dimension, *fusion = text.split("/")
-        named = next(known for known in FUSIONS if known == (fusion or ["tsne"])[0])
+        layers, pooling, dimension, *method = text.split("/")
+        named = next(known for known in REDUCTIONS if known == (method or ["tsne"])[0])
         return cls(layers, next(known for known in POOLINGS if known == pooling), int(dimension), named)
 
     def __str__(self) -> str:
-        fused = "" if self.fusion == "tsne" else f"/{self.fusion}"
-        return f"{self.layers}/{self.pooling}/{self.dimension}{fused}"
+        suffix = "" if self.reduction == "tsne" else f"/{self.reduction}"
+        return f"{self.layers}/{self.pooling}/{self.dimension}{suffix}"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One strategy with one seed, at all budgets: they share the features and, memoised, the fusion."""
+    """One strategy with one seed, at all budgets: they share the features and, memoized, the reduction."""
 
     folder: Path
     """The pool's prepared arrays."""
@@ -139,18 +152,18 @@ class Job:
     budgets: tuple[str, ...]
 
 
-def measure_quality(chosen: argparse.Namespace, write: Callable[[Line], None]) -> None:
+def measure_quality(arguments: argparse.Namespace, write: Callable[[Line], None]) -> None:
     """Prepares the pool and runs all jobs, the feature choices one after another."""
-    folder = prepare(chosen.data, chosen.model, chosen.rows, chosen.cache)
-    blind = [strategy for strategy in chosen.strategies if strategy in ("random", CEILING)]
-    seeing = [strategy for strategy in chosen.strategies if strategy not in blind]
+    folder = prepare(arguments.data, arguments.model, arguments.rows, arguments.cache)
+    blind = [strategy for strategy in arguments.strategies if strategy in ("random", CEILING)]
+    seeing = [strategy for strategy in arguments.strategies if strategy not in blind]
     kinds = [(strategy, None) for strategy in blind]
-    kinds += [(strategy, choice) for choice in chosen.features for strategy in seeing]
+    kinds += [(strategy, choice) for choice in arguments.features for strategy in seeing]
     write({"part": "quality", "strategy": "full", **_full(folder)})
     # Two processes with a thread each do more than two threads; t-SNE's threads mostly wait for each other.
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(chosen.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [Job(folder, *kind, seed, tuple(chosen.budgets)) for kind in kinds for seed in chosen.seeds]
+    with ProcessPoolExecutor(arguments.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [Job(folder, *kind, seed, tuple(arguments.budgets)) for kind in kinds for seed in arguments.seeds]
         for done in as_completed([pool.submit(run, job) for job in jobs]):
             for line in done.result():
                 write({"part": "quality", **line})
@@ -163,7 +176,7 @@ def prepare(data: Path, model: str, rows: int | None, cache: Path) -> Path:
         if rows is not None:
             ids = sorted(np.random.default_rng(0).choice(ids, rows, replace=False).tolist())
         base = load_base_model(model, device="cpu")
-        settings = f"{ids}/{selection_cost.MAX_LENGTH}/{_sources(features, space, prompts, shard_features)}"
+        settings = f"{ids}/{selection_cost.MAX_LENGTH}/{_sources(extraction, projection, prompts, shard_features)}"
         key = hashlib.sha256(f"{base.weights}/{shard.digest}/{settings}".encode()).hexdigest()
         folder = cache / key[:16]
         if (folder / "categories.json").exists():
@@ -227,7 +240,7 @@ def run(job: Job) -> list[Line]:
     torch.set_num_threads(1)
     categories: list[str] = json.loads((job.folder / "categories.json").read_text(encoding="utf-8"))
     embedding: FloatArray = np.load(job.folder / "embedding.npy")
-    parts = partition(categories, sites=CLIENTS, by="dirichlet", alpha=ALPHA, min_rows=10, seed=job.seed)
+    parts = partition(categories, sites=SITES, by="dirichlet", alpha=ALPHA, min_rows=10, seed=job.seed)
     values = np.zeros((len(categories), 2), dtype=np.float32)
     settings: dict[str, Any] = {"seed": job.seed}
     if job.choice:
@@ -235,16 +248,19 @@ def run(job: Job) -> list[Line]:
         shared = job.strategy != "fedhds"
         wanted = FeatureSpace(job.seed, choice.dimension, choice.layers, choice.pooling, shared)
         values = project(np.load(job.folder / "states.npy", mmap_mode="r"), wanted)
-        settings |= {"feature_layers": choice.layers, "feature_pooling": choice.pooling, "fusion": choice.fusion}
-    names = [f"client-{number:02d}" for number in range(CLIENTS)]
+        settings |= {"feature_layers": choice.layers, "feature_pooling": choice.pooling}
+        if issubclass(STRATEGY_SPECS[job.strategy], ClusteringSpec):
+            settings["reduction"] = choice.reduction
+    # Names decide draws: these are the names of the recorded lines.
+    names = [f"client-{number:02d}" for number in range(SITES)]
     lines = []
     for budget in job.budgets:
         if job.strategy == CEILING:
             picks, traffic = _ceiling(embedding, budget, job.seed), {}
         else:
             shards = {name: values[part] for name, part in zip(names, parts, strict=True)}
-            with tempfile.TemporaryDirectory() as folder, _remembered_fusion(job.folder / "fusions"):
-                outcome = select(shards, Path(folder), job.strategy, budget=budget, **settings)
+            with tempfile.TemporaryDirectory() as folder, _remembered_reduction(job.folder / "reductions"):
+                outcome = select(shards, Path(folder), job.strategy, selection_budget=budget, **settings)
             of = dict(zip(names, parts, strict=True))
             picks, traffic = [of[site][row] for site, row in outcome.rows], _traffic(outcome)
         line = {"strategy": job.strategy, "budget": budget, "seed": job.seed}
@@ -255,15 +271,15 @@ def run(job: Job) -> list[Line]:
 
 def judged(picks: list[int], embedding: FloatArray, categories: list[str]) -> Line:
     """The measures of a set of picks."""
-    chosen = embedding[picks]
-    among = chosen @ chosen.T
+    values = embedding[picks]
+    among = values @ values.T
     np.fill_diagonal(among, -np.inf)
     pool, picked = Counter(categories), Counter(categories[row] for row in picks)
     apart = sum(abs(pool[name] / len(categories) - picked[name] / len(picks)) for name in pool) / 2
     return {
         "picks": len(picks),
         # Cosine of every row of the pool to the pick that is nearest to it.
-        "coverage": round(float((embedding @ chosen.T).max(axis=1).mean()), 5),
+        "coverage": round(float((embedding @ values.T).max(axis=1).mean()), 5),
         # Cosine of every pick to the nearest other pick.
         "redundancy": round(float(among.max(axis=1).mean()), 5),
         # Total variation between the categories of the picks and of the pool.
@@ -280,8 +296,6 @@ def _full(folder: Path) -> Line:
 def _ceiling(embedding: FloatArray, budget: str, seed: int) -> list[int]:
     from sklearn.cluster import KMeans
 
-    from fedhds.spec import budget_rows
-
     wanted = budget_rows(budget, len(embedding))
     centers = KMeans(wanted, n_init=1, random_state=seed).fit(embedding).cluster_centers_
     picks = {int(row) for row in (embedding @ (centers / np.linalg.norm(centers, axis=1, keepdims=True)).T).argmax(0)}
@@ -292,19 +306,19 @@ def _traffic(outcome: Outcome) -> Line:
     """Kilobytes per site: reports that it sent, centers that it got."""
     sent = sum(len(report.SerializeToString()) for _, report in outcome.reports)
     got = sum(centers.nbytes for centers in outcome.centers)
-    return {"sent_kb": round(sent / CLIENTS / 1e3, 1), "received_kb": round(got / 1e3, 1)}
+    return {"sent_kb": round(sent / SITES / 1e3, 1), "received_kb": round(got / 1e3, 1)}
 
 
-def _remembered_fusion(folder: Path) -> Any:
-    """Makes strategies take fusions from `folder` where they are: they do not depend on the budget and cost most."""
+def _remembered_reduction(folder: Path) -> Any:
+    """Makes strategies take reductions from `folder`, if there: they do not depend on the budget and cost most."""
     folder.mkdir(exist_ok=True)
-    made_by = _sources(fusion)
+    made_by = _sources(reduction)
 
-    def remembered(values: npt.NDArray[np.float32], method: Fusion, *, seed: int) -> tuple[fusion.FloatArray, str]:
+    def remembered(values: FloatArray, method: Reduction, *, seed: int) -> tuple[reduction.FloatArray, str]:
         key = hashlib.sha256(values.tobytes() + f"{values.shape}/{method}/{seed}/{made_by}".encode()).hexdigest()
         file = folder / f"{key}.npy"
         if not file.exists():
-            points, note = fusion.reduce(values, method, seed=seed)
+            points, note = reduction.reduce(values, method, seed=seed)
             np.save(file, points)
             return points, note
         return np.load(file), ""
@@ -332,7 +346,7 @@ def show_quality(lines: list[Line], plot: Path) -> None:
         groups.setdefault((budget, choice, strategy), {})[seed] = line
     order = (*STRATEGIES, CEILING, "full")
     keys = sorted(groups, key=lambda key: (_share(key[0]), key[1] != "", key[1], order.index(key[2])))
-    print(f"\n{pool} rows over {CLIENTS} sites; in brackets the paired difference to random with its 95 % t-interval\n")
+    print(f"\n{pool} rows over {SITES} sites; in brackets the paired difference to random with its 95 % t-interval\n")
     print("| budget | strategy | features | seeds | picks | " + " | ".join(MEASURES) + " | kB sent | kB received |")
     print("| --: | --- | --- | --: | --: | --: | --: | --: | --: | --: |")
     for budget, choice, strategy in keys:

@@ -23,10 +23,13 @@ import numpy as np
 
 Line = dict[str, Any]
 
+# Keys of lines that fedhds 0.2 and earlier recorded, with their names of today.
+FORMER_NAMES = {"fusion_s": "reduction_s", "global_s": "kmeans_s", "centres": "centers"}
+
 VARIANTS = ("ours", "plain")
 MAX_LENGTH = 256
-# The strategy federated-kmeans at every size: so many rows wanted, over so many sites.
-_WANTED = 100
+# Federated k-means at every size: rows to select, and sites.
+_BUDGET = 100
 _SITES = 20
 
 
@@ -67,11 +70,11 @@ def main() -> None:
         started = time.process_time()
         line, values = {"ours": ours, "plain": plain}[variant](base, encode, len(chosen))
         line |= {"cpu_s": round(time.process_time() - started, 2)}
-        line |= {"seconds": round(line["features_s"] + line["fusion_s"] + line["clustering_s"], 2)}
+        line |= {"seconds": round(line["features_s"] + line["reduction_s"] + line["clustering_s"], 2)}
         line |= {"loaded_mb": before, "peak_mb": _memory("VmHWM")}
         line |= arithmetic(base, map(encode, range(len(chosen))), line["features_s"])
     if variant == "ours":
-        line |= cost_of_global(values)
+        line |= cost_of_kmeans(values)
     print(json.dumps(line))
 
 
@@ -88,7 +91,7 @@ def ours(base: Any, encode: Callable[[int], list[int]], count: int) -> tuple[Lin
         found = extract_features(
             base.model, encode, range(count), space, pad_id=base.tokenizer.pad_token_id, batch_size=16
         )
-    with _timed(line, "fusion_s"):
+    with _timed(line, "reduction_s"):
         points, _ = reduce(found.values, "tsne", seed=42)
     with _timed(line, "clustering_s"):
         clusters = cluster(found.ids, points, min_cluster_size=2)
@@ -108,7 +111,7 @@ def plain(base: Any, encode: Callable[[int], list[int]], count: int) -> tuple[Li
             output = base.model(input_ids=torch.tensor([encode(number)]), output_hidden_states=True)
             rows.append(torch.cat([layer[0, -1] for layer in output.hidden_states]).double().numpy())
         values = np.stack(rows)
-    with _timed(line, "fusion_s"):
+    with _timed(line, "reduction_s"):
         points = TSNE(2, perplexity=min(30, count - 1), random_state=42).fit_transform(values)
     with _timed(line, "clustering_s"):
         # One job, as in ours: its default of four worker processes would hide from both clock and memory.
@@ -141,21 +144,21 @@ def arithmetic(base: Any, rows: Iterable[list[int]], seconds: float) -> Line:
     return {"gflops": round(operations / seconds / 1e9, 1), "peak_gflops": round(max(rates) / 1e9, 1)}
 
 
-def cost_of_global(values: np.ndarray) -> Line:
+def cost_of_kmeans(values: np.ndarray) -> Line:
     """Seconds of one assignment to a fixed number of centers, and of a whole selection, sites and coordinator."""
+    from benchmarks.simulation import select
     from fedhds.kmeans import OVERSPLIT
     from fedhds_client.features.assignment import assign
     from fedhds_client.features.extraction import Features
-    from tests.selection.simulation import select
 
     values = values / np.linalg.norm(values, axis=1, keepdims=True)
-    line: Line = {"centers": OVERSPLIT * _WANTED}
+    line: Line = {"centers": OVERSPLIT * _BUDGET}
     features = Features(np.arange(len(values)), values)
     with _timed(line, "assign_s"):
-        assign(features, values[: OVERSPLIT * _WANTED])
+        assign(features, values[: OVERSPLIT * _BUDGET])
     shards = {f"client-{number:02d}": values[number::_SITES] for number in range(_SITES)}
-    with tempfile.TemporaryDirectory() as folder, _timed(line, "global_s"):
-        select(shards, Path(folder), "global", budget=str(_WANTED))
+    with tempfile.TemporaryDirectory() as folder, _timed(line, "kmeans_s"):
+        select(shards, Path(folder), "federated-kmeans", selection_budget=str(_BUDGET))
     return line
 
 
@@ -178,22 +181,25 @@ def show(lines: list[Line], plot: Path) -> None:
     sizes = sorted({rows for _, rows in latest if all((variant, rows) in latest for variant in VARIANTS)})
     if not sizes:
         return
-    print("\n| rows | variant | features s | fusion s | clustering s | all s | ratio | CPU s | MB over model | ratio |")
+    print(
+        "\n| rows | variant | features s | reduction s | clustering s | all s | ratio | CPU s | MB over model | ratio |"
+    )
     print("| --: | --- | --: | --: | --: | --: | --: | --: | --: | --: |")
     for size in sizes:
         slow = latest["plain", size]
         for variant in VARIANTS:
             line = latest[variant, size]
-            parts = (f"{line[name]:.1f}" for name in ("features_s", "fusion_s", "clustering_s", "seconds"))
+            parts = (f"{line[name]:.1f}" for name in ("features_s", "reduction_s", "clustering_s", "seconds"))
             ratios = (f"{slow['seconds'] / line['seconds']:.2f}", f"{_over(slow) / _over(line):.2f}")
             row = [str(size), variant, *parts, ratios[0], f"{line['cpu_s']:.1f}", f"{_over(line):.0f}", ratios[1]]
             print("| " + " | ".join(row) + " |")
-    print(f"\nglobal, {_WANTED} rows wanted, {_SITES} sites, up to {latest['ours', sizes[0]]['centers']} centers\n")
+    centers = latest["ours", sizes[0]]["centers"]
+    print(f"\nfederated-kmeans, budget {_BUDGET} rows, {_SITES} sites, up to {centers} centers\n")
     print("| rows | one assignment s | µs per row | whole selection s | ms per row |")
     print("| --: | --: | --: | --: | --: |")
     for size in sizes:
         line = latest["ours", size]
-        one, whole = line["assign_s"], line["global_s"]
+        one, whole = line["assign_s"], line["kmeans_s"]
         print(f"| {size} | {one:.3f} | {one / size * 1e6:.0f} | {whole:.1f} | {whole / size * 1e3:.2f} |")
     _plot(latest, sizes, plot)
 
@@ -214,13 +220,13 @@ def _plot(latest: dict[tuple[str, int], Line], sizes: list[int], plot: Path) -> 
         lines = [latest[variant, size] for size in sizes]
         seconds.plot(sizes, [line["seconds"] for line in lines], marker="o", label=variant)
         memory.plot(sizes, [_over(line) for line in lines], marker="o", label=variant)
-    for name, label in (("global_s", "global, whole selection"), ("assign_s", "one assignment")):
+    for name, label in (("kmeans_s", "federated k-means, whole selection"), ("assign_s", "one assignment")):
         growth.plot(sizes, [latest["ours", size][name] for size in sizes], marker="o", label=label)
-    first = latest["ours", sizes[0]]["global_s"] / (sizes[0] * np.log(sizes[0]))
+    first = latest["ours", sizes[0]]["kmeans_s"] / (sizes[0] * np.log(sizes[0]))
     growth.plot(sizes, [first * size * np.log(size) for size in sizes], "k--", label="n log n")
-    seconds.set_title("features, fusion and clusters: seconds")
+    seconds.set_title("features, reduction and clusters: seconds")
     memory.set_title("the same: peak MB over the loaded model")
-    growth.set_title("global at a fixed number of centers: seconds")
+    growth.set_title("federated k-means at a fixed number of centers: seconds")
     for axis in (seconds, memory, growth):
         axis.set(xlabel="rows", xscale="log", yscale="log")
         axis.grid(alpha=0.3, which="both")
