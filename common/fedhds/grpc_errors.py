@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from fedhds import errors
+from fedhds import PROTOCOL_VERSIONS, __version__, errors
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +48,20 @@ def error_of(call: grpc.RpcError) -> errors.FedhdsError | None:
     return error
 
 
+def older_coordinator(target: str) -> errors.EnrollmentRefused:
+    """What a call means that the coordinator at `target` does not know: it is of a version before protocol 2."""
+    return errors.EnrollmentRefused(
+        f"the coordinator at {target} does not know protocol {max(PROTOCOL_VERSIONS)} of fedhds {__version__}; install "
+        f"fedhds {__version__} there, or here the version that runs there (fedhds 0.1 or 0.2)"
+    )
+
+
 async def abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
     """Ends a call with the status that `error` stands for; raises always."""
     for kind, code in _TABLE:
         if isinstance(error, kind):
             if isinstance(error, errors.StorageError):
-                # The caller tries again; whoever can mend the disk reads this side's log.
+                # The caller tries again; who can fix the disk reads this side's log.
                 logger.error("%s", error)
             await context.abort(code, str(error), ((_REASON, type(error).__name__),))
     logger.error("internal error in a call from %s", context.peer(), exc_info=error)
