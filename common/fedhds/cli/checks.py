@@ -206,7 +206,7 @@ def coordinator(target: str, files: TlsFiles | None) -> Iterator[Finding]:
     import grpc
 
     from fedhds.cli.connection import LARGE_ANSWERS
-    from fedhds.grpc_errors import error_of
+    from fedhds.grpc_errors import error_of, older_coordinator
     from fedhds.security.credentials import diagnose_handshake, probe_credentials
     from fedhds.v2 import status_pb2
     from fedhds.v2 import status_pb2_grpc as status_rpc
@@ -219,6 +219,7 @@ def coordinator(target: str, files: TlsFiles | None) -> Iterator[Finding]:
         channel = grpc.secure_channel(target, probe_credentials(files), options=LARGE_ANSWERS)
     else:
         channel = grpc.insecure_channel(target, options=LARGE_ANSWERS)
+    serving: bool | None = None
     with channel:
         try:
             serving = channel.unary_unary(_HEALTH)(b"", timeout=_ANSWER_S) == _SERVING
@@ -232,6 +233,8 @@ def coordinator(target: str, files: TlsFiles | None) -> Iterator[Finding]:
             known = error_of(error)
             if isinstance(known, NotLeading):
                 yield Finding(check, State.OK, STANDS_BY)
+            elif serving is not None and error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                yield Finding(check, State.FAILED, coded(older_coordinator(target)))
             else:
                 reason = error.details() or error.code().name
                 problem = f"{target} does not answer as a coordinator: {reason}; look at its log"

@@ -38,7 +38,7 @@ def call(method: str, request: Message, server: str, ca: Path | None, cert: Path
     import grpc
 
     from fedhds.errors import CoordinatorUnreachable, NotLeading
-    from fedhds.grpc_errors import error_of
+    from fedhds.grpc_errors import error_of, older_coordinator
     from fedhds.security.credentials import TlsFiles, channel_credentials, diagnose_handshake
     from fedhds.settings import addresses
     from fedhds.v2 import status_pb2_grpc as status_rpc
@@ -54,6 +54,8 @@ def call(method: str, request: Message, server: str, ca: Path | None, cert: Path
             try:
                 return getattr(status_rpc.OperationsStub(channel), method)(request, timeout=_ANSWER_S)
             except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    raise older_coordinator(target) from None
                 known = error_of(error)
                 if known and not isinstance(known, NotLeading):
                     raise known from None
