@@ -1,7 +1,8 @@
-"""A run as an earlier version leaves it when everything dies in round 2; `make upgrade-fixture TAG=v1.2.3` packs one.
+"""A run as a version leaves it when everything dies in round 2; `make upgrade-fixture TAG=v1.2.3` packs one.
 
-The code is that of a git tag, the packages are those of this environment. The archive beside this file that bears the
-tag's name holds the run folder, the sites' state folders, their shards and the base model.
+The code is that of a git tag, or of the work tree (TAG=worktree); the packages are those of this environment. The
+archive beside this file, named after the version, has the run folder, the sites' state folders, their shards and the
+base model.
 """
 
 from __future__ import annotations
@@ -26,15 +27,18 @@ from tests.tiny import make_model, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
+WORK_TREE = "worktree"
+PACKAGES = ("common", "server", "client")
 SITES = "ab"
 # The coordinator never loads the model, so a name will do, which is the same wherever the archive is unpacked.
 MODEL = Path("tiny")
 COORDINATOR = (
     "--rounds=3",
-    "--strategy=fedhds-aligned",
-    "--schedule=per-round",
-    "--budget=8",
-    "--fusion=pca",
+    "--selection-strategy=fedhds-aligned",
+    "--selection-schedule=per-round",
+    "--selection-budget=8",
+    "--server-optimizer=momentum",
+    "--reduction=pca",
     "--feature-dimension=16",
     "--quorum=100%",
     "--min-evaluators=1",
@@ -59,11 +63,12 @@ def has_tag(tag: str) -> bool:
 
 @contextmanager
 def code_of(tag: str) -> Iterator[dict[str, str]]:
-    """The environment in which the installed console scripts run the code of a tag."""
-    with tempfile.TemporaryDirectory() as folder:
-        archive = git("archive", tag, "common", "server", "client")
-        subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
-        yield {"PYTHONPATH": os.pathsep.join(f"{folder}/{part}" for part in ("common", "server", "client"))}
+    """The environment in which the installed console scripts run the code of a tag, or of the work tree."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = ROOT if tag == WORK_TREE else Path(name)
+        if tag != WORK_TREE:
+            subprocess.run(["tar", "-x", "-C", name], input=git("archive", tag, *PACKAGES), check=True)
+        yield {"PYTHONPATH": os.pathsep.join(str(folder / package) for package in PACKAGES)}
 
 
 def client_flags(federation: Federation, name: str) -> list[object]:
@@ -86,7 +91,7 @@ def interrupt(folder: Path, environment: dict[str, str]) -> None:
         prefix = (sys.executable, standing_still.__file__)
         federation.start("b", "fedhds-client", *client_flags(federation, "b"), prefix=prefix)
         deadline = time.monotonic() + PATIENCE_S
-        while not ("a" in state(folder)["updates"] and list((folder / "run" / "artifacts").glob("*.part"))):
+        while not half_of_round_2(folder):
             assert server.process.poll() is None, server.text
             assert time.monotonic() < deadline, "\n".join(daemon.text for daemon in federation.daemons)
             time.sleep(0.1)
@@ -95,6 +100,13 @@ def interrupt(folder: Path, environment: dict[str, str]) -> None:
         federation.stop()
     for log in folder.glob("*.log"):
         log.unlink()
+
+
+def half_of_round_2(folder: Path) -> bool:
+    """Whether the update of site a is accepted and that of another site is on its way."""
+    stage = state(folder)["stage"] or {}
+    training = (stage.get("kind"), stage.get("round_number")) == ("train", 2)
+    return training and "a" in stage["replies"] and any((folder / "run" / "artifacts").glob("*.part"))
 
 
 def state(folder: Path) -> dict[str, Any]:
@@ -117,20 +129,29 @@ def looked_at(folder: Path, copy: Path) -> tuple[dict[str, Any], list[str]]:
     return state(copy), journal(copy)
 
 
-def archive_of(tag: str) -> Path:
-    """Where the packed run of a tag lies."""
-    return HERE / f"{tag}.tar.gz"
+def archive_of(version: str) -> Path:
+    """Where the packed run of a version lies."""
+    return HERE / f"v{version}.tar.gz"
+
+
+def unpacked_run(version: str, folder: Path) -> Path:
+    """The packed run of a version, in a new folder."""
+    with tarfile.open(archive_of(version)) as packed:
+        packed.extractall(folder, filter="data")
+    return folder
 
 
 def main() -> None:
-    """Packs what the version of the tag that is given leaves behind."""
+    """Packs what the version of the tag, or of the work tree, leaves behind."""
     (tag,) = sys.argv[1:]
     with tempfile.TemporaryDirectory() as name, code_of(tag) as environment:
         asked = subprocess.run([BIN / "fedhds-server", "--version"], env=os.environ | environment, capture_output=True)
-        assert asked.stdout.decode().split() == ["fedhds-server", tag.removeprefix("v")], asked.stdout
+        program, version = asked.stdout.decode().split()
+        assert program == "fedhds-server"
+        assert tag in (WORK_TREE, f"v{version}")
         folder = Path(name)
         interrupt(folder, environment)
-        with tarfile.open(archive_of(tag), "w:gz") as packed:
+        with tarfile.open(archive_of(version), "w:gz") as packed:
             for path in sorted(folder.iterdir()):
                 packed.add(path, arcname=path.name)
 

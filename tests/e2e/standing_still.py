@@ -18,7 +18,7 @@ _CHUNK_BYTES = 256
 
 def main() -> None:
     """Puts what stands still in the program's way, then runs it."""
-    from fedhds.transfer.background_step import chunks
+    from fedhds.transfer import chunks
     from fedhds_client.rpc_client import CoordinatorClient
 
     upload, message = CoordinatorClient.upload, chunks.upload_message
@@ -32,10 +32,9 @@ def main() -> None:
         ask = self.federation.GetUpload
 
         async def asked(*arguments: Any, **options: Any) -> Any:
-            held = await ask(*arguments, **options)
-            if "chunk_size" in held.DESCRIPTOR.fields_by_name:
-                held.chunk_size = _CHUNK_BYTES
-            return held
+            answer = await ask(*arguments, **options)
+            answer.chunk_size = _CHUNK_BYTES
+            return answer
 
         self.federation.GetUpload = asked
         await upload(self, session, path, artifact, *further)
@@ -47,8 +46,6 @@ def main() -> None:
         sent += len(chunk)
         return message(chunk)
 
-    # 0.1.0 chose the size by itself; later the coordinator tells it.
-    vars(chunks)["CHUNK_SIZE"] = _CHUNK_BYTES
     chunks.upload_message = counted_message
     CoordinatorClient.upload = counted_upload  # type: ignore[assignment, method-assign]
     sys.argv = sys.argv[1:]
