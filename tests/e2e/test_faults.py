@@ -33,8 +33,8 @@ def free_port() -> int:
     ("flags", "words"),
     [
         (["--model=/nowhere/model"], "/nowhere/model"),
-        (["--server=127.0.0.1:1", "--patience=1"], "nothing listens"),
-        (["--server=no-such-host.invalid:8470", "--patience=1"], "cannot be resolved"),
+        (["--server=127.0.0.1:1", "--reconnect-timeout=1"], "nothing listens"),
+        (["--server=no-such-host.invalid:8470", "--reconnect-timeout=1"], "cannot be resolved"),
         (["--server=8470"], "not HOST:PORT"),
         (["--data=/nowhere/shard.jsonl"], "/nowhere/shard.jsonl"),
         (["--tls-ca=/nowhere/ca.crt"], "--tls-cert"),
@@ -74,7 +74,7 @@ def test_bad_rows_can_be_skipped_and_are_counted(federation: Federation) -> None
     path = shard(federation.folder)
     with path.open("a") as file:
         file.write("not json\n")
-    server = federation.server("--rounds=1", "--min-sites=1", "--strategy=full")
+    server = federation.server("--rounds=1", "--min-sites=1", "--selection-strategy=full")
     site = federation.client("a", f"--data={path}", "--skip-bad-rows")
     assert (server.wait(), site.wait()) == (0, 0), site.text
     assert "8 rows, 1 skipped" in site.text
@@ -84,7 +84,7 @@ def test_a_shard_of_one_row_and_rows_longer_than_the_context_are_trained_on(fede
     one = shard(federation.folder, "one", 1)
     long = federation.folder / "long.jsonl"
     long.write_text(json.dumps({"instruction": "word " * 400, "response": "yes"}) + "\n")
-    server = federation.server("--rounds=1", "--strategy=full", "--max-length=64")
+    server = federation.server("--rounds=1", "--selection-strategy=full", "--max-length=64")
     sites = [federation.client("one", f"--data={one}"), federation.client("long", f"--data={long}")]
     assert server.wait() == 0, server.text
     assert [site.wait() for site in sites] == [0, 0]
@@ -116,7 +116,7 @@ def test_another_base_model_is_refused_saying_what_differs(federation: Federatio
 def test_a_coordinator_that_is_killed_goes_on_and_the_adapter_is_the_same(federation: Federation) -> None:
     folder = federation.folder
     shards = [shard(folder, name, 10) for name in "ab"]
-    plain = federation.server("--rounds=3", "--strategy=full", run="plain")
+    plain = federation.server("--rounds=3", "--selection-strategy=full", run="plain")
     for name, path in zip("ab", shards, strict=True):
         federation.client(name, f"--data={path}", server=federation.address("plain"))
     assert plain.wait() == 0, plain.text
@@ -124,12 +124,12 @@ def test_a_coordinator_that_is_killed_goes_on_and_the_adapter_is_the_same(federa
         daemon.wait()
 
     listen = f"127.0.0.1:{free_port()}"
-    server = federation.server("--rounds=3", "--strategy=full", run="killed", listen=listen)
+    server = federation.server("--rounds=3", "--selection-strategy=full", run="killed", listen=listen)
     sites = [federation.client(n, f"--data={path}", server=listen) for n, path in zip("ab", shards, strict=True)]
     for words in ("the run starts", "round 1 closed", "round 2 closed"):
         server.wait_for(words)
         server.kill()
-        server = federation.server("--rounds=3", "--strategy=full", run="killed", listen=listen)
+        server = federation.server("--rounds=3", "--selection-strategy=full", run="killed", listen=listen)
         server.wait_for("going on with run")
     assert server.wait() == 0, server.text
     assert [site.wait() for site in sites] == [0, 0]
@@ -139,7 +139,7 @@ def test_a_coordinator_that_is_killed_goes_on_and_the_adapter_is_the_same(federa
 
 def test_a_site_that_is_killed_is_taken_for_lost_and_comes_back(federation: Federation) -> None:
     folder = federation.folder
-    server = federation.server("--rounds=60", "--strategy=full", "--patience=3", "--min-sites=2")
+    server = federation.server("--rounds=60", "--selection-strategy=full", "--heartbeat-timeout=3", "--min-sites=2")
     a, b = shard(folder, "a"), shard(folder, "b")
     frozen = federation.client("a", f"--data={a}")
     killed = federation.client("b", f"--data={b}")
@@ -159,7 +159,7 @@ def test_a_site_that_is_killed_is_taken_for_lost_and_comes_back(federation: Fede
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_cleanly_and_the_run_goes_on_later(federation: Federation, number: signal.Signals) -> None:
     folder = federation.folder
-    server = federation.server("--rounds=2", "--strategy=full", "--min-sites=1")
+    server = federation.server("--rounds=2", "--selection-strategy=full", "--min-sites=1")
     site = federation.client("a", f"--data={shard(folder)}")
     server.wait_for("round 1 of 2 opens")
     site.process.send_signal(number)
@@ -168,7 +168,7 @@ def test_signals_stop_cleanly_and_the_run_goes_on_later(federation: Federation, 
     assert server.wait() == 128 + number
     for daemon in (server, site):
         assert "Traceback" not in daemon.text
-    server = federation.server("--rounds=2", "--strategy=full", "--min-sites=1")
+    server = federation.server("--rounds=2", "--selection-strategy=full", "--min-sites=1")
     site = federation.client("a", f"--data={shard(folder)}")
     assert (server.wait(), site.wait()) == (0, 0), server.text + site.text
 
@@ -217,7 +217,7 @@ def mount(federation: Federation) -> Iterator[Path]:
 
 def test_a_full_disk_stops_nothing_that_was_accepted(federation: Federation, mount: Path) -> None:
     """The run folder is a tiny file system that is filled up in mid-run and then freed."""
-    server = federation.server("--rounds=3", "--strategy=full", "--min-sites=1", run="small/run")
+    server = federation.server("--rounds=3", "--selection-strategy=full", "--min-sites=1", run="small/run")
     site = federation.client("a", f"--data={shard(federation.folder)}", server=federation.address("small/run"))
     server.wait_for("round 1 of 3 opens")
     filler = mount / "filler"
@@ -231,7 +231,7 @@ def test_a_full_disk_stops_nothing_that_was_accepted(federation: Federation, mou
 
 
 def test_a_site_with_a_full_disk_tries_again_until_there_is_room(federation: Federation, mount: Path) -> None:
-    server = federation.server("--rounds=2", "--strategy=full", "--min-sites=1")
+    server = federation.server("--rounds=2", "--selection-strategy=full", "--min-sites=1")
     filler = mount / "filler"
     site = federation.client("a", f"--data={shard(federation.folder)}", f"--state={mount / 'state'}")
     server.wait_for("enrolled with")
@@ -245,7 +245,7 @@ def test_a_site_with_a_full_disk_tries_again_until_there_is_room(federation: Fed
 
 
 def test_processes_of_one_host_may_share_a_state_folder(federation: Federation) -> None:
-    server = federation.server("--rounds=3", "--strategy=full", "--min-sites=4")
+    server = federation.server("--rounds=3", "--selection-strategy=full", "--min-sites=4")
     sites = [
         federation.client(name, f"--data={shard(federation.folder, name)}", f"--state={federation.folder / 'state'}")
         for name in "abcd"
@@ -258,7 +258,8 @@ def test_processes_of_one_host_may_share_a_state_folder(federation: Federation) 
 def test_a_site_that_missed_the_end_gets_the_adapter_from_a_coordinator_that_is_started_again(
     federation: Federation,
 ) -> None:
-    flags = ("--rounds=2", "--strategy=full", "--min-sites=2", "--patience=3")
+    # Longer than the longest pause between two tries of a site.
+    flags = ("--rounds=2", "--selection-strategy=full", "--min-sites=2", "--heartbeat-timeout=8")
     listen = f"127.0.0.1:{free_port()}"
     server = federation.server(*flags, listen=listen)
     present = federation.client("a", f"--data={shard(federation.folder, 'a', 40)}")
@@ -276,10 +277,10 @@ def test_a_site_that_missed_the_end_gets_the_adapter_from_a_coordinator_that_is_
 
 @pytest.mark.parametrize("program", ["fedhds", "fedhds-server", "fedhds-client"])
 def test_help_needs_no_heavy_import(program: str) -> None:
-    module = program.replace("-", "_") + ".cli"
     code = (
         f"import sys; sys.argv = [{program!r}, '--help']\n"
-        f"from {module} import main\n"
+        "from importlib.metadata import entry_points\n"
+        f"main = entry_points(group='console_scripts')[{program!r}].load()\n"
         "try: main()\n"
         "except SystemExit as end: status = end.code or 0\n"
         "heavy = {'torch', 'transformers', 'numpy', 'grpc', 'sqlalchemy', 'alembic', 'psycopg'} & set(sys.modules)\n"
