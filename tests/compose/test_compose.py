@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
 
 # Of the compose file.
 GRACE_S = 30.0
-PATIENCE_S = 5
+HEARTBEAT_TIMEOUT_S = 5
 
 Start = Callable[..., AbstractContextManager[Stack]]
 
@@ -107,8 +107,8 @@ def killed(stack: Stack, service: str) -> None:
 
 def paused(stack: Stack, service: str) -> None:
     stack.docker("pause", stack.container(service))
-    # Longer than the patience: it is lost, and comes back.
-    time.sleep(PATIENCE_S + 2)
+    # Longer than the heartbeat time-out: it is lost, and comes back.
+    time.sleep(HEARTBEAT_TIMEOUT_S + 2)
     stack.docker("unpause", stack.container(service))
 
 
@@ -116,7 +116,7 @@ def disconnected(stack: Stack, service: str) -> None:
     container = stack.container(service)
     ((network, _),) = stack.state(service)["NetworkSettings"]["Networks"].items()
     stack.docker("network", "disconnect", network, container)
-    time.sleep(PATIENCE_S + 2)
+    time.sleep(HEARTBEAT_TIMEOUT_S + 2)
     stack.docker("network", "connect", "--alias", service, network, container)
 
 
@@ -131,7 +131,7 @@ def restarted(stack: Stack, service: str) -> None:
 
 @pytest.mark.parametrize("service", ["coordinator", "site-2"])
 def test_a_run_ends_whatever_becomes_of_a_container(start: Start, tmp_path: Path, service: str) -> None:
-    with start(ROUNDS="60", STRATEGY="full", PATIENCE=str(PATIENCE_S)) as stack:
+    with start(ROUNDS="60", STRATEGY="full", HEARTBEAT_TIMEOUT=str(HEARTBEAT_TIMEOUT_S)) as stack:
         for happens in (killed, paused, disconnected, restarted):
             stack.wait_for_round(stack.rounds() + 2)
             assert "the run is complete" not in stack.log("coordinator"), f"too early for {happens.__name__}"
