@@ -369,6 +369,22 @@ async def test_something_else_than_a_coordinator_fails() -> None:
     assert "does not answer as a coordinator" in finding.message
 
 
+async def test_a_coordinator_of_an_older_protocol_is_said_to_be_one() -> None:
+    from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+    server, own = grpc.aio.server(), health.aio.HealthServicer()
+    await own.set("", health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(own, server)
+    port = server.add_insecure_port("localhost:0")
+    await server.start()
+    try:
+        finding = (await asked(f"localhost:{port}"))["server"]
+    finally:
+        await server.stop(None)
+    assert finding.state is State.FAILED
+    assert re.search(rf"localhost:{port} does not know protocol 2 .*install.* \[FH20\]$", finding.message)
+
+
 async def test_a_port_where_nothing_listens_fails() -> None:
     with socket.create_server(("localhost", 0)) as listener:
         port = listener.getsockname()[1]
