@@ -11,12 +11,13 @@ from http.client import HTTPConnection
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import pytest
 
 from fedhds.runtime.http import served
 from fedhds_server.coordinator import Coordinator
+from fedhds_server.dashboard import dashboard
 from fedhds_server.dashboard.dashboard import MAX_STREAMS, Dashboard
 from fedhds_server.leadership.gate import LeaderGate
 from fedhds_server.leadership.leadership import Leadership
@@ -46,12 +47,12 @@ async def page_of(coordinator: Coordinator | None, place: Place, *, loopback: bo
     gate._coordinator = coordinator
     leadership = Leadership(place.open(), "h", "h:1")
     leadership.leader = "" if coordinator else "fed2.example.org:8470"
-    dashboard = Dashboard(gate, leadership, loopback=loopback)
-    async with served("127.0.0.1:0", list, dict, dashboard.routes) as url:
+    page = Dashboard(gate, leadership, loopback=loopback)
+    async with served("127.0.0.1:0", list, dict, page.routes) as url:
         try:
             yield url
         finally:
-            dashboard.close()
+            page.close()
     leadership.close()
 
 
@@ -64,7 +65,8 @@ class Stream:
 
     async def __aenter__(self) -> Stream:
         self._reader, self._writer = await asyncio.open_connection(self._address.hostname, self._address.port)
-        lines = ["GET /events HTTP/1.1", f"Host: {self._address.netloc}", f"Last-Event-ID: {self._after}", "", ""]
+        path = f"/events?{self._address.query}"
+        lines = [f"GET {path} HTTP/1.1", f"Host: {self._address.netloc}", f"Last-Event-ID: {self._after}", "", ""]
         self._writer.write("\r\n".join(lines).encode())
         self.head = (await self._reader.readuntil(b"\r\n\r\n")).decode()
         return self
@@ -130,12 +132,45 @@ async def test_a_stream_begins_with_all_goes_on_with_changes_and_resumes(host: H
             await pause(host, "a new disk")
             number, _, line = await stream.until("line", lambda line: "paused" in line["message"])
             assert line["trouble"]
-        assert number == f"r/{line['number']}"
-        async with Stream(url, after=f"r/{int(line['number']) - 1}") as again:
-            assert (await again.until("line"))[0] == number
-        for unknown in (f"another/{line['number']}", f"another/{5000 * '9'}", "", "r"):
-            async with Stream(url, after=unknown) as other:
-                assert (await other.until("line"))[0] == "r/1"
+        assert number == f"r/{line['number']}/{line['at']}"
+        async with Stream(url) as other:
+            before = [(await other.until("line"))[0] for _ in range(int(line["number"]))]
+            assert before[-1] == number
+        for again in (Stream(url, after=before[-2]), Stream(f"{url}/?after={quote(before[-2])}")):
+            async with again as stream:
+                assert [(await stream.event())[1:2] for _ in range(2)] == [("snapshot",), ("line",)]
+
+
+@pytest.mark.parametrize("after", ["r/99/{at}", "r/1/1.5", "another/1/{at}", f"another/{5000 * '9'}", "r"])
+async def test_a_page_that_shows_another_history_begins_anew(host: Host, sqlite: Place, after: str) -> None:
+    """Its coordinator was started on a backup: the journal ends before the page's last line, or went on otherwise."""
+    await enroll(host, "a")
+    _, entry = host.coordinator.journal[0]
+    async with page_of(host.coordinator, sqlite) as url, Stream(url, after=after.format(at=entry.at)) as stream:
+        kinds = [(await stream.event())[1] for _ in range(2)]
+        assert kinds == ["snapshot", "history"]
+        assert (await stream.until("line"))[0] == f"r/1/{entry.at}"
+
+
+async def test_a_stream_ends_after_a_while_so_that_a_stalled_page_frees_its_place(
+    host: Host, sqlite: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dashboard, "_STREAM_S", 2.0)
+    async with page_of(host.coordinator, sqlite) as url:
+        # They read nothing, and do not ask for another.
+        stalled = [await Stream(url).__aenter__() for _ in range(MAX_STREAMS)]
+
+        async def admitted() -> bool:
+            async with Stream(url) as stream:
+                return " 200 " in stream.head
+
+        assert not await admitted()
+        async with asyncio.timeout(20):
+            while not await admitted():  # noqa: ASYNC110 - the server says so when it is asked
+                await asyncio.sleep(0.05)
+        assert (await stalled[0].until("again", lambda _: True))[1] == "again"
+        for stream in stalled:
+            await stream.__aexit__()
 
 
 async def test_a_value_that_is_gone_is_said(host: Host, sqlite: Place) -> None:

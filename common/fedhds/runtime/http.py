@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedhds.errors import SettingsError
 from fedhds.runtime.metrics import exposition
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 # Scrapes and probes come one at a time, and the status page bounds its own; beyond that number they wait.
 _MAX_CONNECTIONS = 100
 _LAST_ANSWERS_S = 1
+# Browsers open connections ahead of their requests, and slow links take seconds for an answer; a connection on which
+# nothing at all moves for this long is of no use to anybody.
+_UNUSED_S = 10.0
 
 # Read on the event loop, where the state is whole; cheap.
 Families = Callable[[], Sequence[Metric]]
@@ -60,6 +64,7 @@ async def served(
     own = [Route(f"/{endpoint.__name__}", endpoint) for endpoint in (metrics, healthz, readyz)]
     config = uvicorn.Config(
         Starlette(routes=[*own, *routes]),
+        http=_Connection,
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -77,6 +82,47 @@ async def served(
     finally:
         server.should_exit = True
         await serving
+
+
+class _Connection(H11Protocol):
+    """A connection that is closed when nobody uses it: uvicorn's own time limit begins with the first answer only.
+
+    It is unused when for `_UNUSED_S` seconds no request begins, or nothing is taken of an answer. Where the port is
+    full, a new connection takes the place of the oldest one without a request, so that silent ones keep nobody out.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if len(self.connections) >= _MAX_CONNECTIONS - 1:
+            silent = [one for one in self.connections if isinstance(one, _Connection) and one._silent]
+            if silent:
+                oldest = min(silent, key=lambda one: one._opened_at)
+                self.connections.discard(oldest)
+                oldest.transport.abort()
+        super().connection_made(transport)
+        self._opened_at = self.loop.time()
+        self._last = self._progress
+        self._looking = self.loop.call_later(_UNUSED_S, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._looking.cancel()
+        super().connection_lost(exc)
+
+    @property
+    def _silent(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or bool(self.cycle.response_complete)
+
+    @property
+    def _progress(self) -> tuple[object, int]:
+        """The last request, and the bytes that wait to be taken."""
+        return self.cycle, self.transport.get_write_buffer_size()
+
+    def _look(self) -> None:
+        before, self._last = self._last, self._progress
+        if before == self._last and (self._silent or self._last[1]):
+            self.transport.abort()
+        else:
+            self._looking = self.loop.call_later(_UNUSED_S, self._look)
 
 
 class _Server(uvicorn.Server):

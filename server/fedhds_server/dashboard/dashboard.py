@@ -33,6 +33,9 @@ MAX_STREAMS = 20
 # Of sites, rounds and evaluations; a page of more is read by nobody, and what goes out each second stays small.
 _MAX_LISTED = 200
 _EVERY_S = 1.0
+# A page asks for the next stream by itself. One that is stalled (a browser that sleeps) does not, and the kernel would
+# take events for it for many minutes before anybody noticed.
+_STREAM_S = 120.0
 _RETRY_S = 2
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[a-zA-Z0-9.-]+)(:[0-9]+)?")
 _FILES = {"/": "index.html"} | {f"/{name}": name for name in ("page.css", "page.js", "drawing.js", "icon.svg")}
@@ -102,19 +105,27 @@ class Dashboard:
             return PlainTextResponse(
                 f"{MAX_STREAMS} others look at this page; close one of them\n", 503, {"retry-after": str(_RETRY_S)}
             )
-        run_id, _, number = request.headers.get("last-event-id", "").rpartition("/")
         self._streams += 1
-        # The header is anybody's: of a thousand digits Python would refuse to make a number.
-        return _Stream(self._told(run_id, int(number[:18]) if number.isdecimal() else 0), self._ended)
+        # A browser that connects again by itself sends the header; a page that does, the parameter.
+        last = request.headers.get("last-event-id") or request.query_params.get("after", "")
+        return _Stream(self._told(last), self._ended)
 
     def _ended(self) -> None:
         self._streams -= 1
 
-    async def _told(self, run_id: str, seen: int) -> AsyncIterator[str]:
-        """Server-sent events: the whole status, then what has changed in it; and the journal after line `seen`."""
+    async def _told(self, last: str) -> AsyncIterator[str]:
+        """Server-sent events: the whole status, then what has changed in it; and the journal after the line `last`.
+
+        A line's id has its run, number and time. Where the journal has no such line, it is not the one that the page
+        shows (a backup was restored, or too many lines have come since): "history" says that it begins anew.
+        """
         yield f"retry: {1000 * _RETRY_S}\n\n"
         previous: Status | None = None
+        until = time.monotonic() + _STREAM_S
         while not self._closing.is_set():
+            if time.monotonic() > until:
+                yield _event("again", {})
+                return
             status = dict(await self._status())
             journal, run = status.pop("journal", []), status.get("run_id", "")
             if previous is None or run != previous.get("run_id", ""):
@@ -123,13 +134,14 @@ class Dashboard:
                 # Every second, if only to say that nothing has.
                 changed = {key for key in status.keys() | previous.keys() if status.get(key) != previous.get(key)}
                 yield _event("changes", {key: status.get(key) for key in changed})
-            if run != run_id:
-                run_id, seen = run, 0
-            for line in journal:
-                # JSON has 64-bit numbers as text.
-                if int(line["number"]) > seen:
-                    seen = int(line["number"])
-                    yield f"id: {run_id}/{seen}\n" + _event("line", line)
+            lines = {f"{run}/{line['number']}/{line['at']}": line for line in journal}
+            if run and last and last not in lines:
+                last = ""
+                yield _event("history", {})
+            names = list(lines)
+            for name in names[names.index(last) + 1 if last in lines else 0 :]:
+                last = name
+                yield f"id: {name}\n" + _event("line", lines[name])
             previous = status
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), _EVERY_S)

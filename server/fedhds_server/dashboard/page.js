@@ -13,7 +13,7 @@ const HEADLINES = {
 const OVER = ["completed", "stopped", "failed"];
 
 let status = {};
-let newest = 0; // number of the last journal line on the page
+let newest = 0, last = ""; // number and id of the last journal line on the page
 let mapped; // run and selection that the map shows
 let source, openedAt = 0, heardAt = 0, retry;
 
@@ -268,10 +268,6 @@ function lost() {
 
 const HANDLERS = {
   snapshot(all) {
-    if (all.run_id && all.run_id !== status.run_id) {
-      newest = 0;
-      $("events-list").replaceChildren();
-    }
     status = all;
     show(SECTIONS.flatMap(([keys]) => keys));
   },
@@ -280,6 +276,13 @@ const HANDLERS = {
     show(Object.keys(changed));
   },
   line: showLine,
+  // The coordinator's journal is not the one that the page shows.
+  history() {
+    newest = 0;
+    last = "";
+    $("events-list").replaceChildren();
+  },
+  again: connect, // The coordinator ends a stream after a while, in case that nobody reads it.
 };
 
 function connect() {
@@ -287,12 +290,13 @@ function connect() {
   source?.close();
   if (document.hidden) return; // A browser has six connections to a host, and a hidden page needs none.
   openedAt = Date.now();
-  source = new EventSource("events");
+  source = new EventSource(last ? `events?after=${encodeURIComponent(last)}` : "events");
   for (const [kind, handle] of Object.entries(HANDLERS)) {
     source.addEventListener(kind, (event) => {
       heardAt = Date.now();
       connection("live", "Live");
       handle(JSON.parse(event.data));
+      if (kind === "line") last = event.lastEventId;
     });
   }
   source.addEventListener("error", () => {
