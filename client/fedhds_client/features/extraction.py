@@ -50,9 +50,9 @@ def extract_features(
     """Features of the rows `ids`, in that order, under `model` as it is: with its adapter, if PEFT put one on.
 
     `encode(id)` gives the tokens of a whole row, prompt and response. `progress` hears the share that is done after
-    every batch; what it raises ends the extraction. The model computes in its own dtype, without dropout and without
-    its LM head, and is left in the training or evaluation mode that it was in. Memory besides the result: one window
-    of token ids and one batch of hidden states.
+    every batch; what it raises ends the extraction. The model computes in its own dtype, without dropout and, but for
+    prompt methods, without its LM head, and is left in the training or evaluation mode that it was in. Memory besides
+    the result: one window of token ids and one batch of hidden states.
 
     Raises TaskError when features are not finite, memory runs out or the space names a layer that is not there,
     ValueError for a row without tokens.
@@ -110,19 +110,27 @@ def _features(
         output_hidden_states=True,
         **options,
     )
-    values: npt.NDArray[np.float32] = space.features(output.hidden_states, lengths).cpu().numpy()
+    # Prompt methods put positions of their own in front.
+    states = tuple(state[:, -longest:] for state in output.hidden_states)
+    values: npt.NDArray[np.float32] = space.features(states, lengths).cpu().numpy()
     if not np.isfinite(values).all():
         raise TaskError("the model's hidden states are not finite; the adapter has diverged or the dtype is too narrow")
     return values
 
 
 def _body(model: nn.Module) -> nn.Module:
-    """The transformer without its LM head, with the adapter's layers in place; an encoder is one already."""
+    """The transformer without its LM head, with the adapter's layers in place; an encoder is one already.
+
+    A prompt is in no layer: only PEFT's wrapper runs it, head included.
+    """
     inner: Any = model
+    prompted = False
     if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
+        prompted, inner = inner.active_peft_config.is_prompt_learning, inner.get_base_model()
     if getattr(inner.config, "is_encoder_decoder", False):
         raise TaskError("features are taken with a causal model or an encoder, not with an encoder-decoder model")
+    if prompted:
+        return model
     body: nn.Module = inner if inner.get_output_embeddings() is None else inner.base_model
     return body
 

@@ -30,6 +30,7 @@ class TrainTask(SiteTask):
         models.features.release(site.name)
         name = f"update-{file_key(task.id + context.adapter.name)}.safetensors"
         path = site.folder / file_key(context.run_id) / name
+        roles = frozenset(request.trainable_roles)
         if finished := FinishedUpdate.load(path):
             logger.info("%s: the update of round %d is already here", site.name, task.round_number)
             return TaskResult(finished.result(), finished)
@@ -48,7 +49,7 @@ class TrainTask(SiteTask):
             models.prompter,
             spec.training,
             seed=spec.seed + int(file_key(task.id)[:12], 16),
-            trainable_roles=frozenset(request.trainable_roles),
+            trainable_roles=roles,
             progress=context.control.report,
             cancelled=context.control.cancelled,
         )
@@ -60,7 +61,9 @@ class TrainTask(SiteTask):
                 len(rows),
                 models.prompter.max_length,
             )
-        update = keep_update(path, models.model, context.adapter, outcome, round_number=task.round_number)
+        update = keep_update(
+            path, models.model, context.adapter, outcome, round_number=task.round_number, trainable_roles=roles
+        )
         text = "%s: round %d trained in %.1f s, loss %.4f"
         logger.info(text, site.name, task.round_number, outcome.seconds, outcome.loss)
         return TaskResult(update.result(), update)

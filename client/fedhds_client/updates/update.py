@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fedhds.errors import StorageError
 from fedhds.runtime.files import make_folder, replace_file
 from fedhds.tensors.artifact import Artifact
@@ -81,12 +83,20 @@ class FinishedUpdate:
 
 
 def keep_update(
-    path: Path, model: AdapterModel, adapter: Path, outcome: TrainOutcome, *, round_number: int
+    path: Path,
+    model: AdapterModel,
+    adapter: Path,
+    outcome: TrainOutcome,
+    *,
+    round_number: int,
+    trainable_roles: frozenset[str] = frozenset(),
 ) -> FinishedUpdate:
     """Writes what training made of the global adapter `adapter` in a round to `path`, in the run's wire type.
 
     A difference (int8) is to `adapter`, plus what was rounded away of the site's update before; what is rounded away of
-    this one is beside it. It is finished, and earlier ones go, once its note is durable. Raises StorageError.
+    this one is beside it. Of tensors that the coordinator leaves as they are, whose roles are not in `trainable_roles`
+    (empty: all train), what was rounded away waits for a later update. The update is finished, and earlier ones go,
+    once its note is durable. Raises StorageError.
     """
     folder = path.parent
     try:
@@ -95,7 +105,9 @@ def keep_update(
             old.unlink()
         residual = ""
         if model.codec.is_difference:
-            artifact, residual = _write_difference(path, model, adapter, _residual(path, round_number))
+            artifact, residual = _write_difference(
+                path, model, adapter, _residual(path, round_number), trainable_roles or model.manifest().roles
+            )
         else:
             artifact = model.codec.write(path, model.manifest(), model.values())
         metadata = UpdateMetadata(
@@ -138,11 +150,17 @@ def _residual(path: Path, round_number: int) -> Path | None:
     return residual
 
 
-def _write_difference(path: Path, model: AdapterModel, adapter: Path, residual: Path | None) -> tuple[Artifact, str]:
-    """Writes the update and what was rounded away of it; the update, and the digest of the other."""
+def _write_difference(
+    path: Path, model: AdapterModel, adapter: Path, residual: Path | None, roles: frozenset[str]
+) -> tuple[Artifact, str]:
+    """Writes the update of the tensors with these roles and what was rounded away; the update, the other's digest."""
     manifest = model.manifest()
     with _difference(model, adapter, residual) as difference:
-        artifact = model.codec.write(path, manifest, difference)
+
+        def update(spec: TensorSpec) -> FloatArray:
+            return difference(spec) if spec.role in roles else np.zeros(spec.shape, dtype=np.float32)
+
+        artifact = model.codec.write(path, manifest, update)
         with AdapterReader(path, manifest, differences=True) as sent:
             rest = write_adapter(
                 path.with_suffix(".residual"), manifest, lambda spec: difference(spec) - sent.tensor(spec), "float32"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scipy.spatial.distance import pdist
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -66,6 +66,14 @@ def adapted() -> Any:
     return model.eval()
 
 
+def prompted() -> Any:
+    """A Llama behind a prompt of four embeddings, which are no layer of it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = get_peft_model(llama(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    return model.eval()
+
+
 MAKERS = {"llama": llama, "gpt2": gpt2, "adapted": adapted}
 
 
@@ -108,6 +116,21 @@ def test_batches_give_what_single_rows_give(name: str, batch_size: int) -> None:
     assert features.values.dtype == np.float32
     for row, tokens in enumerate(ROWS):
         np.testing.assert_allclose(features.values[row], one_by_one(model, tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_shapes_the_features_and_is_no_part_of_a_row() -> None:
+    model, mean = prompted(), FeatureSpace(SEED, DIMENSION, pooling="mean")
+
+    def features(space: FeatureSpace, batch_size: int) -> npt.NDArray[np.float32]:
+        rows = range(len(ROWS))
+        return extract_features(model, ROWS.__getitem__, rows, space, pad_id=PAD, batch_size=batch_size).values
+
+    np.testing.assert_allclose(features(mean, 4), features(mean, 1), rtol=1e-4, atol=1e-5)
+    # The mean over a row of one token is that token's state, however long the prompt is.
+    np.testing.assert_allclose(features(mean, 4)[1], one_by_one(model, ROWS[1]), rtol=1e-4, atol=1e-5)
+    for row, values in enumerate(features(SPACE, 4)):
+        np.testing.assert_allclose(values, one_by_one(model, ROWS[row]), rtol=1e-4, atol=1e-5)
+        assert not np.allclose(values, one_by_one(model_called("llama"), ROWS[row]), rtol=1e-2)
 
 
 @settings(max_examples=25, deadline=None)

@@ -147,6 +147,25 @@ def test_the_coordinator_adds_the_difference_to_the_adapter_that_it_was_made_fro
             assert off.max() <= np.abs(LEARNED[spec.name]).max() / 127 / 2 / 4 + 1e-4
 
 
+def test_what_is_rounded_away_waits_while_a_tensor_does_not_train(tmp_path: Path, adapter: Path) -> None:
+    """The coordinator leaves such a tensor as it is, whatever the update has for it."""
+
+    class OnlyA(Model):
+        def values(self) -> Callable[[TensorSpec], FloatArray]:
+            learned = super().values()
+            return lambda spec: learned(spec) if spec.role == A.role else zeros(spec)
+
+    before = tensors(kept(tmp_path, adapter, 1).path.with_suffix(".residual"))
+    assert np.abs(before[B.name]).max() > 0
+    model: Any = OnlyA("int8", zeros)
+    path = tmp_path / "run" / "update-2.safetensors"
+    keep_update(path, model, adapter, OUTCOME, round_number=2, trainable_roles=frozenset({A.role}))
+    assert not tensors(path)[B.name].any()
+    after = tensors(path.with_suffix(".residual"))
+    np.testing.assert_array_equal(after[B.name], before[B.name])
+    assert not np.array_equal(after[A.name], before[A.name])
+
+
 @pytest.mark.parametrize("damage", ["flip", "delete", "note"])
 def test_a_lost_residual_is_said_and_the_site_goes_on_without(
     tmp_path: Path, adapter: Path, caplog: pytest.LogCaptureFixture, damage: str
