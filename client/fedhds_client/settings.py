@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Literal, Self
 
@@ -131,8 +130,8 @@ class ClientSettings(BaseModel):
         if twice:
             raise ValueError(f"data: two shards are called {twice}; sites are named after them, rename one")
         check_http(self.http, self.insecure)
-        for address in addresses(self.server):
-            host, _, port = address.rpartition(":")
-            if not host or not re.fullmatch("[0-9]+", port) or not 0 < int(port) <= 65535:
-                raise ValueError(f"server: {address!r} is not HOST:PORT")
+        try:
+            addresses(self.server)
+        except ValueError as error:
+            raise ValueError(f"server: {error}") from None
         return self

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fedhds.security.credentials import TlsFiles
 
 _ANSWER_S = 5.0
+# No proxy leads to this machine, whatever the environment has for other programs.
+_OPTIONS = (("grpc.enable_http_proxy", 0),)
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 
 
@@ -41,10 +43,12 @@ def health(
 
     from fedhds.errors import CoordinatorUnreachable, SettingsError
     from fedhds.security.credentials import TlsFiles
+    from fedhds.settings import host_and_port
 
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdecimal():
-        raise SettingsError("--listen", f"{listen!r} is not HOST:PORT")
+    try:
+        host, port = host_and_port(listen)
+    except ValueError as error:
+        raise SettingsError("--listen", str(error)) from None
     address = f"{_WILDCARDS.get(host, host)}:{port}"
     files = TlsFiles.from_settings(tls_ca, tls_cert, tls_key)
     request = health_pb2.HealthCheckRequest(service="grpc.health.v1.Health" if live else "")
@@ -63,11 +67,11 @@ def _channel(address: str, files: TlsFiles | None) -> grpc.Channel:
     import grpc
 
     if not files:
-        return grpc.insecure_channel(address)
+        return grpc.insecure_channel(address, _OPTIONS)
     from fedhds.security.credentials import probe_credentials
     from fedhds.security.pki import hosts_of
 
     # The certificate is for the name that sites use, and the probe dials this machine's own address.
     return grpc.secure_channel(
-        address, probe_credentials(files), [("grpc.ssl_target_name_override", hosts_of(files.cert)[0])]
+        address, probe_credentials(files), (*_OPTIONS, ("grpc.ssl_target_name_override", hosts_of(files.cert)[0]))
     )

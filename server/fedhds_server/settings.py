@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Self
 
 from pydantic import SecretStr, model_validator
 
 from fedhds.runtime.logging import LogFormat, LogLevel
-from fedhds.settings import Parameters, check_http, is_loopback, parameter
+from fedhds.settings import Parameters, check_http, host_and_port, is_loopback, parameter
 from fedhds.spec import RunSpec
 
 
@@ -78,9 +77,10 @@ class ServerSettings(Parameters):
 
     @model_validator(mode="after")
     def _check_address(self) -> Self:
-        host, _, port = self.listen.rpartition(":")
-        if not host or not re.fullmatch("[0-9]+", port) or int(port) > 65535:
-            raise ValueError(f"listen: {self.listen!r} is not HOST:PORT")
+        try:
+            host, _ = host_and_port(self.listen)
+        except ValueError as error:
+            raise ValueError(f"listen: {error}") from None
         if not is_loopback(host) and not self.tls_cert and not self.insecure:
             raise ValueError(
                 f"listen: {host} is reachable from other machines and there is no TLS; give --tls-ca, --tls-cert and "

@@ -125,6 +125,18 @@ def test_a_mistyped_command_line_is_status_2_without_traceback(tmp_path: Path, a
     assert "Traceback" not in failed.stderr
 
 
+@pytest.mark.parametrize(
+    "command", [("status",), ("pause", "--reason=r"), ("resume",), ("evict", "a", "--reason=r"), ("doctor",)]
+)
+def test_an_ipv6_address_without_brackets_is_refused_before_anything_is_asked(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    failed = _fedhds(*command, "--server=[::1]:8470,2001:db8::5:8470", cwd=tmp_path)
+    assert (failed.returncode, failed.stdout) == (2, "")
+    words = "--server: '2001:db8::5:8470' is not HOST:PORT; an IPv6 address needs brackets and a port"
+    assert failed.stderr == f"fedhds: {words}: [2001:db8::5]:8470 [FH11]\n"
+
+
 def test_version(tmp_path: Path) -> None:
     assert _fedhds("--version", cwd=tmp_path).stdout == f"fedhds {__version__}\n"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -100,13 +101,118 @@ def test_mistakes_in_the_environment_and_the_file_name_them(tmp_path: Path) -> N
         "model: m\nruonds: 1\n": "run.yaml: ruonds: there is no such setting",
         "- model\n": "must hold settings",
         "model: [\n": "not valid YAML",
-        "model: 2026-13-45\n": "not valid YAML",
-        "rounds: 0b_\n": "not valid YAML",
+        "model: m\nrounds: 0b_\n": "run.yaml: rounds: '0b_'",
+        "model: m\nrounds: 1:20\n": "run.yaml: rounds: '1:20'",
+        "model: m\nrounds: true\n": "run.yaml: rounds: 'true'",
+        "model: m\nrounds: 1\ninsecure: maybe\n": "run.yaml: insecure: 'maybe'",
+        "model: m\nrounds: 1\nrounds: 2\n": "rounds is set twice",
+        "model: m\nlora-rank: 1\nlora_rank: 2\n": "lora_rank is set twice",
+        'model: "a\\udcff"\n': "run.yaml: model: 'a\\udcff' is not UTF-8",
+        "model: !!timestamp 2026-13-45\n": "not valid YAML",
         "model: " + "[" * 5000: "not valid YAML",
     }.items():
         file.write_text(content)
         with pytest.raises(SettingsError, match=re.escape(words)):
             server("--config", str(file))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0123",
+        "no",
+        "on",
+        "1e3",
+        "1.10",
+        "1:20",
+        "0x1F",
+        "1_000",
+        "2024-01-01",
+        "2026-13-45",
+        ".inf",
+        "=",
+        "none",
+        "'~'",
+    ],
+)
+def test_a_text_in_the_file_is_what_is_written(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text(f"data: {text}\nname: {text}\ntls-ca: {text}\n")
+    loaded = client("--config", str(file))
+    written = text.strip("'")
+    assert (loaded.name, loaded.data, loaded.tls_ca) == (written, (Path(written),), Path(written))
+    file.write_text(f"model: m\nrounds: 2\nlora-targets: [{text}, v_proj]\n")
+    assert settings.flat(server("--config", str(file)).run)["lora_targets"] == (written, "v_proj")
+
+
+@pytest.mark.parametrize("null", ["", "~", "null"])
+def test_null_in_the_file_is_no_text(tmp_path: Path, null: str) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text(f"data: a.jsonl\nname: {null}\n")
+    assert client("--config", str(file)).name is None
+    file.write_text(f"model: m\nrounds: 2\nmodel-license: {null}\n")
+    with pytest.raises(SettingsError, match=r"site.yaml: model-license: None is not valid"):
+        server("--config", str(file))
+
+
+def test_numbers_and_switches_in_the_file_mean_what_they_mean_after_a_flag(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\nrounds: 010\nlearning-rate: 1e-3\nseed: 1_000\ninsecure: Yes\nkeep-updates: off\n")
+    loaded = server("--config", str(file))
+    assert (loaded.run.rounds.count, loaded.run.training.learning_rate, loaded.run.seed) == (10, 0.001, 1000)
+    assert (loaded.insecure, loaded.keep_updates) == (True, False)
+
+
+def test_a_text_that_is_not_utf_8_is_refused_but_a_file_name_may_be_any() -> None:
+    not_utf_8 = os.fsdecode(b"ward-\xe9")
+    with pytest.raises(SettingsError, match=r"--name: .* is not UTF-8"):
+        client("--data", "a.jsonl", "--name", not_utf_8)
+    with pytest.raises(SettingsError, match=r"--lora-targets: .* is not UTF-8"):
+        server(*BASE, "--lora-targets", "q_proj", not_utf_8)
+    with pytest.raises(SettingsError, match=r"FEDHDS_MODEL: .* is not UTF-8"):
+        server("--rounds", "3", environment={"FEDHDS_MODEL": not_utf_8})
+    assert client("--data", f"{not_utf_8}.jsonl").data == (Path(f"{not_utf_8}.jsonl"),)
+
+
+IPV6_WITHOUT_BRACKETS = {
+    "::1:8470": "[::1]:8470",
+    "2001:db8::5:8470": "[2001:db8::5]:8470",
+    "1:2:3:4:5:6:7:8:8470": "[1:2:3:4:5:6:7:8]:8470",
+    "fe80::1%eth0:8470": "[fe80::1%eth0]:8470",
+    "::ffff:10.0.0.1:8470": "[::ffff:10.0.0.1]:8470",
+    "[::1:8470]": "[::1]:8470",
+    ":::8470": "[::]:8470",
+    "fe80::abcd": "[fe80::abcd]:PORT",
+    "[::1]": "[::1]:PORT",
+}
+
+
+@pytest.mark.parametrize(("address", "right"), IPV6_WITHOUT_BRACKETS.items())
+def test_an_ipv6_address_needs_brackets_and_the_message_writes_them(address: str, right: str) -> None:
+    words = re.escape(f"{address!r} is not HOST:PORT; an IPv6 address needs brackets and a port: {right}")
+    with pytest.raises(SettingsError, match=f"--server: {words}"):
+        client("--data", "a.jsonl", "--server", f"localhost:8470,{address}")
+    with pytest.raises(SettingsError, match=f"--http: {words}"):
+        client("--data", "a.jsonl", "--http", address)
+    with pytest.raises(SettingsError, match=f"--listen: {words}"):
+        server(*BASE, "--listen", address)
+    with pytest.raises(SettingsError, match=f"--http: {words}"):
+        server(*BASE, "--http", address, "--insecure")
+
+
+@pytest.mark.parametrize("address", ["http://host:8470", "host", ":8470", "a b:1", "h:99999", "[h]:1", "1::2::3:4", ""])
+def test_other_addresses_that_are_none_are_refused_at_once(address: str) -> None:
+    with pytest.raises(SettingsError, match=r"--server: .* is not HOST:PORT"):
+        client("--data", "a.jsonl", "--server", address)
+    with pytest.raises(SettingsError, match="--server: 'h:0'"):
+        client("--data", "a.jsonl", "--server", "h:0")
+
+
+@pytest.mark.parametrize(
+    "address", ["[::1]:8470", "[fe80::1%eth0]:8470", "dns:///fed.example.org:8470", "ipv6:[::1]:1"]
+)
+def test_addresses_that_grpc_takes_are_taken(address: str) -> None:
+    assert client("--data", "a.jsonl", "--server", address).server == address
 
 
 def test_an_epsilon_becomes_noise_for_all_releases_of_the_run() -> None:

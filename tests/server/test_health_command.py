@@ -89,3 +89,14 @@ async def test_a_coordinator_of_another_authority_is_not_taken_for_this_one(tmp_
 async def test_an_address_that_is_none_is_refused() -> None:
     answer = await asked("port")
     assert isinstance(answer.exception, SettingsError)
+    answer = await asked("1", "--listen=::1:8470")
+    assert isinstance(answer.exception, SettingsError)
+    assert "brackets and a port: [::1]:8470" in str(answer.exception)
+
+
+async def test_a_proxy_for_other_programs_does_not_keep_the_probe_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    gate = LeaderGate()
+    async with listening(gate, None) as port:
+        await gate.stand_by()
+        assert (await asked(port, "--live")).output == "SERVING\n"

@@ -176,8 +176,8 @@ def certificates(ca: Path | None, cert: Path | None, key: Path | None) -> tuple[
     identity = own_identity(files)
     # One of several authorities is enough; of the certificates that lead to it, all are needed.
     ends = (
-        (files.cert, min(_ends(files.cert)), "have it issued anew with `fedhds certs issue ... --renew`"),
-        (files.ca, max(_ends(files.ca)), "make a new authority and issue every certificate anew"),
+        (files.cert, min(_ends(files.cert)), "have it renewed with `fedhds certs issue ... --renew`"),
+        (files.ca, max(_ends(files.ca)), "make a new authority and issue every certificate again"),
     )
     problems = [
         f"{path} expires on {end:%Y-%m-%d %H:%M} UTC, {remedy} before"
@@ -207,12 +207,16 @@ def coordinator(target: str, files: TlsFiles | None) -> Iterator[Finding]:
 
     from fedhds.cli.connection import LARGE_ANSWERS
     from fedhds.grpc_errors import error_of, older_coordinator
-    from fedhds.security.credentials import diagnose_handshake, probe_credentials
+    from fedhds.runtime.proxies import proxy_to
+    from fedhds.security.credentials import diagnose_failure, diagnose_handshake, probe_credentials
+    from fedhds.settings import host_and_port
     from fedhds.v2 import status_pb2
     from fedhds.v2 import status_pb2_grpc as status_rpc
 
     check = f"server {target}"
-    if reason := diagnose_handshake(target, files, _ANSWER_S):
+    # What only a proxy reaches is not looked for directly, unless gRPC fails, too.
+    proxied = proxy_to(host_and_port(target)[0])
+    if not proxied and (reason := diagnose_handshake(target, files, _ANSWER_S)):
         yield Finding(check, State.FAILED, coded(CoordinatorUnreachable(reason)))
         return
     if files:
@@ -238,6 +242,8 @@ def coordinator(target: str, files: TlsFiles | None) -> Iterator[Finding]:
             else:
                 reason = error.details() or error.code().name
                 problem = f"{target} does not answer as a coordinator: {reason}; look at its log"
+                if not known and proxied:
+                    problem = diagnose_failure(target, files, reason, _ANSWER_S) or problem
                 yield Finding(check, State.FAILED, coded(known or CoordinatorUnreachable(problem)))
             return
     answer, sent, took = min(answers, key=lambda one: one[2])

@@ -28,6 +28,17 @@ TlsKey = Annotated[Path | None, typer.Option(envvar="FEDHDS_TLS_KEY", help="Key 
 DEFAULT_SERVER = "localhost:8470"
 
 
+def targets(server: str) -> list[str]:
+    """Every HOST:PORT of a `--server`; raises SettingsError for one that is malformed."""
+    from fedhds.errors import SettingsError
+    from fedhds.settings import addresses
+
+    try:
+        return addresses(server)
+    except ValueError as error:
+        raise SettingsError("--server", str(error)) from None
+
+
 def call(method: str, request: Message, server: str, ca: Path | None, cert: Path | None, key: Path | None) -> Any:
     """The answer of whichever address of `server` leads to one call of the Operations service.
 
@@ -39,13 +50,12 @@ def call(method: str, request: Message, server: str, ca: Path | None, cert: Path
 
     from fedhds.errors import CoordinatorUnreachable, NotLeading
     from fedhds.grpc_errors import error_of, older_coordinator
-    from fedhds.security.credentials import TlsFiles, channel_credentials, diagnose_handshake
-    from fedhds.settings import addresses
+    from fedhds.security.credentials import TlsFiles, channel_credentials, diagnose_failure
     from fedhds.v2 import status_pb2_grpc as status_rpc
 
     files = TlsFiles.from_settings(ca, cert, key)
     reasons = []
-    for target in addresses(server):
+    for target in targets(server):
         if files:
             channel = grpc.secure_channel(target, channel_credentials(files), options=LARGE_ANSWERS)
         else:
@@ -59,6 +69,7 @@ def call(method: str, request: Message, server: str, ca: Path | None, cert: Path
                 known = error_of(error)
                 if known and not isinstance(known, NotLeading):
                     raise known from None
-                reason = str(known or "") or diagnose_handshake(target, files, 3.0) or error.details() or "no answer"
+                details = error.details() or "no answer"
+                reason = str(known or "") or diagnose_failure(target, files, details, 3.0) or details
                 reasons.append(f"cannot ask {target}: {reason}")
     raise CoordinatorUnreachable("; ".join(reasons))

@@ -32,7 +32,7 @@ def doctor(
 ) -> None:
     """Check this host: versions, GPU, disk, certificates, coordinator, clock.
 
-    Exit status 0 if nothing failed, 1 otherwise.
+    Exit status 0 if nothing failed, 1 if something did, 2 for a malformed option.
     """
     import json as codec
 
@@ -54,8 +54,9 @@ def _findings(
 ) -> Iterator[Finding]:
     from fedhds.cli import checks
     from fedhds.cli.checks import Finding, State
-    from fedhds.settings import addresses
+    from fedhds.cli.connection import targets
 
+    coordinators = targets(server) if server else []
     yield from checks.versions()
     yield checks.gpu()
     yield checks.disk(folder) if folder else Finding("disk", State.SKIPPED, "not looked at; give --folder")
@@ -65,12 +66,12 @@ def _findings(
         yield Finding("server", State.SKIPPED, "not looked for; give --server")
     elif finding.state is State.FAILED:
         yield Finding("server", State.SKIPPED, "not asked with certificates that cannot serve")
-        server = ""
+        coordinators = []
     if "FEDHDS_CONFIG" in os.environ:
         yield Finding("config", State.WARNING, "the file of FEDHDS_CONFIG is not read; give what it holds as flags")
     clock_known = False
     standing_by = []
-    for target in addresses(server) if server else ():
+    for target in coordinators:
         for finding in checks.coordinator(target, files):
             yield finding
             clock_known |= finding.check == "clock"

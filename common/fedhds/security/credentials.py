@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import ssl
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedhds.errors import EnrollmentRefused, SettingsError
+from fedhds.runtime.proxies import bypass, proxy_to
 from fedhds.security.identity import PeerIdentity, Role, identity_from_certificate
 
 if TYPE_CHECKING:
@@ -173,6 +173,20 @@ def diagnose_handshake(target: str, files: TlsFiles | None, timeout_s: float = 5
         return _diagnose_connection(host, port, error, timeout_s)
 
 
+def diagnose_failure(target: str, files: TlsFiles | None, details: str, timeout_s: float = 5.0) -> str | None:
+    """The same after a call to `target` ended with gRPC's `details`: then a proxy may have been in its way."""
+    if reason := diagnose_handshake(target, files, timeout_s):
+        return reason
+    parted = _ADDRESS.fullmatch(target)
+    host = (parted["v6"] or parted["host"]) if parted else ""
+    if not host or not (proxy := proxy_to(host)):
+        return None
+    return (
+        f"{target} answers directly, but gRPC uses the proxy in ${proxy[0]} ({proxy[1]}), where it failed ({details}); "
+        f"{bypass(host)}"
+    )
+
+
 def _diagnose_connection(host: str, port: int, error: Exception, timeout_s: float) -> str:
     if isinstance(error, socket.gaierror | UnicodeError):
         reason = f"the host name {host} cannot be resolved; check its spelling and this machine's DNS"
@@ -182,9 +196,8 @@ def _diagnose_connection(host: str, port: int, error: Exception, timeout_s: floa
         reason = f"{host}:{port} does not answer within {timeout_s:g} s; check the address and the firewalls"
     else:
         reason = f"{host}:{port} cannot be reached: {error}"
-    proxy = next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if os.environ.get(name)), None)
-    if proxy is not None:
-        reason += f" (tried directly; gRPC itself uses the proxy in ${proxy} unless $no_proxy names the host)"
+    if proxy := proxy_to(host):
+        reason += f" (tried directly; gRPC itself uses the proxy in ${proxy[0]} unless $no_proxy names the host)"
     return reason
 
 

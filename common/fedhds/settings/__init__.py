@@ -1,6 +1,6 @@
 """Typed settings: nested pydantic models that people fill by flat flags, FEDHDS_* variables and a YAML file."""
 
-from fedhds.settings.addresses import addresses, check_http, is_loopback
+from fedhds.settings.addresses import addresses, check_http, host_and_port, is_loopback
 from fedhds.settings.flatten import Setting, VariantError, flat, settings_of
 from fedhds.settings.loader import load
 from fedhds.settings.main import run_main
@@ -18,6 +18,7 @@ __all__ = [
     "check_http",
     "flag",
     "flat",
+    "host_and_port",
     "is_loopback",
     "load",
     "parameter",

@@ -7,7 +7,7 @@ after one flag (`--data shards/*.jsonl`); what is left to do on top of argparse 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
@@ -50,6 +50,9 @@ def load(
             sources[name] = variable(name)
     for name, value in flags.items():
         values[name], sources[name] = value, flag(name)
+    for setting in settings:
+        if _is_not_unicode(setting, values.get(setting.name)):
+            raise SettingsError(sources[setting.name], f"{values[setting.name]!r} is not UTF-8; write it in UTF-8")
     try:
         return model.model_validate(nested(settings, values))
     except VariantError as error:
@@ -107,8 +110,27 @@ def _metavar(setting: Setting) -> str:
 def _read_file(path: Path, settings: Sequence[Setting]) -> dict[str, Any]:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Reads every value but null as the text that is written, which then means what it means after a flag.
+
+        YAML's own types turn the name 0123 into 83, the name `no` into False and 1:20 into 80.
+        """
+
+        yaml_implicit_resolvers = {  # noqa: RUF012 - declared so by PyYAML
+            first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+            """Refuses a second value for a setting, which YAML would take in silence."""
+            names = [str(name.value).replace("-", "_") for name, _ in node.value]
+            for index, (name, _) in enumerate(node.value):
+                if names[index] in names[:index]:
+                    raise yaml.constructor.ConstructorError(None, None, f"{name.value} is set twice", name.start_mark)
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise SettingsError("--config", f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -119,19 +141,22 @@ def _read_file(path: Path, settings: Sequence[Setting]) -> dict[str, Any]:
         raise SettingsError("--config", f"{path} must hold settings, one `name: value` per line")
     values = {name.replace("-", "_"): value for name, value in content.items()}
     for setting in settings:
-        name, field = setting.name, setting.field
-        value = values.get(name)
-        if isinstance(value, bool) and field.annotation is not bool:
-            raise SettingsError(f"{path}: {key(name)}", f"{value} is not a value for it; put it in quotes")
-        if is_many(field) and isinstance(value, str):
-            values[name] = value.split(",")
-        elif inner(field) is str and isinstance(value, (int, float)):
-            # `selection-budget: 200` is a number to YAML.
-            values[name] = str(value)
+        value = values.get(setting.name)
+        if is_many(setting.field) and isinstance(value, str):
+            values[setting.name] = value.split(",")
     unknown = sorted(values.keys() - {setting.name for setting in settings})
     if unknown:
         raise SettingsError(f"{path}: {key(unknown[0])}", "there is no such setting; --help lists them all")
     return values
+
+
+def _is_not_unicode(setting: Setting, value: object) -> bool:
+    """Whether a text has bytes that are no UTF-8, which Python hands on as surrogates; names of files may."""
+    texts = value if isinstance(value, list) else [value]
+    kind = inner(setting.field)
+    return Path not in (kind, *get_args(kind)) and any(
+        "\ud800" <= character <= "\udfff" for text in texts if isinstance(text, str) for character in text
+    )
 
 
 def _explained(error: ValidationError, settings: Sequence[Setting], sources: Mapping[str, str]) -> SettingsError:
