@@ -15,7 +15,7 @@ import grpc
 
 from fedhds.errors import ArtifactError, CoordinatorUnreachable, FedhdsError, NotLeading, StorageError
 from fedhds.grpc_errors import error_of, older_coordinator
-from fedhds.security.credentials import TlsFiles, channel_credentials, diagnose_handshake
+from fedhds.security.credentials import TlsFiles, channel_credentials, diagnose_failure
 from fedhds.settings import addresses
 from fedhds.tensors.artifact import Artifact
 from fedhds.transfer import chunks
@@ -39,10 +39,12 @@ _TRANSIENT = (
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 )
-# The coordinator allows pings every 10 s; 20 s notices a dead connection well before a long poll of 30 s ends.
+# The coordinator allows pings every 10 s; 20 s notices a dead connection well before a long poll of 30 s ends. Of a
+# connection that TCP still answers for, as behind a relay, gRPC waits a minute for the answer to a ping.
 _OPTIONS = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
@@ -243,7 +245,7 @@ class CoordinatorClient:
         for target, failure in failures.items():
             # gRPC says UNAVAILABLE for everything between a typing error and an expired certificate.
             if not isinstance(failure, FedhdsError):
-                diagnosis = await asyncio.to_thread(diagnose_handshake, target, self._tls, 3.0)
+                diagnosis = await asyncio.to_thread(diagnose_failure, target, self._tls, failure, 3.0)
                 reasons[target] = diagnosis or reasons[target]
         if len(reasons) == 1:
             return next(iter(reasons.values()))

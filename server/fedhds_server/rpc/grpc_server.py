@@ -30,6 +30,8 @@ _OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 1000 * _IDLE_S),
     ("grpc.keepalive_timeout_ms", 1000 * _PING_ANSWER_S),
+    # Without it gRPC waits a minute where TCP still answers, as behind a relay.
+    ("grpc.http2.ping_timeout_ms", 1000 * _PING_ANSWER_S),
 )
 
 
