@@ -116,6 +116,21 @@ async def test_a_pause_hands_out_nothing_new_takes_what_is_in_work_and_ends(host
     assert (await task_of(host, b)).task.id == "train/2/b"
 
 
+async def test_open_polls_hear_of_a_pause_and_of_its_end_at_once(hosts: Callable[..., Any]) -> None:
+    host = await hosts(min_sites=3)
+    a, b = await enroll(host, "a"), await enroll(host, "b")
+    waits = host.coordinator.presence._waiting
+    for change, reason in (
+        (lambda: pause(host, "a new disk"), "the run is paused: a new disk"),
+        (lambda: resume(host), "waiting for 1 more site"),
+    ):
+        polls = [asyncio.ensure_future(poll(host, session, 20)) for session in (a, b)]
+        await until(lambda: len(waits) == 2)
+        await change()
+        answers = await asyncio.wait_for(asyncio.gather(*polls), 5)
+        assert [answer.wait.reason for answer in answers] == [reason] * 2
+
+
 async def test_a_run_that_was_paused_is_paused_after_a_restart(hosts: Callable[..., Any]) -> None:
     first = await hosts()
     a = await enroll(first)

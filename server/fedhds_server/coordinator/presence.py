@@ -29,6 +29,7 @@ class Presence:
         self._received: Counter[str] = Counter()
         self._sessions: dict[str, str] = {}
         self._uploads: dict[str, set[str]] = {}
+        self._paused = coordinator.state.paused
         for name in coordinator.state.sites:
             self.note(name)
         self.refresh()
@@ -80,15 +81,17 @@ class Presence:
         return site
 
     async def next_task(self, site: Site, wait_s: float) -> Task | None:
-        """The site's open task; None when it has none for `wait_s` seconds, is evicted or the run is over."""
-        deadline = time.monotonic() + wait_s
+        """The site's open task; None when it has none for `wait_s` seconds.
+
+        None, too, as soon as the site is evicted, the run is over, or a pause begins or ends: the site should hear it.
+        """
+        deadline, paused = time.monotonic() + wait_s, self._state.paused
         while not self._dismissed(site.name):
             if self._coordinator.stopped:
                 raise StorageError(STOPPING)
-            paused = self._state.paused is not None
-            task = None if paused else self._coordinator.machine.next_task(site.name)
+            task = None if self._state.paused is not None else self._coordinator.machine.next_task(site.name)
             remaining = deadline - time.monotonic()
-            if task or remaining <= 0:
+            if task or remaining <= 0 or self._state.paused != paused:
                 return task
             event = self._waiting[site.name] = asyncio.Event()
             try:
@@ -102,10 +105,11 @@ class Presence:
         return None
 
     def wake(self) -> None:
-        """Answers the long polls of sites that have a task, or nothing to wait for."""
+        """Answers the long polls of sites that have a task, or nothing to wait for; all of them about a pause."""
         busy = {task.site for task in self._state.tasks.values()}
+        news, self._paused = self._state.paused != self._paused, self._state.paused
         for site, event in self._waiting.items():
-            if site in busy or self._dismissed(site):
+            if news or site in busy or self._dismissed(site):
                 event.set()
 
     def wake_all(self) -> None:

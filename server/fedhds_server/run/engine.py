@@ -15,6 +15,7 @@ from fedhds_server.run.events import (
     ResultReceived,
     ResultRejected,
     RetryDue,
+    RunFailed,
     RunPaused,
     RunResumed,
     RunStopped,
@@ -109,6 +110,8 @@ class RunMachine:
                 return self._resumed(event)
             case RunStopped():
                 return [] if state.phase.over else rounds.end(state, Phase.STOPPED, event.reason, event.at)
+            case RunFailed():
+                return [] if state.phase.over else rounds.end(state, Phase.FAILED, event.reason, event.at)
             case FinalDelivered():
                 state.sites[event.site].delivered = True
                 return [Wake()]
@@ -125,7 +128,7 @@ class RunMachine:
         if self.state.phase.over:
             return []
         self.state.paused = event.reason
-        return [Record(f"the run is paused: {event.reason}", trouble=True)]
+        return [Record(f"the run is paused: {event.reason}", trouble=True), Wake()]
 
     def _resumed(self, event: RunResumed) -> list[Instruction]:
         if self.state.paused is None:
