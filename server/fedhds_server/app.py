@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 # Adapters of the largest open models at rank 64 stay below; a claim beyond it is a mistake or an attack.
 _MAX_UPLOAD = 64 << 30
 _DRAIN_S = 5.0
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # mallopt's M_TRIM_THRESHOLD, free bytes that are kept; M_MMAP_THRESHOLD, blocks up to which size come from them; and
 # M_ARENA_MAX: a heap per thread would keep as much for each.
 _MALLOC = {-1: 64 << 20, -3: 8 << 20, -8: 2}
@@ -221,15 +222,20 @@ def _check_same_run(state: RunState, settings: ServerSettings) -> None:
 
 @contextlib.contextmanager
 def _run_folder(folder: Path) -> Iterator[tuple[Path, str]]:
-    """The run folder, made if need be and locked against a second coordinator, and the name that it keeps for good."""
+    """The run folder, made if need be and locked against a second coordinator, and the name of who holds its lock.
+
+    The name is the lease's holder, and whoever has the holder's name takes the lease over without waiting. So two
+    processes must never have one name at the same time, but the same folder started again should have it: what held the
+    lease before is gone then, as the kernel gave its lock away. A name kept in the folder would travel with every copy
+    of it, and two copies on one database would depose each other without end. So the name says which lock is held:
+    device and inode of the lock file tell it from every other file of a running kernel, and the kernel's boot id tells
+    that kernel from all others. A copy, a restored backup or a host that was started again has another name, and waits
+    until the lease has run out, for seconds. Without a boot id the name is new at each start, and always waits.
+    """
     with contextlib.ExitStack() as stack:
         try:
             make_folder(folder)
-            descriptor = stack.enter_context(locked(folder / "lock"))
-            holder = os.read(descriptor, 64).decode()
-            if not holder:
-                holder = secrets.token_hex(16)
-                os.write(descriptor, holder.encode())
+            lock = os.fstat(stack.enter_context(locked(folder / "lock")))
         except BlockingIOError as error:
             raise SettingsError(
                 "--run-folder", f"{folder} is in use by another coordinator; stop it or choose another folder"
@@ -238,4 +244,8 @@ def _run_folder(folder: Path) -> Iterator[tuple[Path, str]]:
             raise StorageError(
                 f"cannot write to the run folder {folder}: {error.strerror}; choose another with --run-folder"
             ) from error
-        yield folder.resolve(), holder
+        try:
+            kernel = _BOOT_ID.read_text(encoding="ascii").strip()
+        except OSError:
+            kernel = secrets.token_hex(16)
+        yield folder.resolve(), f"{kernel}/{lock.st_dev}/{lock.st_ino}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -183,6 +184,22 @@ def test_a_leader_that_is_started_again_need_not_wait_for_its_own_lease(pair: Pa
     again = pair.server("one")
     again.wait_for("going on with run")
     assert "standing by" not in again.text
+
+
+def test_a_copy_of_a_run_folder_stands_by_for_the_original(pair: Pair) -> None:
+    pair.server("one").wait_for(" begins")
+    pair.federation.stop()
+    shutil.copytree(pair.federation.folder / "one", pair.federation.folder / "two", symlinks=True)
+    first = pair.server("one")
+    first.wait_for("going on with run")
+    second = pair.server("two")
+    second.wait_for("standing by")
+    time.sleep(2 * LEASE_S)
+    # Neither took the lead from the other.
+    assert "going on with run" not in second.text
+    assert "does not lead" not in first.text
+    first.kill()
+    second.wait_for("going on with run")
 
 
 def test_a_database_that_is_away_for_longer_than_the_lease_is_waited_for(pair: Pair) -> None:

@@ -24,7 +24,7 @@ _ASK_S = 0.5
 
 
 class Leadership:
-    """One coordinator's part in the election; `holder` names it for as long as its run folder lasts."""
+    """One coordinator's part in the election; no two processes that run have the same `holder`."""
 
     def __init__(self, store: Store, holder: str, address: str) -> None:
         self._store = store
