@@ -98,9 +98,9 @@ def fail_with(run: Path, reason: str) -> None:
                 rows=8,
             )
         )
-        while not (task := stub.NextTask(pb.NextTaskRequest(session=session, wait_s=5))).task_id:
+        while not (task := stub.NextTask(pb.NextTaskRequest(session=session, wait_s=5)).task).id:
             pass
-        stub.FailTask(pb.FailTaskRequest(session=session, task_id=task.task_id, kind="RuntimeError", reason=reason))
+        stub.FailTask(pb.FailTaskRequest(session=session, task_id=task.id, kind="RuntimeError", reason=reason))
 
 
 @pytest.fixture(scope="module")
