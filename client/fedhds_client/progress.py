@@ -63,12 +63,12 @@ def _moved(bars: Progress, bar: TaskID, share: float) -> None:
 
 
 def _lines(description: str) -> Callable[[float], None]:
-    said = time.monotonic()
+    last_s = time.monotonic()
 
-    def say(share: float) -> None:
-        nonlocal said
-        if time.monotonic() - said >= _LINE_EVERY_S:
-            said = time.monotonic()
+    def show(share: float) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s >= _LINE_EVERY_S:
+            last_s = time.monotonic()
             logger.info("%s: %.0f %%", description, 100 * share)
 
-    return say
+    return show

@@ -121,7 +121,7 @@ def _write(
             for name in _earlier_files(manifest):
                 (out / name).unlink(missing_ok=True)
             manifest.unlink()
-        described = {}
+        descriptions = {}
         for name, rows in files.items():
             digest = hashlib.sha256()
             with replacing(out / name) as file:
@@ -132,12 +132,12 @@ def _write(
                     digest.update(line)
                     file.write(line)
             counts = Counter(names[index] for index in rows)
-            described[name] = {
+            descriptions[name] = {
                 "rows": len(rows),
                 "sha256": digest.hexdigest(),
                 "categories": dict(sorted(counts.items())),
             }
-        document = {"fedhds": __version__, "arguments": arguments, "inputs": inputs, "files": described}
+        document = {"fedhds": __version__, "arguments": arguments, "inputs": inputs, "files": descriptions}
         replace_file(manifest, json.dumps(document, indent=2) + "\n")
     except (OSError, StorageError) as error:
         raise UsageError(f"--out: cannot write to {out} ({error})") from error

@@ -46,8 +46,8 @@ def evaluate(
                 answers = generate(model, prompter, rows, max_new_tokens)
             if not math.isfinite(float(total)):
                 raise TaskError("the loss on the held-out rows is not finite under this adapter")
-            measured = EvaluatedBatch(rows, answers, float(total), tokens)
-            sums += EvaluationSums(len(rows), {name: metric.measure(measured) for name, metric in METRICS.items()})
+            batch = EvaluatedBatch(rows, answers, float(total), tokens)
+            sums += EvaluationSums(len(rows), {name: metric.measure(batch) for name, metric in METRICS.items()})
             progress((begin + len(rows)) / len(order))
     except torch.OutOfMemoryError as error:
         raise TaskError("the device ran out of memory in evaluation; lower --inference-batch-size") from error

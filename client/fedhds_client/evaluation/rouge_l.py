@@ -35,8 +35,8 @@ class _Words:
         """Lower-case words."""
         composed = unicodedata.normalize("NFC", text.lower())
         # Combining marks belong to words, as Hindi's vowels do.
-        kept = (c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in composed)
-        return self._PATTERN.findall("".join(kept))
+        characters = (c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in composed)
+        return self._PATTERN.findall("".join(characters))
 
 
 _SCORER = RougeScorer(["rougeL"], tokenizer=_Words())

@@ -64,16 +64,16 @@ class Assignment:
 
     def _spread(self, cluster: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         rest = list(cluster)
-        taken: list[int] = []
+        order: list[int] = []
         nearest = np.full(len(cluster), np.inf)
-        while rest and len(taken) < _SPREAD:
-            place = int(nearest.argmax()) if taken else 0
+        while rest and len(order) < _SPREAD:
+            place = int(nearest.argmax()) if order else 0
             row = rest.pop(place)
-            taken.append(row)
+            order.append(row)
             nearest = np.delete(nearest, place)
             apart = ((self.values[rest] - self.values[row]) ** 2).sum(axis=1) if rest else nearest
             nearest = np.minimum(nearest, apart)
-        return np.array([*taken, *rest], dtype=np.int64)
+        return np.array([*order, *rest], dtype=np.int64)
 
 
 def assign(features: Features, centers: npt.NDArray[np.floating], *, norm: float = 0.0) -> Assignment:

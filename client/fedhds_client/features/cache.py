@@ -24,7 +24,7 @@ from fedhds.errors import StorageError
 from fedhds.runtime.files import locked, make_folder, replace_file, replacing
 from fedhds_client.features.extraction import Features
 
-# A run needs the present adapter's features; the ones before serve a site that is asked again for an earlier pass.
+# A run needs the present adapter's features; those before it serve a site that gets an earlier step again.
 _MAX_FILES = 2
 _SUFFIX = ".features"
 _FORMAT = b"FHDSFEA1"

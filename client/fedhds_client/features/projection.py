@@ -110,6 +110,6 @@ class FeatureSpace:
         """As bytes: a quarter of what float32 takes for a model of many wide layers."""
         layer_signs = self._signs.get((layer, device))
         if layer_signs is None or layer_signs.shape[0] != hidden:
-            drawn = signs(seed=self.seed, layer=layer, hidden=hidden, dimension=self.dimension)
-            layer_signs = self._signs[layer, device] = torch.from_numpy(drawn).to(device)
+            values = signs(seed=self.seed, layer=layer, hidden=hidden, dimension=self.dimension)
+            layer_signs = self._signs[layer, device] = torch.from_numpy(values).to(device)
         return layer_signs

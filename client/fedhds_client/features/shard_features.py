@@ -41,7 +41,7 @@ class ShardFeatures:
         self._batch_size = settings.inference_batch_size
         self._body = model.base
         self._own = bool(spec.selection.features.model)
-        # By site: features of the last key. A strategy that makes many passes asks again within the second.
+        # By site: features of the last key. A strategy of many steps asks again within the second.
         self._recent: dict[str, tuple[str, Features]] = {}
         if self._own:
             logger.info("loading the feature model %s", spec.selection.features.model)
@@ -66,7 +66,7 @@ class ShardFeatures:
         """
         shard = site.shard
         if shard is None:
-            raise TaskError("this site holds no training rows to take features of")
+            raise TaskError("this site has no training rows to take features of")
         key = "/".join(
             (self._body.weights, "" if self._own else adapter.name, self._space.key, str(self._body.model.dtype))
         )
