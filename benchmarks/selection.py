@@ -131,8 +131,8 @@ class FeatureChoice:
     def parsed(cls, text: str) -> FeatureChoice:
         """The inverse of str."""
         layers, pooling, dimension, *method = text.split("/")
-        named = next(known for known in REDUCTIONS if known == (method or ["tsne"])[0])
-        return cls(layers, next(known for known in POOLINGS if known == pooling), int(dimension), named)
+        reduction_name = next(name for name in REDUCTIONS if name == (method or ["tsne"])[0])
+        return cls(layers, next(name for name in POOLINGS if name == pooling), int(dimension), reduction_name)
 
     def __str__(self) -> str:
         suffix = "" if self.reduction == "tsne" else f"/{self.reduction}"
@@ -164,8 +164,8 @@ def measure_quality(arguments: argparse.Namespace, write: Callable[[Line], None]
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(arguments.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = [Job(folder, *kind, seed, tuple(arguments.budgets)) for kind in kinds for seed in arguments.seeds]
-        for done in as_completed([pool.submit(run, job) for job in jobs]):
-            for line in done.result():
+        for future in as_completed([pool.submit(run, job) for job in jobs]):
+            for line in future.result():
                 write({"part": "quality", **line})
 
 
@@ -184,7 +184,7 @@ def prepare(data: Path, model: str, rows: int | None, cache: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         prompter = Prompter(base.tokenizer, max_length=selection_cost.MAX_LENGTH)
         hidden, layers = base.model.config.hidden_size, base.model.config.num_hidden_layers + 1
-        found = extract_features(
+        features = extract_features(
             base.model,
             lambda row: ended(prompter.encode(shard[row]), base.tokenizer.eos_token_id),
             ids,
@@ -192,7 +192,7 @@ def prepare(data: Path, model: str, rows: int | None, cache: Path) -> Path:
             pad_id=base.tokenizer.pad_token_id,
             batch_size=_BATCH,
         )
-        np.save(folder / "states.npy", found.values.reshape(len(ids), len(POOLINGS), layers, hidden))
+        np.save(folder / "states.npy", features.values.reshape(len(ids), len(POOLINGS), layers, hidden))
         texts = ["\n".join((row.instruction, row.context, row.response)) for row in map(shard.__getitem__, ids)]
         np.save(folder / "embedding.npy", embed(texts))
         # Last: it says that the others are whole.
@@ -215,12 +215,12 @@ class PooledStates(FeatureSpace):
         return torch.cat([pool._pooled(layer, lengths) for pool in pools for layer in states], dim=1)
 
 
-def project(states: FloatArray, wanted: FeatureSpace) -> FloatArray:
-    """Features (n, dimension) of pooled states (n, poolings, layers, hidden): they stand for rows of one token."""
-    pooled = torch.from_numpy(np.ascontiguousarray(states[:, POOLINGS.index(wanted.pooling)]))
+def project(states: FloatArray, space: FeatureSpace) -> FloatArray:
+    """Features (n, dimension) of pooled states (n, poolings, layers, hidden): as if of rows of one token."""
+    pooled = torch.from_numpy(np.ascontiguousarray(states[:, POOLINGS.index(space.pooling)]))
     layers = tuple(pooled[:, layer, None] for layer in range(pooled.shape[1]))
-    found: FloatArray = wanted.features(layers, torch.ones(len(pooled), dtype=torch.int64)).numpy()
-    return found
+    features: FloatArray = space.features(layers, torch.ones(len(pooled), dtype=torch.int64)).numpy()
+    return features
 
 
 def embed(texts: list[str]) -> FloatArray:
@@ -231,8 +231,8 @@ def embed(texts: list[str]) -> FloatArray:
 
     terms = TfidfVectorizer(sublinear_tf=True, min_df=2, stop_words="english").fit_transform(texts)
     reduced = TruncatedSVD(min(_EMBEDDING_DIMENSIONS, terms.shape[1] - 1), random_state=0).fit_transform(terms)
-    found: FloatArray = normalize(reduced).astype(np.float32)
-    return found
+    embedding: FloatArray = normalize(reduced).astype(np.float32)
+    return embedding
 
 
 def run(job: Job) -> list[Line]:
@@ -246,8 +246,8 @@ def run(job: Job) -> list[Line]:
     if job.choice:
         choice = job.choice
         shared = job.strategy != "fedhds"
-        wanted = FeatureSpace(job.seed, choice.dimension, choice.layers, choice.pooling, shared)
-        values = project(np.load(job.folder / "states.npy", mmap_mode="r"), wanted)
+        space = FeatureSpace(job.seed, choice.dimension, choice.layers, choice.pooling, shared)
+        values = project(np.load(job.folder / "states.npy", mmap_mode="r"), space)
         settings |= {"feature_layers": choice.layers, "feature_pooling": choice.pooling}
         if issubclass(STRATEGY_SPECS[job.strategy], ClusteringSpec):
             settings["reduction"] = choice.reduction
@@ -296,8 +296,8 @@ def _full(folder: Path) -> Line:
 def _ceiling(embedding: FloatArray, budget: str, seed: int) -> list[int]:
     from sklearn.cluster import KMeans
 
-    wanted = budget_rows(budget, len(embedding))
-    centers = KMeans(wanted, n_init=1, random_state=seed).fit(embedding).cluster_centers_
+    count = budget_rows(budget, len(embedding))
+    centers = KMeans(count, n_init=1, random_state=seed).fit(embedding).cluster_centers_
     picks = {int(row) for row in (embedding @ (centers / np.linalg.norm(centers, axis=1, keepdims=True)).T).argmax(0)}
     return sorted(picks)
 
@@ -350,14 +350,14 @@ def show_quality(lines: list[Line], plot: Path) -> None:
     print("| budget | strategy | features | seeds | picks | " + " | ".join(MEASURES) + " | kB sent | kB received |")
     print("| --: | --- | --- | --: | --: | --: | --: | --: | --: | --: |")
     for budget, choice, strategy in keys:
-        found = groups[budget, choice, strategy]
+        by_seed = groups[budget, choice, strategy]
         base = groups.get((budget, "", "random"), {}) if strategy not in ("random", "full") else {}
         measures = [
-            _compared([line[name] for line in found.values()], *_paired(found, base, name)) for name in MEASURES
+            _compared([line[name] for line in by_seed.values()], *_paired(by_seed, base, name)) for name in MEASURES
         ]
-        picks = _mean(found.values(), "picks", ".0f")
-        traffic = [_mean(found.values(), name, ",.1f") for name in ("sent_kb", "received_kb")]
-        row = (budget, f"`{strategy}`", choice, str(len(found)), picks, *measures, *traffic)
+        picks = _mean(by_seed.values(), "picks", ".0f")
+        traffic = [_mean(by_seed.values(), name, ",.1f") for name in ("sent_kb", "received_kb")]
+        row = (budget, f"`{strategy}`", choice, str(len(by_seed)), picks, *measures, *traffic)
         print("| " + " | ".join(row) + " |")
     _plot(groups, plot)
 
@@ -371,11 +371,11 @@ def _mean(lines: Iterable[Line], name: str, form: str) -> str:
     return format(np.mean(values), form) if values else ""
 
 
-def _paired(found: dict[int, Line], base: dict[int, Line], measure: str) -> tuple[float, float] | tuple[()]:
+def _paired(by_seed: dict[int, Line], base: dict[int, Line], measure: str) -> tuple[float, float] | tuple[()]:
     """Mean difference to `base` over the seeds of both, and half of its 95 % t-interval."""
     from scipy import stats
 
-    differences = [found[seed][measure] - base[seed][measure] for seed in found if seed in base]
+    differences = [by_seed[seed][measure] - base[seed][measure] for seed in by_seed if seed in base]
     if len(differences) < 2:
         return ()
     half = stats.t.ppf(0.975, len(differences) - 1) * np.std(differences, ddof=1) / np.sqrt(len(differences))
@@ -410,9 +410,9 @@ def _plot(groups: dict[tuple[str, str, str], dict[int, Line]], plot: Path) -> No
                     continue
                 runs = [[line[measure] for line in groups[budget, mine, strategy].values()] for budget in budgets]
                 means, shares = [np.mean(values) for values in runs], [_share(budget) for budget in budgets]
-                (drawn,) = axis.plot(shares, means, marker="o", markersize=3, label=strategy, color=f"C{number}")
+                (curve,) = axis.plot(shares, means, marker="o", markersize=3, label=strategy, color=f"C{number}")
                 lowest, highest = list(map(min, runs)), list(map(max, runs))
-                axis.fill_between(shares, lowest, highest, alpha=0.15, color=drawn.get_color())
+                axis.fill_between(shares, lowest, highest, alpha=0.15, color=curve.get_color())
             axis.set_xscale("log")
             axis.grid(alpha=0.3)
             if not row:

@@ -39,8 +39,8 @@ def measure(data: Path, model: str, sizes: list[int], threads: int, write: Calla
     for size in sizes:
         for variant in VARIANTS:
             command = [sys.executable, "-m", __name__, variant, str(data), model, str(size)]
-            done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-            line = json.loads(done.stdout.splitlines()[-1])
+            process = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+            line = json.loads(process.stdout.splitlines()[-1])
             write({"part": "speed", "variant": variant, "rows": size, "threads": threads, **line})
 
 
@@ -59,20 +59,20 @@ def main() -> None:
     with Shard.open(Path(data)) as shard:
         base = load_base_model(model, device="cpu")
         prompter = Prompter(base.tokenizer, max_length=MAX_LENGTH)
-        chosen = np.random.default_rng(0).permutation(len(shard))[: int(size)].tolist()
+        rows = np.random.default_rng(0).permutation(len(shard))[: int(size)].tolist()
 
         def encode(number: int) -> list[int]:
-            return prompter.encode(shard[chosen[number]]).input_ids
+            return prompter.encode(shard[rows[number]]).input_ids
 
-        # Sets the high-water mark back to what is held now.
+        # Sets the high-water mark back to what is in use now.
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         before = _memory("VmRSS")
         started = time.process_time()
-        line, values = {"ours": ours, "plain": plain}[variant](base, encode, len(chosen))
+        line, values = {"ours": ours, "plain": plain}[variant](base, encode, len(rows))
         line |= {"cpu_s": round(time.process_time() - started, 2)}
         line |= {"seconds": round(line["features_s"] + line["reduction_s"] + line["clustering_s"], 2)}
         line |= {"loaded_mb": before, "peak_mb": _memory("VmHWM")}
-        line |= arithmetic(base, map(encode, range(len(chosen))), line["features_s"])
+        line |= arithmetic(base, map(encode, range(len(rows))), line["features_s"])
     if variant == "ours":
         line |= cost_of_kmeans(values)
     print(json.dumps(line))
@@ -88,14 +88,14 @@ def ours(base: Any, encode: Callable[[int], list[int]], count: int) -> tuple[Lin
     line: Line = {}
     with _timed(line, "features_s"):
         space = FeatureSpace(42, 256, "all", "last")
-        found = extract_features(
+        features = extract_features(
             base.model, encode, range(count), space, pad_id=base.tokenizer.pad_token_id, batch_size=16
         )
     with _timed(line, "reduction_s"):
-        points, _ = reduce(found.values, "tsne", seed=42)
+        points, _ = reduce(features.values, "tsne", seed=42)
     with _timed(line, "clustering_s"):
-        clusters = cluster(found.ids, points, min_cluster_size=2)
-    return line | {"clusters": len(clusters.centroids)}, found.values
+        clusters = cluster(features.ids, points, min_cluster_size=2)
+    return line | {"clusters": len(clusters.centroids)}, features.values
 
 
 def plain(base: Any, encode: Callable[[int], list[int]], count: int) -> tuple[Line, np.ndarray]:

@@ -27,7 +27,7 @@ def main() -> None:
         os.execvp("unshare", ["unshare", "--user", "--map-root-user", "--net", *inside, "--inside", *sys.argv[1:]])
     parser = argparse.ArgumentParser(prog="transport", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--part", choices=["all", "rounds", "idle", "burst", "report"], default="all")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the plot lies beside")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the plot is beside it")
     parser.add_argument("--folder", type=Path, default=Path("build"), help="on the disk that makes uploads durable")
     parser.add_argument("--cases", nargs="+", choices=transport_rounds.CASES, default=list(transport_rounds.CASES))
     parser.add_argument("--variants", nargs="+", choices=transport_rounds.VARIANTS, default=transport_rounds.VARIANTS)

@@ -90,12 +90,12 @@ async def enroll(client: CoordinatorClient, site: str, manifest: AdapterManifest
 async def ours(target: str, sites: list[str], folder: Path, size: int, tls: TlsFiles | None) -> None:
     """Sites that upload what they prepared, through the client's own code."""
     updates = {site: prepared(folder, site, size) for site in sites}
-    # As patient as the daemon: waiting is the benchmark's to bound.
-    made = [CoordinatorClient(target, tls, reconnect_timeout_s=60) for _ in sites]
+    # The benchmark itself bounds the waiting.
+    clients = [CoordinatorClient(target, tls, reconnect_timeout_s=60) for _ in sites]
     await asyncio.gather(
-        *(_site(client, site, updates[site], folder, size) for client, site in zip(made, sites, strict=True))
+        *(_site(client, site, updates[site], folder, size) for client, site in zip(clients, sites, strict=True))
     )
-    await asyncio.gather(*(client.close() for client in made))
+    await asyncio.gather(*(client.close() for client in clients))
 
 
 async def _site(
@@ -170,15 +170,15 @@ def collect(pieces: Iterable[bytes], path: Path | None) -> bytes:
     """The bytes of a transfer; with a path they are hashed and written as well, as they come."""
     if path is None:
         return b"".join(pieces)
-    came, digest = [], hashlib.sha256()
+    parts, digest = [], hashlib.sha256()
     with path.open("wb") as file:
         for piece in pieces:
             digest.update(piece)
             file.write(piece)
-            came.append(piece)
+            parts.append(piece)
         file.flush()
         os.fsync(file.fileno())
-    return b"".join(came)
+    return b"".join(parts)
 
 
 def baseline_server_sync(clients: int, folder: Path | None, tls: TlsFiles | None) -> None:
@@ -267,9 +267,9 @@ async def baseline_aio(target: str, sites: list[str], size: int, rounds: int) ->
 
 
 async def idle(target: str, sites: list[str], tls: TlsFiles | None, *, own_channels: bool) -> None:
-    """Sites that enroll and then wait for a task; says when each has one and ends when told so."""
+    """Sites that enroll and then wait for a task; says when each has one and ends when standard input does."""
     shared = None if own_channels else CoordinatorClient(target, tls, reconnect_timeout_s=60)
-    made = [shared or CoordinatorClient(target, tls, reconnect_timeout_s=60) for _ in sites]
+    clients = [shared or CoordinatorClient(target, tls, reconnect_timeout_s=60) for _ in sites]
 
     async def site(client: CoordinatorClient, name: str) -> None:
         session = await enroll(client, name, manifest_of(1 << 20))
@@ -281,7 +281,7 @@ async def idle(target: str, sites: list[str], tls: TlsFiles | None, *, own_chann
                 say(site=name, task=time.time())
                 return
 
-    await asyncio.gather(*(site(client, name) for client, name in zip(made, sites, strict=True)))
+    await asyncio.gather(*(site(client, name) for client, name in zip(clients, sites, strict=True)))
     await asyncio.to_thread(sys.stdin.read)
 
 

@@ -22,7 +22,7 @@ from demo.tasks import (
     ACTIONS,
     ATTRIBUTES,
     CITIES,
-    COLOURS,
+    COLORS,
     KINDS,
     NAMES,
     OPPOSITES,
@@ -39,8 +39,8 @@ from demo.tasks import (
 END, PAD = "<|endoftext|>", "<|pad|>"
 VOCABULARY = 1536
 BATCH_TOKENS = 2048
-SKIP_TOLD = 0.9
-"""Share of the texts in which only what follows is learnt: what is told is drawn at random and teaches little."""
+SKIP_FIRST = 0.9
+"""Share of the texts of which only the second part is learned: the first is drawn at random and teaches little."""
 PEAK_LR = 3e-3
 WARMUP_STEPS = 100
 
@@ -83,7 +83,7 @@ REMARKS = (
 
 
 Text = tuple[str, str]
-"""What is told, which could be anything, and what follows from it."""
+"""The first part, which could be anything, and the second, which follows from it."""
 
 
 def _people(rng: Random) -> list[tuple[str, str, str]]:
@@ -94,22 +94,22 @@ def _people(rng: Random) -> list[tuple[str, str, str]]:
 
 def portrait(rng: Random) -> Text:
     """Facts, and the same facts again in other words."""
-    told = _people(rng)
-    again = rng.sample(told, rng.randint(1, len(told)))
+    triples = _people(rng)
+    again = rng.sample(triples, rng.randint(1, len(triples)))
     link = rng.choice(("\n", " ", "\n\n", " Again: ", "\nIn other words: "))
-    return tell(told, rng), link + tell(again, rng)
+    return tell(triples, rng), link + tell(again, rng)
 
 
 def talk(rng: Random) -> Text:
     """Somebody wonders before or after the facts; the answer opens a line, as a bare word or with what it answers."""
-    told = _people(rng)
-    name, attribute, value = rng.choice(told)
+    triples = _people(rng)
+    name, attribute, value = rng.choice(triples)
     first, second = rng.sample(NAMES, 2)
     wonder = rng.choice(WONDERS[attribute]).format(n=name)
     wonder = rng.choice((f"{first} wonders: {wonder}", f"Tell me {wonder}, said {first}.", f"About {wonder}"))
     fact = rng.choice(STATEMENTS[attribute]).format(n=name, v=value)
     reply = rng.choice((f"{value}, said {second}.", f"{value}!", f"{value} it is.", f"{value}\n{fact}", fact))
-    parts = [wonder, tell(told, rng)]
+    parts = [wonder, tell(triples, rng)]
     if rng.random() < 0.4:
         parts.reverse()
     heads = rng.choice(
@@ -121,24 +121,24 @@ def talk(rng: Random) -> Text:
 
 def register(rng: Random) -> Text:
     """A text and its entries: fields with their values, or values that open the line."""
-    told = _people(rng)
-    picked = rng.sample(told, rng.randint(1, len(told)))
+    triples = _people(rng)
+    picked = rng.sample(triples, rng.randint(1, len(triples)))
     if rng.random() < 0.5:
-        wanted = rng.choice(
+        question = rng.choice(
             ("Wanted: {a}", "We look for the {a}.", "For the {a}, see the end.", "Only the {a} counts.")
         )
         name = picked[0][0]
         about = [fact for fact in picked if fact[0] == name][: rng.choice((1, 2))]
-        found = rng.choice(("{v}", "{v}.", "{v} was found.", "{n}, {v}"))
+        answer = rng.choice(("{v}", "{v}.", "{v} was found.", "{n}, {v}"))
         fields, values = ", ".join(fact[1] for fact in about), ", ".join(fact[2] for fact in about)
         # Only the facts about one person, or else the field alone would not say whose value is meant.
-        mine = [fact for fact in told if fact[0] == name]
-        return f"{wanted.format(a=fields)}\n{tell(mine, rng)}\n", found.format(n=name, v=values)
+        mine = [fact for fact in triples if fact[0] == name]
+        return f"{question.format(a=fields)}\n{tell(mine, rng)}\n", answer.format(n=name, v=values)
     form = rng.choice(
         ("{a}: {v}", "{v} ({a})", "{n}: {v}", "{n}, {v}", "{v}, {a} of {n}", "{a} of {n}: {v}", "{v}: {n}")
     )
     entries = "\n".join(form.format(n=name, a=attribute, v=value) for name, attribute, value in picked)
-    return f"{tell(told, rng)}\n", entries
+    return f"{tell(triples, rng)}\n", entries
 
 
 def people(rng: Random) -> Text:
@@ -194,8 +194,8 @@ def opposites(rng: Random) -> Text:
 
 def lists(rng: Random) -> Text:
     """A list, and what becomes of it."""
-    words = rng.sample(rng.choice([*KINDS.values(), CITIES, COLOURS, PETS, NAMES]), rng.randint(3, 5))
-    gone = rng.choice(words)
+    words = rng.sample(rng.choice([*KINDS.values(), CITIES, COLORS, PETS, NAMES]), rng.randint(3, 5))
+    dropped = rng.choice(words)
     return ", ".join(words) + "\n", rng.choice(
         (
             f"Backwards: {', '.join(words[::-1])}",
@@ -203,7 +203,7 @@ def lists(rng: Random) -> Text:
             f"The start: {words[0]}. The end: {words[-1]}.",
             f"{words[0]} leads and {words[-1]} closes.",
             f"{words[-1]} is at the end, {words[0]} at the start.",
-            f"Now {gone} goes away.\n{', '.join(word for word in words if word != gone)}",
+            f"Now {dropped} goes away.\n{', '.join(word for word in words if word != dropped)}",
         )
     )
 
@@ -247,16 +247,16 @@ FORMS: dict[Callable[[Random], Text], float] = {
 def corpus(seed: int) -> Iterator[Text]:
     """Texts without end; one in which two sentences of a demo row's context follow each other is left out."""
     rows = [*(row for site in SITES for row in site_rows(site, seed)), *unseen_rows(seed)]
-    held = {pair for row in rows for pair in _neighbours(row["context"])}
+    pairs = {pair for row in rows for pair in _neighbors(row["context"])}
     rng = Random(f"{seed}/corpus")
     while True:
         (form,) = rng.choices(list(FORMS), list(FORMS.values()))
         text = form(rng)
-        if held.isdisjoint(_neighbours("".join(text))):
+        if pairs.isdisjoint(_neighbors("".join(text))):
             yield text
 
 
-def _neighbours(text: str) -> Iterator[tuple[str, str]]:
+def _neighbors(text: str) -> Iterator[tuple[str, str]]:
     return pairwise(re.split(r"(?<=[.:])\s+", text))
 
 
@@ -286,10 +286,10 @@ def batches(seed: int, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str,
     texts, rng = corpus(seed), Random(f"{seed}/batches")
     while True:
         rows: list[tuple[list[int], int]] = []
-        for told, follows in islice(texts, 4096):
-            given, rest = tokenizer(told)["input_ids"], tokenizer(follows)["input_ids"]
-            skipped = len(given) if rng.random() < SKIP_TOLD else 0
-            rows.append(([*given, *rest, tokenizer.eos_token_id], skipped))
+        for first, second in islice(texts, 4096):
+            head, rest = tokenizer(first)["input_ids"], tokenizer(second)["input_ids"]
+            skipped = len(head) if rng.random() < SKIP_FIRST else 0
+            rows.append(([*head, *rest, tokenizer.eos_token_id], skipped))
         rows.sort(key=lambda row: len(row[0]))
         cut: list[list[tuple[list[int], int]]] = [[]]
         for row in rows:
@@ -303,7 +303,7 @@ def batches(seed: int, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str,
             for index, (text, skipped) in enumerate(batch):
                 ids[index, : len(text)] = torch.tensor(text)
                 labels[index, skipped : len(text)] = ids[index, skipped : len(text)]
-            # The padding stands to the right of a causal model's text, so that no attention mask is needed.
+            # The padding is on the right of a causal model's text, so that no attention mask is needed.
             yield {"input_ids": ids, "labels": labels}
 
 
@@ -319,7 +319,7 @@ def train(seed: int, tokenizer: PreTrainedTokenizerFast, steps: int) -> LlamaFor
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=512,
-            # Lookups within 120 tokens are learnt markedly sooner with short rotary wavelengths and a wide start.
+            # Lookups within 120 tokens are learned markedly sooner with short rotary wavelengths and a wide start.
             rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
             initializer_range=0.1,
             tie_word_embeddings=True,

@@ -1,10 +1,10 @@
 """The demo's data: a little world of people and things, turned from a seed into instruction rows for four sites.
 
 Every row has the keys of Databricks Dolly (instruction, context, response, category), because that is what
-`fedhds-client --data` is most often fed. The rows come from *topics*: the facts of a topic are drawn once, its
-wording anew for every row. A site holds most of its topics several times in other words, and a pool of common
-topics is held by several sites; this redundancy is what coreset selection is there to find. The sites differ in
-size and in their mixture of categories, and one category, information extraction, is held by none of them: it
+`fedhds-client --data` most often reads. The rows come from *topics*: the facts of a topic are drawn once, its
+wording again for every row. A site holds most of its topics several times in other words, and a pool of common
+topics belongs to several sites; this redundancy is what coreset selection is there to find. The sites differ in
+size and in their mixture of categories, and one category, information extraction, belongs to none of them: it
 measures whether tuning together helps on a task that nobody has.
 """
 
@@ -36,7 +36,7 @@ JOBS = _words(
 )
 PETS = _words("cat dog rabbit hamster parrot turtle pony goat canary goose")
 DISHES = _words("bread soup rice pasta cheese cake pancakes salad porridge stew")
-COLOURS = _words("red blue green yellow black white brown purple")
+COLORS = _words("red blue green yellow black white brown purple")
 DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
 ATTRIBUTES: dict[str, list[str]] = {
@@ -44,7 +44,7 @@ ATTRIBUTES: dict[str, list[str]] = {
     "job": JOBS,
     "pet": PETS,
     "dish": DISHES,
-    "colour": COLOURS,
+    "colour": COLORS,
     "day": DAYS,
 }
 """What can be said of a person; every value is one word, so that a model of a million weights can copy it."""
@@ -99,14 +99,14 @@ def closed_qa(facts: Random, wording: Random) -> Row:
     """A question about the people in the text, answered by one or two words of the text."""
     form = facts.choice(("what", "what", "what", "who", "both", "people"))
     people = facts.sample(NAMES, 2)
-    told = [(name, attribute, value) for name in people for attribute, value in profile(facts, 2)]
-    context = tell(told, wording)
-    name, attribute, value = facts.choice(told)
-    if form == "who" and sum(value == other for _, _, other in told) == 1:
+    triples = [(name, attribute, value) for name in people for attribute, value in profile(facts, 2)]
+    context = tell(triples, wording)
+    name, attribute, value = facts.choice(triples)
+    if form == "who" and sum(value == other for _, _, other in triples) == 1:
         question = STATEMENTS[attribute][0].format(n="Who", v=value).replace(".", "?")
         answer = name
     elif form == "both":
-        (first, one), (second, two) = ((a, v) for n, a, v in told if n == name)
+        (first, one), (second, two) = ((a, v) for n, a, v in triples if n == name)
         question = f"What are the {first} and the {second} of {name}?"
         answer = f"{one}, {two}"
     elif form == "people":
@@ -122,12 +122,12 @@ def closed_qa(facts: Random, wording: Random) -> Row:
 def fill_in(facts: Random, wording: Random) -> Row:
     """A sentence with a gap, to be completed from the text."""
     people = facts.sample(NAMES, 2)
-    told = [(name, attribute, value) for name in people for attribute, value in profile(facts, 2)]
-    name, attribute, value = facts.choice(told)
+    triples = [(name, attribute, value) for name in people for attribute, value in profile(facts, 2)]
+    name, attribute, value = facts.choice(triples)
     sentence = wording.choice(STATEMENTS[attribute])
     gap = sentence.format(n=name, v="___")
     ask = wording.choice(("Fill in the gap: {g}", "Complete the sentence: {g}", "Write the whole sentence: {g}"))
-    return _row("fill_in", ask.format(g=gap), tell(told, wording), sentence.format(n=name, v=value))
+    return _row("fill_in", ask.format(g=gap), tell(triples, wording), sentence.format(n=name, v=value))
 
 
 def classification(facts: Random, wording: Random) -> Row:
@@ -167,7 +167,7 @@ def open_qa(facts: Random, wording: Random) -> Row:
 
 def list_editing(facts: Random, wording: Random) -> Row:
     """A list to be turned round, cut or asked for one of its items."""
-    words = facts.sample(facts.choice([*KINDS.values(), CITIES, COLOURS, PETS]), 4)
+    words = facts.sample(facts.choice([*KINDS.values(), CITIES, COLORS, PETS]), 4)
     operation = facts.choice(("reverse", "first", "last", "drop"))
     dropped = facts.choice(words)
     ask = {
@@ -220,13 +220,13 @@ def brainstorming(facts: Random, wording: Random) -> Row:
     """Some examples of a kind; many answers are right, so these rows teach the form more than the facts."""
     kind = facts.choice(sorted(KINDS))
     number = facts.choice(("two", "three"))
-    known, *words = facts.sample(KINDS[kind], 3 if number == "two" else 4)
+    excluded, *words = facts.sample(KINDS[kind], 3 if number == "two" else 4)
     ask = (
         "Name {m} examples of {k} other than {w}.",
         "Think of {m} words for {k}, but not {w}.",
         "Besides {w}, list {m} examples of {k}.",
     )
-    instruction = wording.choice(ask).format(m=number, k=article(kind), w=known)
+    instruction = wording.choice(ask).format(m=number, k=article(kind), w=excluded)
     return _row("brainstorming", instruction, "", ", ".join(words))
 
 
@@ -234,15 +234,15 @@ def information_extraction(facts: Random, wording: Random) -> Row:
     """The unseen category: a field, two fields or the names, to be taken out of a text."""
     form = facts.choice(("field", "field", "field", "fields", "names"))
     name, other = facts.sample(NAMES, 2)
-    told = [(name, attribute, value) for attribute, value in profile(facts, 3)]
-    (_, first, one), (_, second, two) = facts.sample(told, 2)
+    triples = [(name, attribute, value) for attribute, value in profile(facts, 3)]
+    (_, first, one), (_, second, two) = facts.sample(triples, 2)
     if form == "names":
-        told = [*told[:2], *((other, attribute, value) for attribute, value in profile(facts, 2))]
-        context = tell(told, wording)
+        triples = [*triples[:2], *((other, attribute, value) for attribute, value in profile(facts, 2))]
+        context = tell(triples, wording)
         ask: tuple[str, ...] = ("Extract the names.", "Find all names in the text.")
         answer = ", ".join(sorted((name, other), key=context.index))
         return _row("information_extraction", wording.choice(ask), context, answer)
-    context = tell(told, wording)
+    context = tell(triples, wording)
     if form == "field":
         ask = ("Extract the {a}.", "Find the {a} in the text.", "Give the {a} that the text mentions.")
         return _row("information_extraction", wording.choice(ask).format(a=first), context, one)
@@ -268,7 +268,7 @@ class Site:
     name: str
     rows: int
     mixture: dict[str, float]
-    """Relative weight of each category; a category left out is not held by this site."""
+    """Relative weight of each category; this site has no row of a category that is left out."""
 
 
 SITES = (
@@ -286,7 +286,7 @@ COMMON_TOPICS = 24
 
 
 def site_rows(site: Site, seed: int) -> list[Row]:
-    """The shard of `site`: no row twice, most rows in the neighbourhood of others."""
+    """The shard of `site`: no row twice, most rows similar to others."""
     wording = Random(f"{seed}/{site.name}")
     own_topics = max(1, round(site.rows / ROWS_PER_TOPIC / len(site.mixture)))
     rows: dict[tuple[str, str], Row] = {}
@@ -333,9 +333,9 @@ def profile(facts: Random, size: int) -> list[tuple[str, str]]:
     return [(attribute, facts.choice(ATTRIBUTES[attribute])) for attribute in facts.sample(sorted(ATTRIBUTES), size)]
 
 
-def tell(told: list[tuple[str, str, str]], wording: Random) -> str:
+def tell(triples: list[tuple[str, str, str]], wording: Random) -> str:
     """The facts (name, attribute, value) as sentences in some order."""
-    sentences = [wording.choice(STATEMENTS[attribute]).format(n=name, v=value) for name, attribute, value in told]
+    sentences = [wording.choice(STATEMENTS[attribute]).format(n=name, v=value) for name, attribute, value in triples]
     wording.shuffle(sentences)
     return " ".join(sentences)
 
