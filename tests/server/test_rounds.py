@@ -16,6 +16,7 @@ from fedhds_server.run.events import (
     FinalDelivered,
     Record,
     Resolve,
+    SiteConnected,
     SiteHeard,
     SiteLeft,
     SiteSilent,
@@ -231,7 +232,33 @@ def test_a_round_whose_tasks_all_failed_leaves_the_adapter_and_three_of_them_end
         assert stage_of(run).replies == {}
         assert Discard(artifact(0)) not in aggregate(run, 0)
     assert run.state.phase is Phase.FAILED
-    assert run.state.message == "no site delivered an update in 3 rounds in a row"
+    assert run.state.message == (
+        "no site delivered an update in 3 rounds in a row; last failures: sites a, b: no memory"
+    )
+
+
+@pytest.mark.parametrize("schedule", ["one-shot", "per-round"])
+def test_a_selection_whose_every_task_failed_says_so_and_asks_for_no_budget(schedule: str) -> None:
+    run = enrolled("abc", selection_strategy="fedhds-aligned", selection_schedule=schedule, rounds=9)
+    for _ in range(1 if schedule == "one-shot" else 3):
+        for site, reason in {"a": "TaskError: no memory", "b": "TaskError: no memory", "c": "OSError"}.items():
+            run.handle(TaskFailed(4.0, stage_of(run).task_id(site), reason))
+        select(run, "")
+        if schedule == "per-round":
+            aggregate(run, 0)
+    assert run.state.phase is Phase.FAILED
+    said = "no site could select" if schedule == "one-shot" else "no site delivered an update in 3 rounds in a row"
+    assert run.state.message == f"{said}; last failures: sites a, b: TaskError: no memory; site c: OSError"
+
+
+def test_a_run_says_why_sites_that_it_waits_for_have_left() -> None:
+    run = machine()
+    run.handle(SiteConnected("a", "", "sa"))
+    instructions = run.handle(SiteLeft(3.0, "a", "ModelError: no such module"))
+    assert notes(instructions) == ["site a left: ModelError: no such module"]
+    assert run.state.message == "waiting for 2 more sites; last failures: site a: ModelError: no such module"
+    join(run, "a")
+    assert run.state.message == "waiting for 1 more site"
 
 
 def test_a_one_shot_selection_of_nothing_fails_with_the_reason() -> None:

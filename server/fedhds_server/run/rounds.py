@@ -18,7 +18,7 @@ from fedhds_server.run.events import (
     WriteCheckpoint,
 )
 from fedhds_server.run.quorum import CohortProgress, cohort_size, draw, listed
-from fedhds_server.run.state import ClosedRound, Phase, Reply, RunState, Stage, packed
+from fedhds_server.run.state import ClosedRound, Phase, Reply, RunState, SiteState, Stage, packed
 from fedhds_server.workflows import WORKFLOWS
 from fedhds_server.workflows.evaluation import EvaluationTasks, evaluated_rounds, missing_evaluations
 from fedhds_server.workflows.selection import SelectionWorkflow
@@ -27,6 +27,8 @@ from fedhds_server.workflows.training import TrainingWorkflow, contributions
 # A round whose every task failed leaves the adapter as it is. One may be bad luck (a full disk, a GPU that another
 # job uses); three in a row mean that the run cannot make progress and that somebody should look.
 _MAX_FAILED_ROUNDS = 3
+# In a message: one line for people.
+_MAX_ERRORS = 3
 _SELECT, _TRAIN, _EVALUATE = SelectionWorkflow.kind, TrainingWorkflow.kind, EvaluationTasks.kind
 
 
@@ -105,7 +107,7 @@ def _start_if_ready(state: RunState, at: float) -> list[Instruction]:
     missing = [f"{sites} more site{'s' * (sites > 1)}"] if sites > 0 else []
     missing += [f"{evaluators} more evaluator{'s' * (evaluators > 1)}"] if evaluators > 0 else []
     if missing or 0 not in state.adapters:
-        state.message = f"waiting for {' and '.join(missing) or 'the initial adapter'}"
+        state.message = f"waiting for {' and '.join(missing) or 'the initial adapter'}{_failures(state)}"
         return []
     state.started_at, state.phase = at, Phase.RUNNING
     pool = sum(state.sites[name].rows for name in state.trainers)
@@ -191,11 +193,18 @@ def _selected(state: RunState, stage: Stage, outcome: CoresetsSelected, at: floa
     state.coresets = {site: packed(rows) for site, rows in coresets.items()}
     notes: list[Instruction] = [Record(note) for note in outcome.notes]
     notes.append(Record(f"selection: {len(coresets)} of {len(stage.replies)} sites have rows to train on"))
+    failures = _failures(state, stage)
     if not state.spec.selection.one_shot:
-        return [*notes, *_open_training(state, sorted(coresets), at)]
+        if stage.replies:
+            return [*notes, *_open_training(state, sorted(coresets), at)]
+        # Its tasks were given, and all failed: a failed round.
+        state.stage = Stage(kind=_TRAIN, round_number=state.round_number, cohort=stage.cohort, failed=stage.failed)
+        note = Record(f"round {state.round_number}: no site could select; the adapter stays as it is{failures}", True)
+        return [*notes, note, *stages.close(state)]
     if not coresets:
         message = "the selection chose no row of any site; give it a --selection-budget"
-        return [*notes, *end(state, Phase.FAILED, message, at)]
+        message = message if stage.replies else "no site could select"
+        return [*notes, *end(state, Phase.FAILED, message + failures, at)]
     return [*notes, *_open_round(state, at)]
 
 
@@ -204,6 +213,8 @@ def _round_closed(state: RunState, stage: Stage, outcome: AdapterUpdated, at: fl
     notes: list[Instruction] = []
     for site, reason in sorted(outcome.damaged.items()):
         stage.replies.pop(site, None)
+        stage.failed.append(site)
+        state.sites[site].last_error = reason
         message = f"round {state.round_number} goes on without the update of site {site}: {reason}"
         notes.append(Record(message, trouble=True))
     updates = contributions(stage)
@@ -229,24 +240,39 @@ def _round_closed(state: RunState, stage: Stage, outcome: AdapterUpdated, at: fl
             + (f", training loss {closed.loss:.4f}" if samples else "")
         )
     )
-    notes += [WriteCheckpoint(), *_after_round(state, at)]
+    notes += [WriteCheckpoint(), *_after_round(state, stage, at)]
     return [*notes, *_discards(before - state.artifacts)]
 
 
-def _after_round(state: RunState, at: float) -> list[Instruction]:
+def _after_round(state: RunState, stage: Stage, at: float) -> list[Instruction]:
     recent = state.closed_rounds[-_MAX_FAILED_ROUNDS:]
     # Per-round selection may rightly choose no site; a round failed only when tasks were given and all failed.
     if len(recent) == _MAX_FAILED_ROUNDS and all(closed.cohort and not closed.contributions for closed in recent):
-        message = f"no site delivered an update in {_MAX_FAILED_ROUNDS} rounds in a row"
+        message = f"no site delivered an update in {_MAX_FAILED_ROUNDS} rounds in a row{_failures(state, stage)}"
         return end(state, Phase.FAILED, message, at)
     if state.round_number < state.spec.rounds.count:
         return _open_round(state, at)
     if not any(closed.contributions for closed in state.closed_rounds):
-        return end(state, Phase.FAILED, "no site delivered an update in any round; the adapter is untrained", at)
+        message = f"no site delivered an update in any round, the adapter is untrained{_failures(state, stage)}"
+        return end(state, Phase.FAILED, message, at)
     state.phase = Phase.FINISHING
     state.message = "waiting for the last evaluations"
     add_evaluations(state)
     return advance(state, at)
+
+
+def _failures(state: RunState, stage: Stage | None = None) -> str:
+    """What sites said last that failed in `stage`, left with an error or are quarantined: the end of a message."""
+    failed = stage.failed if stage else ()
+    sites: dict[str, list[str]] = {}
+    for site in sorted(state.sites.values(), key=lambda site: site.name):
+        if site.last_error and (site.name in failed or site.state is SiteState.LEFT or site.quarantined):
+            sites.setdefault(site.last_error, []).append(site.name)
+    # What most sites say comes first; status and journal have all of it.
+    errors = sorted(sites, key=lambda error: -len(sites[error]))
+    told = [f"site{'s' * (len(sites[error]) > 1)} {listed(sites[error])}: {error}" for error in errors[:_MAX_ERRORS]]
+    more = [f"and {len(errors) - _MAX_ERRORS} other errors"] * (len(errors) > _MAX_ERRORS)
+    return f"; last failures: {'; '.join([*told, *more])}" if told else ""
 
 
 def _evaluating(state: RunState) -> bool:
