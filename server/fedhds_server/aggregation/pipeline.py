@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedhds.errors import StorageError
+from fedhds.errors import AdapterError, StorageError
 from fedhds.spec import AggregationSpec
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.manifest import AdapterManifest, TensorSpec
@@ -45,8 +45,8 @@ def aggregate(
 
     The result depends on no order of `updates`. Without an update that has a share, adapter and slots stay as they
     are, byte for byte. `slots` holds the optimizer's slots of the round before; a missing one starts from zeros.
-    Raises AdapterError, naming the tensor, for an update that does not fit; StorageError when a file cannot be read or
-    written.
+    Raises AdapterError, naming the tensor, for an update that does not fit and for results that are no finite numbers;
+    StorageError when a file cannot be read or written.
     """
     try:
         ordered = sorted((update for update in updates if update.share > 0), key=lambda update: update.site)
@@ -79,9 +79,9 @@ def aggregate(
                     combined = aggregator.combine(rule, tensor, value, shares, partial(_value, readers, value, tensor))
                     new = optimizer.step(spec.optimizer, value, combined, old, round_number)
                 # A step may go beyond the updates, and so beyond what the adapter's type holds.
-                writer.add(tensor, np.clip(new[0], -largest, largest))
+                writer.add(tensor, _finite(tensor, np.clip(new[0], -largest, largest)))
                 for name, slot_writer in slot_writers.items():
-                    slot_writer.add(tensor, new[1][name])
+                    slot_writer.add(tensor, _finite(tensor, new[1][name]))
     except OSError as error:
         raise StorageError(
             f"cannot aggregate into {scratch('').parent}: {error}; check the disk and the limits"
@@ -96,6 +96,13 @@ def _unchanged(current: Path, slots: Mapping[str, Path], scratch: Callable[[str]
     shutil.copyfile(current, path)
     adapter = Artifact.of_file(path)
     return Aggregated(adapter, {name: Artifact.of_file(slot) for name, slot in slots.items()}, [(path, adapter)])
+
+
+def _finite(tensor: TensorSpec, values: FloatArray) -> FloatArray:
+    # Sites would be blamed for it: every update of the next round is compared with this adapter.
+    if not np.isfinite(values).all():
+        raise AdapterError(f"{tensor.name} has values that are not finite")
+    return values
 
 
 def _value(readers: Sequence[AdapterReader], current: FloatArray, tensor: TensorSpec, index: int) -> FloatArray:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedhds.errors import FedhdsError, StorageError
 from fedhds.runtime.logging import about
-from fedhds_server.coordinator.effects import Effects
+from fedhds_server.coordinator.effects import Effects, run_failed
 from fedhds_server.coordinator.presence import STOPPING, Presence
 from fedhds_server.coordinator.timers import Timers
 from fedhds_server.observers.base import Observers, RunObserver
@@ -148,16 +148,24 @@ class Coordinator:
             instructions: list[Instruction] = []
             applied: list[asyncio.Future[None]] = []
             for decide, future in batch:
+                event = None
                 try:
                     event = decide(self.state)
                     instructions += self._machine.apply(event) if event else []
-                except FedhdsError as error:
+                except Exception as error:  # noqa: BLE001 - who asked gets it; the other events of the batch count
                     _fail(future, error)
+                    if event is not None and not isinstance(error, FedhdsError):
+                        # The site would send the same result again, and end the process again.
+                        subject = f"the event {type(event).__name__}"
+                        instructions += self._machine.apply(run_failed(subject, error))
                 else:
                     applied.append(future)
                     if isinstance(event, SiteConnected):
                         self.presence.note(event.site)
-            instructions += self._machine.advance()
+            try:
+                instructions += self._machine.advance()
+            except Exception as error:  # noqa: BLE001 - it is logged, and ends the run
+                instructions += self._machine.apply(run_failed("the run's next step", error))
             try:
                 await self._commit(instructions, applied)
             finally:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedhds.errors import DamagedArtifact, StorageError
+from fedhds.errors import DamagedArtifact, FedhdsError, StorageError
 from fedhds.runtime.files import replace_file
 from fedhds.status import status_dict
 from fedhds.tensors.artifact import Artifact
@@ -27,6 +27,7 @@ from fedhds_server.run.events import (
     DrawAdapter,
     Instruction,
     Resolve,
+    RunFailed,
     StageResolved,
     WriteCheckpoint,
 )
@@ -70,17 +71,32 @@ class Effects:
         await self._queue.join()
 
     async def run(self) -> None:
-        """Works until cancelled; what a storage failure stops is tried again."""
+        """Works until cancelled; what a storage failure stops is tried again, any other failure ends the run."""
         while True:
-            instruction = await self._queue.get()
-            while True:
-                try:
-                    await self._perform(instruction)
-                    break
-                except StorageError as error:
-                    logger.error("%s; trying again in %.0f s", error, _STORAGE_RETRY_S)
-                    await asyncio.sleep(_STORAGE_RETRY_S)
+            await self._performed(await self._queue.get())
             self._queue.task_done()
+
+    async def _performed(self, instruction: Instruction) -> None:
+        failure: RunFailed | None = None
+        while True:
+            try:
+                if failure is None:
+                    await self._perform(instruction)
+                else:
+                    await self._coordinator.post(failure)
+                return
+            except StorageError as error:
+                logger.error("%s; trying again in %.0f s", error, _STORAGE_RETRY_S)
+                await asyncio.sleep(_STORAGE_RETRY_S)
+            except Exception as error:  # noqa: BLE001 - it is logged, and ends the run
+                failure = run_failed(self._subject(instruction), error)
+
+    def _subject(self, instruction: Instruction) -> str:
+        """Names for people what performs an instruction."""
+        state = self._coordinator.state
+        if isinstance(instruction, Resolve) and state.stage is not None:
+            return f"{WORKFLOWS[state.stage.kind].resolver(state)} (stage {state.stage.name})"
+        return f"the instruction {type(instruction).__name__}"
 
     async def _perform(self, instruction: Instruction) -> None:
         state = self._coordinator.state
@@ -172,3 +188,13 @@ class Effects:
         write_checkpoint(self._folder, adapter, state.adapter_manifest.config, model_card_of(state))
         report = status_dict(status_of(state, self._coordinator.checkpoint))
         replace_file(self._folder / "report.json", json.dumps(report, indent=2))
+
+
+def run_failed(subject: str, error: Exception) -> RunFailed:
+    """Logs an error that would come again at every try, and gives the event that ends the run with it.
+
+    The reason goes to every site: of an error that fedhds did not write, it has the class alone.
+    """
+    logger.error("%s failed", subject, exc_info=error)
+    what = str(error) if isinstance(error, FedhdsError) else type(error).__name__
+    return RunFailed(time.time(), f"{subject} failed: {what}; the coordinator's log has the traceback")

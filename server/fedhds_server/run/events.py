@@ -185,6 +185,14 @@ class RunStopped:
 
 
 @dataclass(frozen=True, slots=True)
+class RunFailed:
+    """The run cannot go on: what is at fault, a strategy for example, would fail at every further try."""
+
+    at: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class FinalDelivered:
     """A site has the final adapter."""
 
@@ -208,6 +216,7 @@ Event = (
     | RunPaused
     | RunResumed
     | RunStopped
+    | RunFailed
     | FinalDelivered
 )
 

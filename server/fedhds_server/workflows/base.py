@@ -85,6 +85,10 @@ class Workflow(TaskKind):
         """Says for people what happens with a closed stage."""
 
     @abstractmethod
+    def resolver(self, state: RunState) -> str:
+        """Names for people what decides on a closed stage: "the selection strategy fedhds"."""
+
+    @abstractmethod
     def replaceable(self, state: RunState, stage: Stage) -> bool:
         """Whether a site that was not asked before can take the place of one that is disconnected."""
 

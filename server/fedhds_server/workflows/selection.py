@@ -33,6 +33,9 @@ class SelectionWorkflow(Workflow):
     def closing(self, state: RunState, stage: Stage) -> str:
         return f"selecting: deciding on the reports of {len(stage.replies)} sites"
 
+    def resolver(self, state: RunState) -> str:
+        return f"the selection strategy {state.spec.selection.strategy.name}"
+
     def request(self, state: RunState, task: Task) -> Any | None:
         return unpacked_any(state.stage.request) if state.stage and state.stage.request else None
 

@@ -32,6 +32,10 @@ class TrainingWorkflow(Workflow):
     def closing(self, state: RunState, stage: Stage) -> str:
         return f"round {stage.round_number}: combining {len(contributions(stage))} updates"
 
+    def resolver(self, state: RunState) -> str:
+        spec = state.spec.aggregation
+        return f"the aggregator {spec.aggregator.name} with the server optimizer {spec.optimizer.name}"
+
     def request(self, state: RunState, task: Task) -> pb.TrainRequest:
         rule, adapter_roles = state.spec.aggregation.aggregator, state.adapter_manifest.roles
         roles = AGGREGATORS[rule.name].trainable(rule, task.round_number, adapter_roles)
