@@ -102,20 +102,12 @@ def main() -> None:
         measure_quality(arguments, write)
     if arguments.part in ("all", "speed"):
         selection_cost.measure(arguments.data, arguments.model, arguments.sizes, arguments.threads, write)
-    lines = [current_names(json.loads(line)) for line in arguments.out.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in arguments.out.read_text(encoding="utf-8").splitlines()]
     show_quality(
         [line for line in lines if line["part"] == "quality"], arguments.out.with_name("selection-quality.png")
     )
     speed = [line for line in lines if line["part"] == "speed"]
     selection_cost.show(speed, arguments.out.with_name("selection-speed.png"))
-
-
-def current_names(line: Line) -> Line:
-    """A recorded line with the names of today; those of fedhds 0.2 and earlier have others."""
-    renamed = {selection_cost.FORMER_NAMES.get(key, key): value for key, value in line.items()}
-    if renamed.get("strategy") == "global":
-        renamed["strategy"] = "federated-kmeans"
-    return renamed
 
 
 @dataclass(frozen=True)

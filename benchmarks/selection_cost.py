@@ -23,9 +23,6 @@ import numpy as np
 
 Line = dict[str, Any]
 
-# Keys of lines that fedhds 0.2 and earlier recorded, with their names of today.
-FORMER_NAMES = {"fusion_s": "reduction_s", "global_s": "kmeans_s", "centres": "centers"}
-
 VARIANTS = ("ours", "plain")
 MAX_LENGTH = 256
 # Federated k-means at every size: rows to select, and sites.
