@@ -192,7 +192,7 @@ class DownloadRequest(_message.Message):
     offset: _builtins.int
     """First byte to send."""
     chunk_size: _builtins.int
-    """Largest chunk to send, in bytes; a site whose link broke asks for less. 0: the coordinator decides."""
+    """Largest chunk to send, in bytes; a site whose connection broke asks for less. 0: the coordinator decides."""
     @_builtins.property
     def artifact(self) -> Global___ArtifactRef:
         """The artifact, as a task named it."""
