@@ -134,7 +134,8 @@ def model_card_of(state: RunState) -> str:
     """The model card of the last global adapter."""
     contributors = {site for closed in state.closed_rounds for site in closed.contributions}
     facts = CardFacts(
-        rounds=state.round_number if state.closed_rounds else 0,
+        # The round that is open has no part in the adapter yet.
+        rounds=len(state.closed_rounds),
         sites=len(contributors),
         rows=state.pool_rows,
         samples=state.trained_rows,

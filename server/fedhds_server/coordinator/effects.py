@@ -16,6 +16,7 @@ from fedhds.runtime.files import replace_file
 from fedhds.status import status_dict
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.safetensors import write_adapter
+from fedhds.v2 import status_pb2
 from fedhds_server.aggregation import AGGREGATORS, Update, aggregate
 from fedhds_server.aggregation.weights import bounded_shares
 from fedhds_server.counters import AGGREGATION_SECONDS
@@ -112,11 +113,23 @@ class Effects:
             case Discard(artifact) if not state.needs(artifact):
                 await asyncio.to_thread(self._artifacts.delete, artifact)
             case WriteCheckpoint() if state.adapters:
-                await asyncio.to_thread(self._write_checkpoint)
-                if state.phase.over:
-                    # What a crash between a round's result and its deletions left behind, updates of single sites too.
-                    keep = {artifact.digest for artifact in state.artifacts}
-                    await asyncio.to_thread(self._artifacts.sweep, keep, over=True)
+                # Read here and not in the thread, as sites come and go meanwhile.
+                config, card = state.adapter_manifest.config, model_card_of(state)
+                await asyncio.to_thread(self._write_checkpoint, state.adapter, config, card)
+                report = status_of(self._coordinator.state, self._coordinator.checkpoint)
+                await asyncio.to_thread(self._write_report, report)
+                await self._sweep()
+
+    async def _sweep(self) -> None:
+        """After the run, deletes what a crash left behind that came between a round's result and its deletions."""
+        if not self._coordinator.state.phase.over:
+            return
+        # The end may not be saved yet; without it, the run would go on with the updates that it has.
+        await self._coordinator.post(lambda _: None)
+        state = self._coordinator.state
+        if state.phase.over:
+            keep = {artifact.digest for artifact in state.artifacts}
+            await asyncio.to_thread(self._artifacts.sweep, keep, over=True)
 
     # The workspace of workflows; in a thread.
 
@@ -182,12 +195,11 @@ class Effects:
         self._artifacts.adopt(path, artifact)
         return artifact
 
-    def _write_checkpoint(self) -> None:
-        state = self._coordinator.state
-        adapter = self._artifacts.verified(state.adapter)
-        write_checkpoint(self._folder, adapter, state.adapter_manifest.config, model_card_of(state))
-        report = status_dict(status_of(state, self._coordinator.checkpoint))
-        replace_file(self._folder / "report.json", json.dumps(report, indent=2))
+    def _write_checkpoint(self, adapter: Artifact, config: str, card: str) -> None:
+        write_checkpoint(self._folder, self._artifacts.verified(adapter), config, card)
+
+    def _write_report(self, report: status_pb2.GetStatusResponse) -> None:
+        replace_file(self._folder / "report.json", json.dumps(status_dict(report), indent=2))
 
 
 def run_failed(subject: str, error: Exception) -> RunFailed:
