@@ -36,7 +36,7 @@ def pool(seed: int, sizes: tuple[int, ...] = (70, 40, 1, 55, 90)) -> Shards:
     return shards
 
 
-def lloyd(rows: FloatArray, centers: FloatArray, passes: int) -> list[FloatArray]:
+def central_kmeans(rows: FloatArray, centers: FloatArray, passes: int) -> list[FloatArray]:
     """Plain Lloyd on pooled rows in float64, without any of the project's code; the centers after every pass."""
     trace = []
     for _ in range(passes):
@@ -61,7 +61,7 @@ def nearest_rows(shards: Shards, centers: FloatArray) -> set[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_without_noise_centers_and_picks_are_those_of_centralized_lloyd(tmp_path: Path, seed: int) -> None:
+def test_without_noise_centers_and_picks_are_those_of_centralized_kmeans(tmp_path: Path, seed: int) -> None:
     shards = pool(seed)
     wanted, passes = 9, 4
     outcome = select(shards, tmp_path, "federated-kmeans", selection_budget=str(wanted), kmeans_iterations=passes)
@@ -70,7 +70,7 @@ def test_without_noise_centers_and_picks_are_those_of_centralized_lloyd(tmp_path
     start, *found = outcome.centers[splitting - 1 :]
     assert len(start) == wanted
     rows = np.concatenate([shards[site] for site in sorted(shards)]).astype(np.float64)
-    expected = lloyd(rows, start.astype(np.float64), passes)
+    expected = central_kmeans(rows, start.astype(np.float64), passes)
     for mine, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
     assert set(outcome.rows) == nearest_rows(shards, expected[-1])
@@ -107,7 +107,7 @@ def test_who_drops_out_is_left_out_of_later_sums_and_picks(tmp_path: Path, leave
     start = outcome.centers[splitting_passes(wanted) - 1 :]
     if leaves_in <= splitting_passes(wanted):
         rows = np.concatenate([rest[site] for site in sorted(rest)]).astype(np.float64)
-        expected = lloyd(rows, start[0].astype(np.float64), passes)
+        expected = central_kmeans(rows, start[0].astype(np.float64), passes)
         for mine, theirs in zip(start[1:], expected, strict=True):
             np.testing.assert_allclose(mine, theirs, atol=1e-5)
         assert set(outcome.rows) == nearest_rows(rest, expected[-1])

@@ -1,4 +1,4 @@
-"""The delivered folder: three whole files and nothing else, whatever breaks and whoever delivers at the same time."""
+"""The delivered folder: three whole files and nothing else, whatever breaks and however many deliver at once."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_delivery_that_is_stopped_midway_is_made_whole_by_the_next_start(
         with pytest.raises(KeyboardInterrupt):
             _deliver(out, adapter)
     after, wanted = _files(out), _delivered(adapter)
-    # The tensors come last: whoever sees new ones sees the files that belong to them.
+    # The tensors come last: a reader of new ones sees the files that belong to them.
     assert after.get(TENSORS) == before.get(TENSORS)
     assert all(content in (before.get(name), wanted[name]) for name, content in after.items())
     assert sum(after.get(name) == content for name, content in wanted.items()) == files
