@@ -123,7 +123,7 @@ def test_json_gives_back_the_same(settings: dict[str, Any]) -> None:
             "learning_rate": st.floats(1e-300, 1e300),
             "seed": st.integers(0, 2**63 - 1),
             "selection_delta": st.floats(1e-12, 0.5),
-            "lora_targets": st.lists(st.text(st.characters(categories=["L"])), min_size=1),
+            "lora_targets": st.lists(st.text(st.characters(categories=["L"]), min_size=1), min_size=1),
         }
     )
 )
@@ -192,6 +192,9 @@ def test_an_unknown_schema_is_refused_before_its_fields_are_read(version: object
         ({"selection_noise_multiplier": 1.0}, "selection_clip_norm: noise needs a clipping norm"),
         ({"selection_strategy": "full", "selection_budget": "5"}, "selection_budget: the strategy full"),
         ({"lora_targets": ()}, "peft.targets"),
+        ({"lora_targets": (",",)}, "peft.targets"),
+        ({"lora_targets": ("all-linear", "q_proj")}, "all-linear stands alone"),
+        ({"lora_targets": ("self_attn.q_proj",)}, "the last part of the module's name: q_proj"),
         ({"kmeans_iterations": 0, "selection_strategy": "federated-kmeans"}, "selection.strategy.kmeans_iterations"),
     ],
 )
@@ -199,6 +202,13 @@ def test_mistakes_name_what_is_wrong(settings: dict[str, Any], words: str) -> No
     with pytest.raises(ValidationError) as caught:
         spec(**settings)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "targets", [("q_proj", "v_proj"), ("q_proj,v_proj",), ("q_proj, v_proj",), ("q_proj,", "v_proj")]
+)
+def test_targets_may_be_divided_by_commas(targets: tuple[str, ...]) -> None:
+    assert flat(spec(lora_targets=targets))["lora_targets"] == ("q_proj", "v_proj")
 
 
 def test_every_setting_has_a_description_and_names_are_never_shared() -> None:

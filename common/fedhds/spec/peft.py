@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import re
+from typing import Any, ClassVar, Literal
+
+from pydantic import field_validator
 
 from fedhds.settings import Parameters, Variants, parameter
 
@@ -31,6 +34,24 @@ class LoraSpec(PeftSpec):
         setting="lora_targets",
         min_length=1,
     )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _split(cls, targets: Any) -> Any:
+        """Takes names divided by commas, too, as in the environment: no module's name has one."""
+        if not isinstance(targets, list | tuple) or not all(isinstance(target, str) for target in targets):
+            return targets
+        return tuple(name for target in targets for name in re.split(r"[,\s]+", target) if name)
+
+    @field_validator("targets")
+    @classmethod
+    def _check(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        if "all-linear" in targets and len(targets) > 1:
+            raise ValueError("all-linear stands alone; give it, or names of modules")
+        for name in targets:
+            if "." in name:
+                raise ValueError(f"give the last part of the module's name: {name.rpartition('.')[2]}, not {name}")
+        return targets
 
 
 PEFT_SPECS: dict[str, type[PeftSpec]] = {"lora": LoraSpec}
