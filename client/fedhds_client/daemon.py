@@ -56,7 +56,9 @@ async def run_sites(settings: ClientSettings) -> int:
                 loop.abandon()
             stop()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await asyncio.gather(*(loop.leave() for loop in loops))
+            # What ends one site ends the process, and so the others.
+            failure = next((loop.failure for loop in loops if loop.failure), None)
+            await asyncio.gather(*(loop.leave(failure) for loop in loops))
             await client.close()
             await asyncio.to_thread(worker.shutdown)
             executor.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from fedhds.errors import ModelError
 from fedhds.spec import RunSpec
 from fedhds_client.data.prompts import Prompter
 from fedhds_client.models.adapter import AdapterModel
@@ -18,7 +19,14 @@ def load_models(settings: ClientSettings, spec: RunSpec) -> tuple[BaseModel, Ada
     name = settings.model or spec.model.name
     revision = "" if settings.model else spec.model.revision
     logger.info("loading the base model %s", name)
-    base = load_base_model(name, revision=revision, device=settings.device, cache_dir=settings.state)
+    try:
+        base = load_base_model(name, revision=revision, device=settings.device, cache_dir=settings.state)
+    except ModelError as error:
+        if settings.model:
+            raise
+        raise ModelError(
+            f"{error}; the operator of the coordinator sets this --model, and a site may name its own copy with --model"
+        ) from error
     length = min(spec.model.max_length, base.max_length)
     prompter = Prompter(base.tokenizer, max_length=length, prompt_format=spec.model.prompt_format)
     return base, AdapterModel(base, spec), prompter

@@ -72,6 +72,10 @@ class SiteLoop:
         self._round_number = 0
         self._control: Control | None = None
         self._blocked_since = 0.0
+        self._results, self._failures = 0, 0
+        self._finished = False
+        self.failure: tuple[str, str] | None = None
+        """What ended the site: the class of the error, and a line of ours that may leave the site."""
         self.activity = ENROLLING
         """What the site does now: a kind of task, or one of the words of `fedhds_client.counters`."""
 
@@ -89,6 +93,9 @@ class SiteLoop:
             # The other sites of this process go on.
             logger.error("%s: %s", self._site.name, error)
             return False
+        except Exception as error:
+            self.failure = type(error).__name__, _public(error)
+            raise
         finally:
             self.activity = ENDED
 
@@ -126,11 +133,12 @@ class SiteLoop:
         if self._control:
             self._control.cancel()
 
-    async def leave(self) -> None:
-        """Tells the coordinator that the site stops, if it can be reached at once."""
+    async def leave(self, failure: tuple[str, str] | None) -> None:
+        """Tells the coordinator that the site stops, and what failed, if it can be reached at once."""
         if not self._session:
             return
-        request = pb.LeaveRequest(session=self._session)
+        kind, reason = failure if failure and not self._finished else ("", "")
+        request = pb.LeaveRequest(session=self._session, kind=kind, reason=reason)
         try:
             await self._client.federation.Leave(request, timeout=_LEAVE_S)
         except Exception as error:  # noqa: BLE001 - nothing depends on it: the session ends by itself
@@ -190,19 +198,20 @@ class SiteLoop:
             self._blocked_since = self._blocked_since or now
             logger.error("%s: %s task of round %d: %s", name, kind, number, error)
             if now - self._blocked_since > self._settings.reconnect_timeout:
-                await self._fail(task, error, str(error))
+                await self._fail(task, error)
             else:
                 logger.info("%s: trying again in %.0f s", name, _STORAGE_RETRY_S)
                 await asyncio.sleep(min(_STORAGE_RETRY_S, self._heartbeat_timeout_s / 3))
         except FedhdsError as error:
             logger.error("%s: %s task of round %d failed: %s", name, kind, number, error)
-            await self._fail(task, error, str(error))
+            await self._fail(task, error)
         except Exception as error:
-            # What a library throws must not end the site, and its text must not leave it: that could contain data.
+            # What a library throws must not end the site.
             logger.exception("%s: %s task of round %d failed", name, kind, number)
-            await self._fail(task, error, "the site's log has the details")
+            await self._fail(task, error)
         else:
             self._blocked_since = 0.0
+            self._results += answer.accepted
             if not answer.accepted:
                 logger.warning("%s: the coordinator did not take the result: %s", name, answer.reason)
 
@@ -250,12 +259,18 @@ class SiteLoop:
         verb = "is stopped" if done.outcome == "stopped" else done.outcome
         level = logging.ERROR if failed else logging.INFO
         logger.log(level, "%s: the run %s: %s", self._site.name, verb, done.message)
+        self._finished = True
+        if self._failures and not self._results:
+            text = "%s: every task of this site failed (%d of them); the run ended without it"
+            logger.error(text, self._site.name, self._failures)
+            return False
         return not failed
 
-    async def _fail(self, task: pb.Task, error: Exception, reason: str) -> None:
+    async def _fail(self, task: pb.Task, error: Exception) -> None:
         name = type(error).__name__
+        self._failures += 1
         TASK_FAILURES.labels(self.activity, name).inc()
-        request = pb.FailTaskRequest(session=self._session, task_id=task.id, kind=name, reason=reason)
+        request = pb.FailTaskRequest(session=self._session, task_id=task.id, kind=name, reason=_public(error))
         await self._client.call(self._client.federation.FailTask, request)
 
     def _shown(self, doing: str, round_number: int) -> AbstractContextManager[Callable[[float], None]]:
@@ -298,3 +313,8 @@ class SiteLoop:
             answer = await self._client.call(self._client.federation.Heartbeat, beat)
             if answer.withdrawn:
                 control.cancel()
+
+
+def _public(error: Exception) -> str:
+    """What others may read of an error: a library's text must not leave the site, as that could contain data."""
+    return error.public_message if isinstance(error, FedhdsError) else "the site's log has the details"

@@ -32,11 +32,28 @@ from typing import ClassVar
 UNEXPECTED = "FH90"
 """What stands in the place of a code for everything that is not raised on purpose: a defect, or a library's error."""
 
+_MAX_QUOTED = 300
+"""Characters that messages quote of a line that a library wrote."""
+
 
 class FedhdsError(Exception):
     """Base of all errors raised on purpose. `str(error)` is one message for a person, with what to do."""
 
     code: ClassVar[str] = "FH01"
+
+    @property
+    def public_message(self) -> str:
+        """The message as others may read it: one line, without what a library said, as that could quote data."""
+        text = " ".join(str(self).split())
+        cause = self.__cause__
+        while cause is not None:
+            if not isinstance(cause, FedhdsError):
+                for line in str(cause).splitlines():
+                    # As messages quote it, which may cut it short.
+                    words = " ".join(line[:_MAX_QUOTED].split()).rstrip(" .")
+                    text = text.replace(words, "...") if len(words) > 2 else text
+            cause = cause.__cause__
+        return text
 
 
 class UsageError(FedhdsError):
@@ -66,6 +83,12 @@ class DataError(UsageError):
         self.path = Path(path)
         self.line = line
         self.reason = reason
+
+    @property
+    def public_message(self) -> str:
+        """Names no file and quotes no row."""
+        what = "its data cannot be used" if self.line is None else f"line {self.line} of its data cannot be used"
+        return f"{what}; the site's log has the details"
 
 
 class ModelError(UsageError):

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from fedhds import errors
-from fedhds.errors import UNEXPECTED, FedhdsError, code_of
+from fedhds.errors import UNEXPECTED, DataError, FedhdsError, ModelError, TaskError, code_of
 from fedhds.grpc_errors import answers, error_of
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -52,6 +52,20 @@ def test_links_of_the_page_lead_somewhere() -> None:
     assert targets
     for target in targets:
         assert (DOCS / target).exists(), target
+
+
+def test_the_public_message_has_no_word_of_a_library_or_of_a_row() -> None:
+    library = ValueError("cannot  parse 'Mr Smith has diabetes'." + 400 * " more" + "\nin two lines")
+    told = ModelError(f"the folder m holds no model ({str(library)[:300].rstrip(' .')}); download it again")
+    told.__cause__ = library
+    assert told.public_message == "the folder m holds no model (...); download it again"
+    # Wrapped once more.
+    again = TaskError(f"twice: {told}")
+    again.__cause__ = told
+    assert "Smith" not in again.public_message
+    row = DataError("/home/smith/rows.jsonl", "the template refuses 'diabetes'", 7)
+    assert row.public_message == "line 7 of its data cannot be used; the site's log has the details"
+    assert TaskError("in two\nlines").public_message == "in two lines"
 
 
 async def test_an_error_that_crosses_the_wire_keeps_class_and_code() -> None:

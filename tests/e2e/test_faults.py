@@ -102,6 +102,44 @@ def test_a_model_without_a_tokenizer_is_refused(federation: Federation, tmp_path
     assert "Traceback" not in site.text
 
 
+def test_a_site_whose_model_lacks_the_targets_tells_the_operator_who_sets_them(federation: Federation) -> None:
+    server = federation.server("--rounds=1", "--min-sites=2", "--lora-targets", "q_proj,nope_proj")
+    # Two sites of one process end together.
+    data = [str(shard(federation.folder, name)) for name in ("one", "two")]
+    site = federation.client("a", "--data", *data)
+    assert site.wait() == 2, site.text
+    message = "ModelError: the model has no linear module 'nope_proj'"
+    server.wait_for(f"site a/one left: {message}")
+    server.wait_for(f"site a/two left: {message}")
+    answer = subprocess.run(
+        [BIN / "fedhds", "status", "--server", federation.address(), "--json"], capture_output=True, text=True, check=True
+    )
+    status = json.loads(answer.stdout)
+    assert "--lora-targets is set by the operator of the coordinator" in status["message"]
+    assert [told["state"] for told in status["sites"]] == ["left", "left"]
+    assert all(told["last_error"].startswith(message) for told in status["sites"])
+    assert status["spec"]["peft"]["targets"] == ["q_proj", "nope_proj"]
+    assert "Traceback" not in site.text + server.text
+
+
+def test_a_site_whose_every_task_failed_does_not_end_well(federation: Federation) -> None:
+    server = federation.server("--rounds=1", "--selection-strategy=fedhds-aligned", "--heartbeat-timeout=5")
+    well = federation.client("a", f"--data={shard(federation.folder)}")
+    # It releases nothing without noise.
+    failing = federation.client("b", f"--data={shard(federation.folder, 'b')}", "--selection-max-epsilon=1")
+    assert (server.wait(), well.wait(), failing.wait()) == (0, 0, 1), server.text + failing.text
+    assert "every task of this site failed (1 of them); the run ended without it" in failing.text
+
+
+def test_a_run_whose_every_selection_failed_names_the_failures(federation: Federation) -> None:
+    server = federation.server("--rounds=1", "--min-sites=1", "--heartbeat-timeout=5")
+    site = federation.client("a", f"--data={shard(federation.folder)}", "--selection-max-epsilon=1")
+    assert (server.wait(), site.wait()) == (1, 1)
+    assert "no site could select; last failures: site a: PrivacyError: " in server.text
+    assert "no site could select; last failures: site a: PrivacyError: " in site.text
+    assert "--selection-budget" not in server.text
+
+
 def test_another_base_model_is_refused_saying_what_differs(federation: Federation, tmp_path: Path) -> None:
     federation.server("--rounds=1", "--min-sites=2")
     first = federation.client("a", f"--data={shard(federation.folder)}")

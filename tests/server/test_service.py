@@ -322,6 +322,33 @@ async def test_another_model_is_refused_and_frees_the_name(tmp_path: Path) -> No
     await host.stop()
 
 
+async def test_a_site_that_ends_tells_why_and_status_journal_and_log_have_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = await start(tmp_path, min_sites=2)
+    session = (await host.federation.Enroll(pb.EnrollRequest(site="a", protocol_versions=[2]))).session
+    leave = pb.LeaveRequest(session=session, kind="ModelError", reason="no such module\x1b; the operator sets it")
+    await host.federation.Leave(leave)
+    status = await host.operations.GetStatus(status_pb2.GetStatusRequest())
+    (site,) = status.sites
+    assert (site.state, site.last_error[:26]) == ("left", "ModelError: no such module")
+    assert "\x1b" not in site.last_error
+    assert status.message.endswith(f"last failures: site a: {site.last_error}")
+    assert [line.message for line in status.journal if line.trouble] == [f"site a left: {site.last_error}"]
+    assert f"site a left: {site.last_error}" in caplog.text
+    # One that somebody stopped has no failure to tell.
+    session = (await host.federation.Enroll(pb.EnrollRequest(site="b", protocol_versions=[2]))).session
+    await host.federation.Leave(pb.LeaveRequest(session=session))
+    assert host.coordinator.state.sites["b"].last_error == ""
+    await host.stop()
+
+
+async def test_a_refused_enrollment_is_in_the_log(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    await enroll(host)
+    await refused(enroll(host))
+    assert "refused to enroll: another process is enrolled as 'a'" in caplog.text
+
+
 async def test_a_manifest_that_is_none_is_refused(host: Host) -> None:
     session = (await host.federation.Enroll(pb.EnrollRequest(site="b", protocol_versions=[2]))).session
     for manifest in (

@@ -75,7 +75,8 @@ class FeatureSpace:
         beyond = next((number for number in numbers if not -count <= number < count), None)
         if beyond is not None:
             raise TaskError(
-                f"--feature-layers names layer {beyond}, the model has 0 (embeddings) to {count - 1}; choose among them"
+                f"--feature-layers, which the operator of the coordinator sets, names layer {beyond}; the model has 0 "
+                f"(embeddings) to {count - 1}"
             )
         return sorted({number % count for number in numbers})
 

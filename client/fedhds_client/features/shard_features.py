@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedhds.errors import TaskError
+from fedhds.errors import ModelError, TaskError
 from fedhds_client.computation import Cancelled, Control
 from fedhds_client.data.prompts import Prompter
 from fedhds_client.data.shard import Shard
@@ -45,9 +45,13 @@ class ShardFeatures:
         self._recent: dict[str, tuple[str, Features]] = {}
         if self._own:
             logger.info("loading the feature model %s", spec.selection.features.model)
-            self._body = load_base_model(
-                spec.selection.features.model, device=settings.device, cache_dir=settings.state, body_only=True
-            )
+            try:
+                self._body = load_base_model(
+                    spec.selection.features.model, device=settings.device, cache_dir=settings.state, body_only=True
+                )
+            except ModelError as error:
+                message = f"--feature-model, which the operator of the coordinator sets: {error}"
+                raise ModelError(message) from error
             length = min(spec.model.max_length, self._body.max_length)
             self._prompter = Prompter(self._body.tokenizer, max_length=length, prompt_format=spec.model.prompt_format)
 

@@ -84,7 +84,10 @@ class AdapterModel(InferenceModel):
         addresses = {state[spec.name].data_ptr() for spec in self._manifest.tensors if spec.role in roles}
         selected = [parameter for parameter in own if parameter.data_ptr() in addresses]
         if len(selected) != len(addresses) or not selected:
-            raise TaskError(f"this PEFT method cannot train {', '.join(sorted(roles))} alone; use another --aggregator")
+            raise TaskError(
+                f"this PEFT method cannot train {', '.join(sorted(roles))} alone; use another --aggregator, which the "
+                "operator of the coordinator sets"
+            )
         return selected
 
     def load(self, path: Path) -> None:

@@ -40,7 +40,10 @@ class Lora(PeftMethod):
         targets = sorted(linear) if lora.targets == ("all-linear",) else sorted(set(lora.targets))
         unknown = [target for target in targets if target not in linear]
         if unknown:
-            raise ModelError(f"the model has no linear module {unknown[0]!r}; it has {', '.join(sorted(linear))}")
+            raise ModelError(
+                f"the model has no linear module {unknown[0]!r}, it has {', '.join(sorted(linear))}; --lora-targets is "
+                "set by the operator of the coordinator"
+            )
         return LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT scales by any number

@@ -825,16 +825,26 @@ class LeaveRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """The session of EnrollResponse."""
+    kind: _builtins.str
+    """What ended it: the name of the exception, never a message that could contain data; shown as the site's last error.
+    Empty when the run is over, or somebody stopped the site.
+    """
+    reason: _builtins.str
+    """One line for people, written by fedhds itself."""
     def __init__(
         self,
         *,
         session: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "reason", b"reason", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

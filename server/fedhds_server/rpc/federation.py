@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable
@@ -38,6 +39,8 @@ from fedhds_server.run.state import RunState, Site, Task
 from fedhds_server.status import model_card_of
 from fedhds_server.storage.artifacts import ArtifactStore
 from fedhds_server.workflows import TASK_KINDS
+
+logger = logging.getLogger(__name__)
 
 # Longest time for which a long poll is kept open; below the idle limits of common proxies (60 s).
 _MAX_POLL_S = 30.0
@@ -82,7 +85,12 @@ class FederationServicer(rpc.FederationServicer):
             key = admit(state, request.site, peer, request.previous_session, session)
             return SiteConnected(request.site, key, session_digest(session))
 
-        await self._coordinator.post(decide)
+        try:
+            await self._coordinator.post(decide)
+        except EnrollmentRefused as error:
+            # Not in the journal: without TLS anybody can ask.
+            logger.warning("refused to enroll: %s", printable(str(error)))
+            raise
         state = self._coordinator.state
         return pb.EnrollResponse(
             session=session,
@@ -104,7 +112,8 @@ class FederationServicer(rpc.FederationServicer):
         try:
             await self._coordinator.post(decide)
         except EnrollmentRefused as error:
-            await self._coordinator.post(SiteLeft(time.time(), site.name, str(error)))
+            reason = f"{type(error).__name__}: {error}"
+            await self._coordinator.post(SiteLeft(time.time(), site.name, reason))
             raise
         return pb.RegisterResponse()
 
@@ -242,7 +251,8 @@ class FederationServicer(rpc.FederationServicer):
     @answers
     async def Leave(self, request: pb.LeaveRequest, context: grpc.aio.ServicerContext) -> pb.LeaveResponse:
         site = await self._caller(request)
-        await self._coordinator.post(SiteLeft(time.time(), site.name))
+        reason = printable(f"{request.kind}: {request.reason}") if request.kind else ""
+        await self._coordinator.post(SiteLeft(time.time(), site.name, reason))
         return pb.LeaveResponse()
 
     @property
