@@ -124,10 +124,14 @@ class FederationServicer(rpc.FederationServicer):
         task = await self._coordinator.presence.next_task(site, min(max(wait_s, 0.0), _MAX_POLL_S))
         # Asked again: during a long poll another process of the site may have taken the session over.
         await self._coordinator.presence.site_of(request.session)
+        if self._coordinator.state.phase.over:
+            # The site will not ask again, and the end may not be saved yet.
+            await self._coordinator.post(lambda _: None)
         state = self._coordinator.state
         if state.phase.over:
             return pb.NextTaskResponse(done=_done(state))
-        if task is None:
+        # The task may have been closed or withdrawn since.
+        if task is None or task.id not in state.tasks:
             paused = None if state.paused is None else f"the run is paused: {state.paused}"
             return pb.NextTaskResponse(wait=pb.Wait(reason=paused or state.message))
         return pb.NextTaskResponse(task=_task(state, task))
@@ -145,11 +149,9 @@ class FederationServicer(rpc.FederationServicer):
         site = await self._caller(request)
         task = self._open_task(site, request.task_id)
         if task is None:
-            if (late := named_upload(request.task_id, request.result)) is not None:
-                await self._discard(site, late)
-            if site.last_accepted and site.last_accepted == request.task_id:
-                return pb.CompleteTaskResponse(accepted=True)
-            return pb.CompleteTaskResponse(reason="the task is closed; its result came too late to count")
+            # What was accepted may not be saved yet.
+            await self._coordinator.post(lambda _: None)
+            return await self._closed(site, request)
         artifact, rejection = await check_result(self._coordinator, task, request.result)
         if rejection:
             kind, reason = rejection
@@ -160,7 +162,22 @@ class FederationServicer(rpc.FederationServicer):
                 await self._discard(site, artifact)
             return pb.CompleteTaskResponse(reason=reason)
         await self._coordinator.post(ResultReceived(time.time(), task.id, request.result, artifact))
-        return pb.CompleteTaskResponse(accepted=True)
+        if self._accepted(site, task.id):
+            return pb.CompleteTaskResponse(accepted=True)
+        # The task was closed while its result was checked.
+        return await self._closed(site, request)
+
+    async def _closed(self, site: Site, request: pb.CompleteTaskRequest) -> pb.CompleteTaskResponse:
+        """The answer about a closed task; an upload that its result names is deleted unless the run needs it."""
+        if (late := named_upload(request.task_id, request.result)) is not None:
+            await self._discard(site, late)
+        if self._accepted(site, request.task_id):
+            return pb.CompleteTaskResponse(accepted=True)
+        return pb.CompleteTaskResponse(reason="the task is closed; its result came too late to count")
+
+    def _accepted(self, site: Site, task_id: str) -> bool:
+        """Whether the task's result is the one that was accepted last from the site."""
+        return bool(task_id) and self._coordinator.state.sites[site.name].last_accepted == task_id
 
     @answers
     async def FailTask(self, request: pb.FailTaskRequest, context: grpc.aio.ServicerContext) -> pb.FailTaskResponse:
@@ -274,9 +291,11 @@ class FederationServicer(rpc.FederationServicer):
         return task
 
     async def _discard(self, site: Site, artifact: Artifact) -> None:
-        """Deletes an upload of the site's own that does not count, unless the run needs the same bytes."""
-        # A save shows that it still leads: a deposed leader's state does not know what its successor counts on.
-        await self._coordinator.post(lambda _: None)
+        """Deletes an upload of the site's own that does not count, unless the run needs the same bytes.
+
+        To be called after a save, which shows that this process still leads: the state of one that does so no more
+        does not know what its successor counts on.
+        """
         coordinator = self._coordinator
         if not coordinator.state.needs(artifact) and coordinator.presence.uploaded(site.name, artifact):
             await asyncio.to_thread(self._artifacts.delete, artifact)
