@@ -57,7 +57,7 @@ async def serve(settings: ServerSettings) -> int:
     """Runs the coordinator until its run is over and delivered, or a signal; returns the exit status."""
     tls = TlsFiles.from_settings(settings.tls_ca, settings.tls_cert, settings.tls_key)
     _keep_memory()
-    # A fold holds the file of every update of a round open, and every site one connection.
+    # Aggregation has the file of every update of a round open, and every site one connection.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with _run_folder(settings.run_folder) as (folder, holder), contextlib.closing(_store(settings, folder)) as store:
@@ -224,7 +224,7 @@ def _check_same_run(state: RunState, settings: ServerSettings) -> None:
 def _run_folder(folder: Path) -> Iterator[tuple[Path, str]]:
     """The run folder, made if need be and locked against a second coordinator, and the name of who holds its lock.
 
-    The name is the lease's holder, and whoever has the holder's name takes the lease over without waiting. So two
+    The name is the lease's holder, and a process with the holder's name takes the lease over without waiting. So two
     processes must never have one name at the same time, but the same folder started again should have it: what held the
     lease before is gone then, as the kernel gave its lock away. A name kept in the folder would travel with every copy
     of it, and two copies on one database would depose each other without end. So the name says which lock is held:

@@ -10,8 +10,8 @@ from fedhds.runtime.logging import configure_logging
 from fedhds_server.settings import ServerSettings
 
 _DESCRIPTION = (
-    "The coordinator of a federation: it enrolls sites, selects, hands out training and evaluation, folds the updates "
-    "into one LoRA adapter, and never sees a row of anybody's data. Started again on the same run folder, it goes on."
+    "The coordinator of a federation: it enrolls sites, selects, hands out training and evaluation, combines the "
+    "updates into one adapter, and never sees a row of data. Started again on the same run folder, it goes on."
 )
 
 

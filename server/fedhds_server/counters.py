@@ -18,11 +18,11 @@ SAVE_FAILURES = Counter("fedhds_store_save_failures", "Saves of the run's state 
 _WORK_BUCKETS = (0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800)
 SELECTION_SECONDS = Histogram(
     "fedhds_selection_seconds",
-    "Time that the strategy took for one pass of a selection, sites' work not included.",
+    "Time that the strategy took for one step of a selection, sites' work not included.",
     buckets=_WORK_BUCKETS,
 )
 AGGREGATION_SECONDS = Histogram(
-    "fedhds_aggregation_seconds", "Time to fold a round's updates into the new adapter.", buckets=_WORK_BUCKETS
+    "fedhds_aggregation_seconds", "Time to combine a round's updates into the new adapter.", buckets=_WORK_BUCKETS
 )
 DOWNLOADED_BYTES = Counter("fedhds_downloaded_bytes", "Bytes of adapters that this process has sent to sites.")
 REJECTED = Counter(

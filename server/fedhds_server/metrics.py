@@ -46,7 +46,7 @@ LAST_ROUND = _gauge("fedhds_last_round_seconds", "Duration of the last closed ro
 TRAINING_LOSS = _gauge("fedhds_training_loss", "Mean training loss of the last round that had an update.")
 IDLE = _gauge(
     "fedhds_since_progress_seconds",
-    "Time since the run last moved (a phase, pass or round, an answer, an evaluation, a new site).",
+    "Time since the run last moved (a phase, stage or round, an answer, an evaluation, a new site).",
 )
 COHORT = _gauge("fedhds_cohort_sites", "Sites that the open stage has asked.")
 PROGRESS = _gauge(

@@ -8,7 +8,7 @@ from typing import Self
 from pydantic import SecretStr, model_validator
 
 from fedhds.runtime.logging import LogFormat, LogLevel
-from fedhds.settings import Parameters, check_http, host_and_port, is_loopback, parameter
+from fedhds.settings import Parameters, check_http, host_and_port, is_loopback, not_utf_8, parameter
 from fedhds.spec import RunSpec
 
 
@@ -87,6 +87,15 @@ class ServerSettings(Parameters):
                 "--tls-key (see fedhds certs), or --insecure"
             )
         check_http(self.http, self.insecure)
+        return self
+
+    @model_validator(mode="after")
+    def _check_run_folder(self) -> Self:
+        folder = self.run_folder.absolute()
+        if not_utf_8(str(folder)):
+            raise ValueError(
+                f"run_folder: the name of {folder} is not UTF-8, which SQLite needs; choose another folder"
+            )
         return self
 
     @model_validator(mode="after")

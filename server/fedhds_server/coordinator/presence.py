@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, deque
 from typing import TYPE_CHECKING
 
 from fedhds.errors import Evicted, SessionLost, StorageError
@@ -16,6 +16,8 @@ from fedhds_server.run.state import RunState, Site, SiteState, Task
 if TYPE_CHECKING:
     from fedhds_server.coordinator.coordinator import Coordinator
 
+# Uploads of a site that are remembered: it makes one at a time, and a new one for each task.
+_MAX_UPLOADS = 8
 STOPPING = "the coordinator is stopping; try again when it is back"
 
 
@@ -28,7 +30,7 @@ class Presence:
         self._heard_at: dict[str, float] = {}
         self._received: Counter[str] = Counter()
         self._sessions: dict[str, str] = {}
-        self._uploads: dict[str, set[str]] = {}
+        self._uploads: dict[str, deque[str]] = {}
         self._paused = coordinator.state.paused
         for name in coordinator.state.sites:
             self.note(name)
@@ -52,10 +54,12 @@ class Presence:
 
     def uploads(self, site: str, artifact: Artifact) -> None:
         """Notes that a site sends the bytes of an artifact."""
-        self._uploads.setdefault(site, set()).add(artifact.digest)
+        recent = self._uploads.setdefault(site, deque(maxlen=_MAX_UPLOADS))
+        if artifact.digest not in recent:
+            recent.append(artifact.digest)
 
     def uploaded(self, site: str, artifact: Artifact) -> bool:
-        """Whether the site itself sent these bytes: nobody's word deletes anything else."""
+        """Whether the site itself sent these bytes lately: nobody's word deletes anything else."""
         return artifact.digest in self._uploads.get(site, ())
 
     def count_bytes(self, state: RunState) -> None:

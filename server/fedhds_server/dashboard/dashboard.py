@@ -117,7 +117,7 @@ class Dashboard:
         """Server-sent events: the whole status, then what has changed in it; and the journal after the line `last`.
 
         A line's id has its run, number and time. Where the journal has no such line, it is not the one that the page
-        shows (a backup was restored, or too many lines have come since): "history" says that it begins anew.
+        shows (a backup was restored, or too many lines have come since): "history" says that it starts again.
         """
         yield f"retry: {1000 * _RETRY_S}\n\n"
         previous: Status | None = None

@@ -30,7 +30,7 @@ class Leadership:
         self._store = store
         self._holder = holder
         self._address = address
-        # A thread of its own: behind folds and uploads the renewals would come too late.
+        # A thread of its own: behind aggregations and uploads the renewals would come too late.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lease")
         self.leader = ""
         """Address of the coordinator that this one stands by for; empty: unknown, or none."""

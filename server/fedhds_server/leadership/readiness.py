@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedhds.errors import StorageError
 from fedhds_server.leadership.gate import LeaderGate
+from fedhds_server.optimizers import OPTIMIZERS
 from fedhds_server.run.quorum import CohortProgress
 from fedhds_server.run.state import RunState
 from fedhds_server.storage.base import Store
@@ -27,14 +28,17 @@ DISK_RESERVE = 16 << 20
 def disk_needed(state: RunState | None) -> int:
     """Bytes that one round may write, and a reserve.
 
-    An adapter for each update that the open round still lacks, the new global adapter, and its copy in the checkpoint.
+    An adapter for each update that the open round still lacks, the new global adapter, its copy in the checkpoint, and
+    the server optimizer's new slots.
     """
     if state is None or not state.adapters:
         return DISK_RESERVE
-    adapter = max(artifact.size for artifact in state.adapters.values())
+    # Slots are float32, whatever the adapters' type.
+    adapter = max(artifact.size for artifact in (*state.adapters.values(), *state.slots.values()))
+    slots = len(OPTIMIZERS[state.spec.aggregation.optimizer.name].slots)
     stage = state.stage
     missing = max(len(stage.cohort), stage.target) - len(stage.uploads) if stage else 0
-    return DISK_RESERVE + (max(missing, 0) + 2) * adapter
+    return DISK_RESERVE + (max(missing, 0) + 2 + slots) * adapter
 
 
 @dataclass
@@ -57,7 +61,7 @@ class Readiness:
 
     @property
     def idle_s(self) -> float:
-        """Seconds since the run last moved: another phase, pass or round, an answer taken, an evaluation."""
+        """Seconds since the run last moved: another phase, stage or round, an answer, an evaluation."""
         return time.monotonic() - self._progressed_at
 
     @property

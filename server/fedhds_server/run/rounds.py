@@ -178,12 +178,17 @@ def _fill_up(state: RunState, progress: CohortProgress, at: float) -> list[Instr
         if not progress.answered and not progress.failed and able:
             # Nothing has come that a new start would throw away.
             stages.withdraw(state, kind=stage.kind)
-            return _fill_round(state, at) if stage.kind == _TRAIN else _open_selection(state)
+            again = _fill_round(state, at) if stage.kind == _TRAIN else _open_selection(state)
+            return [*again, Wake()]
         # Of the cohort, those that left and came back.
         able = [site for site in able if site in stage.cohort]
     spare = [site for site in able if site not in progress.answered | progress.failed]
+    if not stage.cohort and spare:
+        # A selection for all rounds comes before the first of them.
+        before = stage.kind == _SELECT and state.spec.selection.one_shot
+        return [*(_open_selection(state) if before else _fill_round(state, at)), Wake()]
     if not stage.cohort:
-        return _fill_round(state, at) if spare else stages.waits(state)
+        return stages.waits(state)
     return stages.ask_others(state, progress, spare)
 
 
@@ -231,8 +236,8 @@ def _round_closed(state: RunState, stage: Stage, outcome: AdapterUpdated, at: fl
     state.adapters[state.round_number] = outcome.adapter
     state.slots = dict(outcome.slots)
     state.stage = None
-    kept = {*evaluated_rounds(state), state.round_number}
-    state.adapters = {number: adapter for number, adapter in state.adapters.items() if number in kept}
+    needed = {*evaluated_rounds(state), state.round_number}
+    state.adapters = {number: adapter for number, adapter in state.adapters.items() if number in needed}
     add_evaluations(state)
     notes.append(
         Record(
@@ -270,9 +275,9 @@ def _failures(state: RunState, stage: Stage | None = None) -> str:
             sites.setdefault(site.last_error, []).append(site.name)
     # What most sites say comes first; status and journal have all of it.
     errors = sorted(sites, key=lambda error: -len(sites[error]))
-    told = [f"site{'s' * (len(sites[error]) > 1)} {listed(sites[error])}: {error}" for error in errors[:_MAX_ERRORS]]
+    lines = [f"site{'s' * (len(sites[error]) > 1)} {listed(sites[error])}: {error}" for error in errors[:_MAX_ERRORS]]
     more = [f"and {len(errors) - _MAX_ERRORS} other errors"] * (len(errors) > _MAX_ERRORS)
-    return f"; last failures: {'; '.join([*told, *more])}" if told else ""
+    return f"; last failures: {'; '.join([*lines, *more])}" if lines else ""
 
 
 def _evaluating(state: RunState) -> bool:

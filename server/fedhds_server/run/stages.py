@@ -62,10 +62,9 @@ def add_task(state: RunState, task_id: str, kind: str, round_number: int, site: 
 
 def withdraw(state: RunState, *, kind: str | None = None, site: str | None = None) -> None:
     """Drops the open tasks of a kind, or of a site."""
-    kept = {
+    state.tasks = {
         task.id: task for task in state.tasks.values() if (kind and task.kind != kind) or (site and task.site != site)
     }
-    state.tasks = kept
 
 
 def describe(state: RunState) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 from enum import StrEnum
 from typing import TypeVar
 
@@ -234,11 +235,17 @@ class RunState(_Record):
         """The manifest that the first site's registration fixed; raises ValueError before that."""
         if not self.manifest:
             raise ValueError("no site has registered yet")
-        return AdapterManifest.from_proto(unpacked(self.manifest, pb.AdapterManifest))
+        return _manifest(self.manifest)
 
     def coreset_of(self, site: str) -> selection_pb2.Coreset:
         """The rows that `site` trains on by the last selection."""
         return unpacked(self.coresets[site], selection_pb2.Coreset)
+
+
+@functools.lru_cache(maxsize=1)
+def _manifest(text: str) -> AdapterManifest:
+    # Every task that is handed out asks for it, and that of a large model takes milliseconds to read.
+    return AdapterManifest.from_proto(unpacked(text, pb.AdapterManifest))
 
 
 def packed(message: Message | Any) -> str:

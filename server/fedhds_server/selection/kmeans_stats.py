@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedhds.kmeans import SUM_UNIT
+from fedhds.privacy.mechanisms import cluster_sensitivity
 from fedhds.spec import RunSpec
 from fedhds.v2.selection_pb2 import ClusterStats, KMeansCenters, KMeansStats
 
@@ -18,7 +19,7 @@ _MAX_SUM = 2**62
 
 def fault_of(report: KMeansStats, spec: RunSpec, *, centers: KMeansCenters | None, rows: int) -> str:
     """Why a report of a site with `rows` rows cannot count; empty when it can."""
-    noised = spec.privacy.selection.noised
+    privacy = spec.privacy.selection
     count = len(centers.values) // centers.dimension if centers else 1
     dimension = spec.selection.features.dimension
     if report.dimension != dimension:
@@ -27,8 +28,11 @@ def fault_of(report: KMeansStats, spec: RunSpec, *, centers: KMeansCenters | Non
         return "a cluster is reported twice"
     if any(cluster.cluster_id >= count or len(cluster.sums) != report.dimension for cluster in report.clusters):
         return "a cluster has no center, or has another number of values than the report says"
-    if noised:
-        if not 0 < report.noise_std < math.inf or any(cluster.HasField("nearest") for cluster in report.clusters):
+    if privacy.noised:
+        std = privacy.noise_multiplier * cluster_sensitivity(clip_norm=privacy.clip_norm)
+        given = math.isclose(report.noise_std, std, rel_tol=1e-6)
+        # More would hide the clusters of all sites, less would not protect its own rows.
+        if not given or any(cluster.HasField("nearest") for cluster in report.clusters):
             return "it lacks the noise that the run asks for"
         if len(report.clusters) < count:
             return "under noise every cluster must be reported"

@@ -53,10 +53,10 @@ class SelectionWorkflow(Workflow):
         spec, strategy, report_type = _strategy(state)
         report = _read(spec, event.result)
         before = unpacked(stage.totals, report_type) if stage.totals else None
-        totals, kept = strategy.add(before, report)
+        totals, remainder = strategy.add(before, report)
         if totals is not None:
             stage.totals = packed(totals)
-        stage.replies[task.site] = Reply(task_id=task.id, message=packed(kept))
+        stage.replies[task.site] = Reply(task_id=task.id, message=packed(remainder))
         return []
 
     def replaceable(self, state: RunState, stage: Stage) -> bool:
@@ -111,6 +111,8 @@ def _read(spec: StrategySpec, result: Any) -> Message:
     report = spec.report_type()
     try:
         if result.Unpack(report):
+            # They would be kept with the state, whatever their size.
+            report.DiscardUnknownFields()
             return report
     except DecodeError as error:
         raise RequestError("the report's bytes are no message of its type") from error

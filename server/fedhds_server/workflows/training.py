@@ -68,7 +68,9 @@ class TrainingWorkflow(Workflow):
             return []
         trained = read(event.result)
         empty = event.artifact is None
-        stage.replies[task.site] = Reply(task_id=task.id, message=packed(trained), artifact=event.artifact, empty=empty)
+        # Nothing else that a site may have put into its message is kept.
+        kept = packed(pb.TrainResult(samples=trained.samples, loss=trained.loss))
+        stage.replies[task.site] = Reply(task_id=task.id, message=kept, artifact=event.artifact, empty=empty)
         if not empty:
             return []
         return [Record(f"site {task.site} has nothing to train on in round {task.round_number}: no row was picked")]
