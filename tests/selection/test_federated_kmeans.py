@@ -210,6 +210,7 @@ def test_a_task_that_comes_again_gets_the_same_bytes(tmp_path: Path) -> None:
 
 # What the coordinator refuses.
 
+STD = 0.7 * math.sqrt(2)
 GIVEN = selection_pb2.KMeansCenters(dimension=2, values=[0, 0, 1, 1], target_count=2)
 
 
@@ -248,9 +249,12 @@ def test_a_report_that_cannot_be_right_is_refused(bad: selection_pb2.KMeansStats
     ("bad", "words"),
     [
         (report_of((0, 3, [0, 0]), (1, 0, [0, 0])), "lacks the noise"),
-        (report_of((0, 3, [0, 0]), noise_std=1.0), "every cluster"),
-        (report_of((0, 3, [0, 0]), (1, 0, [0, 0]), noise_std=1.0, nearest=0.5), "lacks the noise"),
-        (report_of((0, 300, [0, 0]), (1, 0, [0, 0]), noise_std=1.0), "count is larger"),
+        (report_of((0, 3, [0, 0]), (1, 0, [0, 0]), noise_std=STD / 2), "lacks the noise"),
+        # No cluster of any site would exceed such a noise.
+        (report_of((0, 3, [0, 0]), (1, 0, [0, 0]), noise_std=1000 * STD), "lacks the noise"),
+        (report_of((0, 3, [0, 0]), noise_std=STD), "every cluster"),
+        (report_of((0, 3, [0, 0]), (1, 0, [0, 0]), noise_std=STD, nearest=0.5), "lacks the noise"),
+        (report_of((0, 300, [0, 0]), (1, 0, [0, 0]), noise_std=STD), "count is larger"),
         (report_of((0, 3, [0, 0]), (1, 0, [0, 0]), noise_std=math.inf), "lacks the noise"),
     ],
 )
@@ -258,5 +262,5 @@ def test_under_noise_other_reports_are_refused(bad: selection_pb2.KMeansStats, w
     noise = {"selection_clip_norm": 1.0, "selection_noise_multiplier": 0.7}
     spec = RunSpec.of(model="m", rounds=1, selection_strategy="federated-kmeans", feature_dimension=2, **noise)
     assert words in fault_of(bad, spec, centers=GIVEN, rows=3)
-    good = report_of((0, 3, [9 * SUM_UNIT, 0]), (1, -2, [0, 0]), noise_std=1.0)
+    good = report_of((0, 3, [9 * SUM_UNIT, 0]), (1, -2, [0, 0]), noise_std=STD)
     assert fault_of(good, spec, centers=GIVEN, rows=3) == ""

@@ -96,3 +96,23 @@ async def test_an_end_that_cannot_be_saved_costs_no_update(tmp_path: Path, monke
     assert (await task_of(host, sessions[0])).done.outcome == "completed"
     assert host.coordinator.state.closed_rounds[0].contributions == {"a": 10, "b": 10}
     await host.stop()
+
+
+async def test_what_is_remembered_of_a_sites_uploads_does_not_grow(tmp_path: Path) -> None:
+    host = await start(tmp_path)
+    presence = host.coordinator.presence
+    sent = [Artifact(f"{number:064x}", 1) for number in range(100)]
+    for artifact in sent:
+        presence.uploads("a", artifact)
+    assert presence.uploaded("a", sent[-1])
+    assert not presence.uploaded("b", sent[-1])
+    assert sum(presence.uploaded("a", artifact) for artifact in sent) < 10
+    await host.stop()
+
+
+async def test_the_manifest_is_read_once(tmp_path: Path) -> None:
+    host = await start(tmp_path)
+    await enroll(host)
+    state = host.coordinator.state
+    assert state.adapter_manifest is state.adapter_manifest
+    await host.stop()

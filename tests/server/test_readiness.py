@@ -75,6 +75,14 @@ def test_the_disk_must_hold_what_the_open_round_still_writes() -> None:
     assert disk_needed(state) - DISK_RESERVE == 2 * ADAPTER.size
 
 
+def test_the_disk_must_hold_the_optimizers_slots_in_float32() -> None:
+    state = of_sites(4)
+    state.spec = state.spec.replace(server_optimizer="momentum")
+    assert disk_needed(state) - DISK_RESERVE == 6 * ADAPTER.size
+    state.slots = {"momentum": Artifact("1" * 64, 2 * ADAPTER.size)}
+    assert disk_needed(state) - DISK_RESERVE == 12 * ADAPTER.size
+
+
 def test_a_state_is_told_in_numbers(sqlite: Place, tmp_path: Path) -> None:
     told = samples(leading(of_sites(4), sqlite, tmp_path))
     assert told["fedhds_updates_accepted_total", ()] == 13

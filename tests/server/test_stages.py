@@ -6,10 +6,12 @@ from itertools import permutations
 
 import pytest
 from google.protobuf.any_pb2 import Any
+from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedhds.v2.selection_pb2 import ClusterStats, KMeansCenters, KMeansStats
+from fedhds.v2 import federation_pb2 as pb
+from fedhds.v2.selection_pb2 import ClusterReport, ClusterStats, KMeansCenters, KMeansStats
 from fedhds_server.run.engine import RunMachine
 from fedhds_server.run.events import (
     DeadlineReached,
@@ -23,12 +25,14 @@ from fedhds_server.run.events import (
     SiteLeft,
     SiteSilent,
     TaskFailed,
+    Wake,
 )
 from fedhds_server.run.quorum import CohortProgress
 from fedhds_server.run.state import RunState, SiteState, unpacked
 from fedhds_server.workflows import TASK_KINDS
 from tests.server.machine import (
     aggregate,
+    artifact,
     doing,
     enrolled,
     evaluation,
@@ -302,6 +306,34 @@ def test_a_step_whose_sites_were_all_evicted_starts_again_with_others() -> None:
     assert "waits for its quorum" in run.state.message
     join(run, "c")
     assert set(run.state.tasks) == {"select/0/c"}
+
+
+@pytest.mark.parametrize("schedule", ["one-shot", "per-round"])
+def test_a_selection_whose_sites_were_all_evicted_before_they_answered_asks_others(schedule: str) -> None:
+    run = enrolled("ab", selection_strategy=KMEANS, selection_schedule=schedule)
+    number = run.state.round_number
+    for site in "ab":
+        run.handle(SiteEvicted(5.0, site, "broken"))
+    assert (doing(run), run.state.tasks) == ("selecting", {})
+    assert Wake() in join(run, "c")
+    assert (doing(run), set(run.state.tasks)) == ("selecting", {f"select/{number}/c"})
+    assert work(stats(run, "c")) == [Resolve(f"select/{number}")]
+
+
+@pytest.mark.parametrize(("strategy", "kind"), [("fedhds-aligned", ClusterReport), (KMEANS, KMeansStats)])
+def test_nothing_that_no_strategy_knows_is_kept_of_a_report(strategy: str, kind: type[Message]) -> None:
+    run = enrolled(selection_strategy=strategy)
+    # The field 15 of 100,000 bytes.
+    report(run, "a", kind.FromString(b"\x7a\xa0\x8d\x06" + bytes(100_000)))
+    assert len(run.state.model_dump_json()) < 10_000
+
+
+def test_of_the_result_of_training_only_rows_and_loss_are_kept() -> None:
+    run = started("ab")
+    result = pb.TrainResult.FromString(b"\x7a\xa0\x8d\x06" + bytes(100_000))
+    result.MergeFrom(pb.TrainResult(update=artifact(7).to_proto(), samples=5, loss=1.0, train_s=3.0))
+    received(run, "train/1/a", result, artifact(7))
+    assert unpacked(stage_of(run).replies["a"].message, pb.TrainResult) == pb.TrainResult(samples=5, loss=1.0)
 
 
 # Whatever happens.
