@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import socket
 import subprocess
@@ -97,6 +98,10 @@ def test_certificates_that_will_not_serve_for_long_or_are_open_to_others_are_a_w
         finding = judged(issue(authority, "a", role=Role.SITE, days=100))
     assert finding.state is State.WARNING
     assert "ca.crt expires on" in finding.message
+    assert "--renew" not in finding.message
+    finding = judged(issue(authority, "b", role=Role.SITE))
+    assert "ca.crt expires on" in finding.message
+    assert "--renew" not in finding.message
     site.key.chmod(0o644)
     finding = judged(site)
     assert (finding.state, f"chmod 600 {site.key}" in finding.message) == (State.WARNING, True)
@@ -130,6 +135,12 @@ def test_a_full_or_read_only_disk_fails(file_system: Path) -> None:
     assert checks.disk(file_system).state is State.WARNING
     (file_system / "filler").write_bytes(bytes(8 << 20))
     assert re.search(r"0\.0 GiB left; make room \[FH50\]$", checks.disk(file_system).message)
+    with contextlib.suppress(OSError), (file_system / "more").open("wb") as filler:
+        while True:
+            filler.write(bytes(1 << 16))
+    finding = checks.disk(file_system)
+    assert finding.state is State.FAILED
+    assert re.search(r"small is full \(No space left on device\); make room \[FH50\]$", finding.message)
     subprocess.run(["mount", "-o", "remount,ro", str(file_system)], check=True)
     finding = checks.disk(file_system)
     assert finding.state is State.FAILED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,11 +12,15 @@ import grpc
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
-from fedhds.errors import EnrollmentRefused, SettingsError
+from fedhds.cli import checks
+from fedhds.cli.checks import State
+from fedhds.errors import EnrollmentRefused, SettingsError, UsageError
+from fedhds.security import pki
 from fedhds.security.credentials import TlsFiles, channel_credentials, own_identity, server_credentials
-from fedhds.security.identity import Role
+from fedhds.security.identity import Role, identity_from_certificate
 from fedhds.security.pki import init_authority, issue
 from tests.common.tls_servers import DAY, call, is_refused, issue_dated, lax_client, lax_server, serving
 
@@ -85,6 +90,81 @@ def test_a_certificate_of_another_authority_is_refused(site: TlsFiles, stranger:
         TlsFiles.from_settings(stranger.ca, site.cert, site.key)
 
 
+# Of the curve secp112r1, which the cryptography package does not know; made by OpenSSL.
+ODD_CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBITCB7KADAgECAhQRXxWFf5SI17HM4A36cd13ImXLGTAKBggqhkjOPQQDAjAM
+MQowCAYDVQQDDAF4MB4XDTI2MTEyNzA5NTYzMFoXDTI2MTEzMDA5NTYzMFowDDEK
+MAgGA1UEAwwBeDAyMBAGByqGSM49AgEGBSuBBAAGAx4ABAvEw4o3Gwy7ZpDBOBzq
+vRGnJ3bgkuI20uvZ82qjUzBRMB0GA1UdDgQWBBS8/5Ra65/L6Pd9k3BAFnF5o05e
+RjAfBgNVHSMEGDAWgBS8/5Ra65/L6Pd9k3BAFnF5o05eRjAPBgNVHRMBAf8EBTAD
+AQH/MAoGCCqGSM49BAMCAyQAMCECDl6uHRx0CpbAl54bugnUAg8Aw9KE0DMsjthu
+KHPHOYo=
+-----END CERTIFICATE-----
+"""
+ODD_KEY = """\
+-----BEGIN EC PRIVATE KEY-----
+MD4CAQEEDibxjAXtd0bW4HiUvbRyoAcGBSuBBAAGoSADHgAEC8TDijcbDLtmkME4
+HOq9EacnduCS4jbS69nzag==
+-----END EC PRIVATE KEY-----
+"""
+
+
+@pytest.mark.parametrize("flag", ["ca", "cert", "key"])
+def test_a_curve_that_nothing_here_knows_is_refused(site: TlsFiles, tmp_path: Path, flag: str) -> None:
+    path = tmp_path / "odd.pem"
+    path.write_text(ODD_KEY if flag == "key" else ODD_CERTIFICATE)
+    with pytest.raises(SettingsError, match=rf"--tls-{flag}: .*odd\.pem .*is not supported") as caught:
+        replace(site, **{flag: path}).check()
+    assert caught.value.setting == f"--tls-{flag}"
+    finding, _ = checks.certificates(*(path if name == flag else getattr(site, name) for name in ("ca", "cert", "key")))
+    assert finding.state is State.FAILED
+    with pytest.raises(EnrollmentRefused, match="is not supported"):
+        identity_from_certificate(ODD_CERTIFICATE.encode())
+
+
+def test_an_authority_of_such_a_curve_issues_nothing(tmp_path: Path) -> None:
+    (tmp_path / "ca.crt").write_text(ODD_CERTIFICATE)
+    (tmp_path / "ca.key").write_text(ODD_KEY)
+    with pytest.raises(UsageError, match=r"ca\.crt .*is not supported"):
+        issue(tmp_path, "a", role=Role.SITE)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        (ec.generate_private_key(ec.SECP521R1()), "secp521r1"),
+        (ec.generate_private_key(ec.SECP256K1()), "secp256k1"),
+        (ed25519.Ed25519PrivateKey.generate(), "Ed25519"),
+        (ec.generate_private_key(ec.SECP384R1()), ""),
+        (rsa.generate_private_key(65537, 2048), ""),
+    ],
+)
+async def test_a_key_that_grpc_does_not_take_is_refused_before_it_fails_there(
+    folder: Path, site: TlsFiles, coordinator: TlsFiles, key: Any, name: str
+) -> None:
+    authority: Any = load_pem_private_key((folder / "ca.key").read_bytes(), password=None)
+    ca = x509.load_pem_x509_certificate(site.ca.read_bytes())
+    leaf = x509.load_pem_x509_certificate(site.cert.read_bytes())
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(ca.subject, leaf.subject, key.public_key(), 9, now - DAY, now + DAY)
+    signed = builder.add_extension(names.value, critical=False).sign(authority, hashes.SHA256())
+    site.cert.write_bytes(signed.public_bytes(Encoding.PEM))
+    site.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    if name:
+        with pytest.raises(SettingsError, match=f"--tls-cert.* has a key of the kind {name}, which gRPC does not take"):
+            site.check()
+    else:
+        site.check()
+    async with serving(server_credentials(coordinator)) as listener:
+        credentials = channel_credentials(site)
+        if name:
+            await is_refused(listener.target, credentials)
+        else:
+            await call(listener.target, credentials)
+
+
 @pytest.mark.parametrize(("starts", "ends", "reason"), [(-9, -1, "expired on"), (1, 9, "valid only from")])
 def test_a_certificate_out_of_its_time_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, starts: int, ends: int, reason: str
@@ -98,8 +178,30 @@ def test_an_expired_authority_is_refused(site: TlsFiles, folder: Path) -> None:
     key = load_pem_private_key((folder / "ca.key").read_bytes(), password=None)
     ca = x509.load_pem_x509_certificate(site.ca.read_bytes())
     site.ca.write_bytes(_certify(ca, ca, key, ends=datetime.now(UTC) - DAY))
-    with pytest.raises(SettingsError, match=r"--tls-ca.*expired on"):
+    with pytest.raises(
+        SettingsError, match=r"--tls-ca.*expired on .*; make a new authority .* issue every certificate"
+    ):
         site.check()
+
+
+def test_of_an_authority_that_expired_with_its_certificates_the_authority_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a certificate lives no longer than its authority, this is how every authority expires."""
+    with monkeypatch.context() as dated:
+        now = datetime.now(UTC).replace(microsecond=0)
+        dated.setattr(pki, "_validity", lambda days: (now - 9 * DAY, now - DAY))
+        folder = init_authority(tmp_path / "old").parent
+        dated.setattr(pki, "_load_authority", _unchecked)
+        files = issue(folder, "hospital-a", role=Role.SITE)
+    finding, _ = checks.certificates(files.ca, files.cert, files.key)
+    assert re.search(r"--tls-ca: .*ca\.crt expired on .*; make a new authority", finding.message)
+    assert "--renew" not in finding.message
+
+
+def _unchecked(folder: Path) -> tuple[x509.Certificate, Any]:
+    key = load_pem_private_key((folder / "ca.key").read_bytes(), password=None)
+    return x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes()), key
 
 
 def test_a_certificate_without_a_fedhds_identity_is_refused(site: TlsFiles, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib.util
 import os
@@ -148,8 +149,10 @@ def disk(folder: Path) -> Finding:
             took = time.monotonic() - begun
         free = shutil.disk_usage(place).free
     except OSError as error:
-        problem = StorageError(f"cannot write to {place}: {error.strerror}; make it writable, or choose another folder")
-        return Finding("disk", State.FAILED, coded(problem))
+        problem = f"cannot write to {place}: {error.strerror}; make it writable, or choose another folder"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            problem = f"{place} is full ({error.strerror}); make room"
+        return Finding("disk", State.FAILED, coded(StorageError(problem)))
     room = f"{place} has {free / 2**30:.1f} GiB left"
     if free < _NO_ROOM:
         return Finding("disk", State.FAILED, coded(StorageError(f"{room}; make room")))
@@ -175,21 +178,22 @@ def certificates(ca: Path | None, cert: Path | None, key: Path | None) -> tuple[
         return Finding("certificates", State.SKIPPED, "none; give --tls-ca, --tls-cert and --tls-key"), None
     identity = own_identity(files)
     # One of several authorities is enough; of the certificates that lead to it, all are needed.
-    ends = (
-        (files.cert, min(_ends(files.cert)), "have it renewed with `fedhds certs issue ... --renew`"),
-        (files.ca, max(_ends(files.ca)), "make a new authority and issue every certificate again"),
-    )
+    end, authority_end = min(_ends(files.cert)), max(_ends(files.ca))
+    ends = [(files.ca, authority_end, "make a new authority and issue every certificate again")]
+    if end < authority_end:
+        # One that ends with its authority cannot be renewed.
+        ends.insert(0, (files.cert, end, "have it renewed with `fedhds certs issue ... --renew`"))
     problems = [
-        f"{path} expires on {end:%Y-%m-%d %H:%M} UTC, {remedy} before"
-        for path, end, remedy in ends
-        if end - datetime.now(UTC) < _EXPIRES_SOON
+        f"{path} expires on {last:%Y-%m-%d %H:%M} UTC, {remedy} before"
+        for path, last, remedy in ends
+        if last - datetime.now(UTC) < _EXPIRES_SOON
     ]
     # The group may read it: Kubernetes gives a pod its secrets so.
     if files.key.stat().st_mode & 0o027:
         problems.append(f"{files.key} is open to other users of this machine, chmod 600 {files.key}")
     if problems:
         return Finding("certificates", State.WARNING, "; ".join(problems)), files
-    text = f"{files.cert} is of the {identity.role} {identity.name}, valid until {ends[0][1]:%Y-%m-%d}"
+    text = f"{files.cert} is of the {identity.role} {identity.name}, valid until {min(end, authority_end):%Y-%m-%d}"
     hosts = ", ".join(hosts_of(files.cert))
     return Finding("certificates", State.OK, text + f", for the hosts {hosts}" * bool(hosts)), files
 

@@ -30,6 +30,9 @@ _SETTINGS_FRAME = 4
 _ADDRESS = re.compile(
     r"(?:dns:(?://[^/]*/)?|ipv4:|ipv6:)?(?:\[(?P<v6>[^][/]+)\]|(?P<host>[^:/]+|[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*))(?::(?P<port>\d+))?"
 )
+# Keys that grpcio 1.85 takes, tried one by one: of a certificate's own end, and of one that signed another.
+_OWN_KEYS = frozenset({"RSA", "secp256r1", "secp384r1"})
+_ISSUER_KEYS = _OWN_KEYS | {"secp224r1", "secp521r1", "Ed25519"}
 _DEFAULT_PORT, _HIGHEST_PORT = 443, 65_535
 # OpenSSL's X509_V_ERR_* numbers, which Python's ssl names nowhere.
 _NOT_YET_VALID, _EXPIRED, _WRONG_PURPOSE, _WRONG_HOST = {9}, {10}, {26}, {62, 64}
@@ -65,13 +68,21 @@ class TlsFiles:
 
     def check(self) -> None:
         """Raises SettingsError if the files cannot serve now; a certificate may expire in a long run."""
+        from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
         authorities = _load_certificates("--tls-ca", self.ca)
         leaf, *intermediates = _load_certificates("--tls-cert", self.cert)
+        _check_public_key("--tls-cert", self.cert, leaf, _OWN_KEYS)
+        for flag, path, issuers in (
+            ("--tls-cert", self.cert, intermediates),
+            ("--tls-ca", self.ca, authorities),
+        ):
+            for issuer in issuers:
+                _check_public_key(flag, path, issuer, _ISSUER_KEYS)
         try:
             key = load_pem_private_key(_read("--tls-key", self.key), password=None)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise SettingsError("--tls-key", f"{self.key} is not an unencrypted PEM key: {error}") from error
         if key.public_key() != leaf.public_key():
             raise SettingsError(
@@ -83,9 +94,11 @@ class TlsFiles:
                 f"{self.cert} is not signed by the authority in {self.ca}; "
                 "take certificate and ca.crt from the same `fedhds certs issue`",
             )
-        _check_dates("--tls-cert", self.cert, leaf)
+        # First, as a certificate ends with its authority, and cannot be renewed then.
         if all(authority.not_valid_after_utc <= datetime.now(UTC) for authority in authorities):
-            _check_dates("--tls-ca", self.ca, authorities[0])
+            remedy = "make a new authority with `fedhds certs init` and issue every certificate again"
+            _check_dates("--tls-ca", self.ca, authorities[0], remedy)
+        _check_dates("--tls-cert", self.cert, leaf, "have a new one issued with `fedhds certs issue ... --renew`")
         try:
             identity_from_certificate(self.cert.read_bytes())
         except EnrollmentRefused as error:
@@ -337,22 +350,42 @@ def _chains(
 
 
 def _signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
-    from cryptography.exceptions import InvalidSignature
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 
     try:
         certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature):
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         return False
     return True
 
 
-def _check_dates(flag: str, path: Path, certificate: x509.Certificate) -> None:
+def _check_public_key(flag: str, path: Path, certificate: x509.Certificate, kinds: frozenset[str]) -> None:
+    """Raises SettingsError for a key that gRPC refuses in the handshake: all that it says then is UNAVAILABLE."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+
+    try:
+        key = certificate.public_key()
+    except (UnsupportedAlgorithm, ValueError) as error:
+        kind = f"unknown ({error})"
+    else:
+        kind = (
+            key.curve.name if isinstance(key, EllipticCurvePublicKey) else type(key).__name__.removesuffix("PublicKey")
+        )
+    if kind not in kinds:
+        raise SettingsError(
+            flag,
+            f"{path} has a key of the kind {kind}, which gRPC does not take; it takes {', '.join(sorted(kinds))}, and "
+            "what `fedhds certs` makes",
+        )
+
+
+def _check_dates(flag: str, path: Path, certificate: x509.Certificate, remedy: str) -> None:
     now = datetime.now(UTC)
     if certificate.not_valid_after_utc <= now:
         raise SettingsError(
             flag,
-            f"{path} expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC; "
-            "have a new one issued with `fedhds certs issue ... --renew`",
+            f"{path} expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC; {remedy}",
         )
     if certificate.not_valid_before_utc > now:
         raise SettingsError(

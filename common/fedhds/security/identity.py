@@ -61,13 +61,14 @@ def identity_from_certificate(pem: bytes) -> PeerIdentity:
     Raises EnrollmentRefused if there is no certificate, or if it does not carry exactly one well-formed urn.
     """
     from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     try:
         certificate = x509.load_pem_x509_certificate(pem)
         urns = _urns(certificate)
         public_key = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
         raise EnrollmentRefused(f"the certificate cannot be read: {error}") from error
     if len(urns) != 1:
         count = "no" if not urns else "more than one"

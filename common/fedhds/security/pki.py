@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -264,16 +265,18 @@ def _load_authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePri
 
 def _load_certificate(path: Path, *, missing: str = "") -> x509.Certificate:
     try:
-        return x509.load_pem_x509_certificate(_read(path, missing=missing))
-    except ValueError as error:
-        raise UsageError(f"{path} is not a PEM certificate: {error}") from error
+        certificate = x509.load_pem_x509_certificate(_read(path, missing=missing))
+        certificate.public_key()
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise UsageError(f"{path} is not a PEM certificate that can be used here: {error}") from error
+    return certificate
 
 
 def _load_key(path: Path, *, missing: str) -> ec.EllipticCurvePrivateKey:
     pem = _read(path, missing=missing)
     try:
         key = serialization.load_pem_private_key(pem, password=None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise UsageError(f"{path} is not an unencrypted PEM key: {error}") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise UsageError(f"{path} is not an elliptic-curve key; only keys that fedhds made can be used here")
