@@ -103,7 +103,7 @@ class Coordinator:
         self._observers.started(self.state)
         self.effects.start(self._machine.pending())
         self.timers.settle()
-        bodies = (self._apply_events, self.effects.run, self.timers.run, self._observers.run)
+        bodies = (self._apply_events, self.effects.run, self.timers.run)
         tasks = [asyncio.create_task(body()) for body in bodies]
         waiter = asyncio.create_task(self.timers.settled.wait())
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import queue
+import threading
 from abc import ABC
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,13 +62,17 @@ class Observers:
 
     def __init__(self, observers: Sequence[RunObserver]) -> None:
         self._observers = observers
-        self._queue: asyncio.Queue[Callable[[RunObserver], None]] = asyncio.Queue()
+        # None ends the thread. A daemon: an observer that stands still must not keep the process from ending either.
+        self._calls: queue.SimpleQueue[Callable[[RunObserver], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="observers", daemon=True)
+        self._closed = False
         self._rounds = 0
         self._evaluations: set[tuple[int, str]] = set()
         self._over = False
 
     def started(self, state: RunState) -> None:
         """Everything in `state` counts as told with this call, but evaluations, which are told each."""
+        self._thread.start()
         self._rounds, self._over = len(state.closed_rounds), state.phase.over
         run_id, rounds = state.run_id, tuple(state.closed_rounds)
         self._tell(lambda observer: observer.started(run_id, rounds))
@@ -87,21 +93,17 @@ class Observers:
             phase, message = state.phase, state.message
             self._tell(lambda observer: observer.ended(phase, message))
 
-    async def run(self) -> None:
-        """Tells the observers, until cancelled."""
-        while True:
-            call = await self._queue.get()
-            await asyncio.to_thread(self._call_all, call)
-            self._queue.task_done()
-
     async def close(self) -> None:
-        """Tells what is left."""
-        try:
-            async with asyncio.timeout(_CLOSE_S):
-                while not self._queue.empty():
-                    await asyncio.to_thread(self._call_all, self._queue.get_nowait())
-        except TimeoutError:
+        """Tells what is left; to be called once, after `started`."""
+        self._calls.put(None)
+        await asyncio.to_thread(self._thread.join, _CLOSE_S)
+        if self._thread.is_alive():
+            self._closed = True
             logger.warning("the observers have not finished within %.0f s; what is left is dropped", _CLOSE_S)
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None and not self._closed:
+            self._call_all(call)
 
     def _tell_evaluations(self, state: RunState) -> None:
         if sum(map(len, state.evaluations.values())) == len(self._evaluations):
@@ -114,7 +116,7 @@ class Observers:
 
     def _tell(self, call: Callable[..., None]) -> None:
         if self._observers:
-            self._queue.put_nowait(call)
+            self._calls.put(call)
 
     def _call_all(self, call: Callable[[RunObserver], None]) -> None:
         for observer in self._observers:
