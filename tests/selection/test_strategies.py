@@ -193,7 +193,7 @@ def _topics_of_clusters(folder: Path, truth: dict[str, npt.NDArray[np.int64]]) -
     """The commonest topic of each cluster's rows, from what the sites keep at home."""
     found = {}
     for site, topics in truth.items():
-        kept = [json.loads(path.read_text()) for path in (folder / site / "clusters").glob("*.json")]
+        kept = [json.loads(path.read_text()) for path in (folder / site / "clusters").rglob("*.json")]
         (clusters,) = (entry["members"] for entry in kept)
         for number, members in enumerate(clusters):
             if members:

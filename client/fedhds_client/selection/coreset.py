@@ -11,7 +11,7 @@ import numpy as np
 from fedhds.errors import StorageError, TaskError
 from fedhds.runtime.files import replace_file
 from fedhds.v2 import selection_pb2 as pb
-from fedhds_client.state_files import file_key
+from fedhds_client.state_files import MAX_RUNS, file_key, keep_newest
 
 
 def coreset_rows(coreset: pb.Coreset, *, rows: int, run_id: str, folder: Path) -> tuple[int, ...]:
@@ -46,10 +46,12 @@ def save_clusters(
 ) -> None:
     """Durably keeps the clusters of a report, numbered as in it: row ids, nearest to the centroid first; no text.
 
-    Call it before the report leaves, so that picks resolve however the process ends. Raises StorageError.
+    Call it before the report leaves, so that picks resolve however the process ends. Those of this run stay, as a
+    coordinator that was restored from a backup may ask again; of earlier runs the newest ones. Raises StorageError.
     """
     content = {"rows": rows, "members": [list(cluster) for cluster in members], "unclustered": list(unclustered)}
     replace_file(_file(folder, run_id, task_id), json.dumps(content), private=True)
+    keep_newest(folder / "clusters", MAX_RUNS)
 
 
 def _picked(picks: pb.ClusterPicks, members: list[list[int]], unclustered: list[int]) -> tuple[int, ...]:
@@ -81,5 +83,4 @@ def _load_clusters(file: Path, task_id: str, rows: int) -> tuple[list[list[int]]
 
 
 def _file(folder: Path, run_id: str, task_id: str) -> Path:
-    # Task ids repeat from run to run.
-    return folder / "clusters" / f"{file_key(f'{run_id}/{task_id}')}.json"
+    return folder / "clusters" / file_key(run_id) / f"{file_key(task_id)}.json"

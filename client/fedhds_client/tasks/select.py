@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedhds.errors import TaskError
-from fedhds_client.state_files import report_folder
+from fedhds_client.state_files import MAX_REPORTS, MAX_RUNS, keep_newest, report_folder
 from fedhds_client.tasks.base import SiteTask, TaskContext, TaskResult
 
 if TYPE_CHECKING:
@@ -61,7 +61,10 @@ class SelectTask(SiteTask):
 def _draw_map(
     folder: Path, features: Features, points: npt.NDArray[np.floating], labels: npt.NDArray[np.int64], *, seed: int
 ) -> None:
-    """Keeps the map of a selection, for the report that is written once the picks are known."""
+    """Keeps the map of a selection, for the report that is written once the picks are known; drops old reports."""
     from fedhds_client.report.cluster_map import cluster_map, save_map
 
     save_map(folder / "map.npz", cluster_map(features.ids, points, labels, features.values, seed=seed))
+    run = folder.parent
+    keep_newest(run, MAX_REPORTS)
+    keep_newest(run.parent, MAX_RUNS)

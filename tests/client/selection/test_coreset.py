@@ -22,6 +22,7 @@ from fedhds_client.features.extraction import Features
 from fedhds_client.selection import STRATEGIES, SelectionContext
 from fedhds_client.selection.coreset import coreset_rows, save_clusters
 from fedhds_client.selection.private_reporter import PrivateReporter
+from fedhds_client.state_files import MAX_RUNS
 
 MEMBERS = [[4, 0, 9], [2, 7], []]
 TASK = "select/0/ward"
@@ -98,7 +99,7 @@ def test_what_was_never_reported_cannot_be_picked(
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": 1}'])
 def test_damaged_clusters_are_an_error(tmp_path: Path, content: str) -> None:
     save_clusters(tmp_path, "r", TASK, MEMBERS, rows=10)
-    next((tmp_path / "clusters").glob("*.json")).write_text(content)
+    next((tmp_path / "clusters").rglob("*.json")).write_text(content)
     with pytest.raises(StorageError, match="damaged"):
         coreset_rows(picks((0, 1)), rows=10, run_id="r", folder=tmp_path)
 
@@ -106,9 +107,25 @@ def test_damaged_clusters_are_an_error(tmp_path: Path, content: str) -> None:
 def test_clusters_are_the_owners_alone_and_replace_each_other_whole(tmp_path: Path) -> None:
     save_clusters(tmp_path, "r", TASK, [[1]], rows=10)
     save_clusters(tmp_path, "r", TASK, MEMBERS, rows=10)
-    (file,) = (tmp_path / "clusters").iterdir()
+    (file,) = (tmp_path / "clusters").rglob("*.json")
     assert os.stat(file).st_mode & 0o777 == 0o600
     assert coreset_rows(picks((0, 1)), rows=10, run_id="r", folder=tmp_path) == (4,)
+
+
+def test_clusters_of_a_run_stay_and_those_of_old_runs_go(tmp_path: Path) -> None:
+    tasks = [f"select/{number}/ward" for number in range(30)]
+    for run in range(12):
+        for task_id in tasks if run == 11 else tasks[:1]:
+            save_clusters(tmp_path, f"run {run}", task_id, MEMBERS, rows=10)
+        # The clocks of file systems are coarse.
+        newest = max((tmp_path / "clusters").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        os.utime(newest, (1000 + run, 1000 + run))
+    # Asked once more by a coordinator that was restored, though it selected later.
+    for task_id in tasks:
+        assert coreset_rows(picks((0, 1), task_id=task_id), rows=10, run_id="run 11", folder=tmp_path) == (4,)
+    assert len(list((tmp_path / "clusters").iterdir())) == MAX_RUNS
+    with pytest.raises(TaskError, match="reported no clusters"):
+        coreset_rows(picks((0, 1)), rows=10, run_id="run 0", folder=tmp_path)
 
 
 # Reports.

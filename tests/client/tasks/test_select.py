@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedhds.errors import PrivacyError, TaskError
@@ -13,7 +15,10 @@ from fedhds.privacy.ledger import Ledger
 from fedhds.spec import RunSpec
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import selection_pb2
+from fedhds_client.features.extraction import Features
+from fedhds_client.state_files import MAX_REPORTS, MAX_RUNS, report_folder
 from fedhds_client.tasks import TASKS, TaskContext
+from fedhds_client.tasks.select import _draw_map
 
 
 def context(folder: Path, strategy: str, *, shard: Any = "rows", **settings: Any) -> TaskContext:
@@ -50,3 +55,20 @@ def test_a_request_of_another_strategy_is_refused(tmp_path: Path) -> None:
     at.task.request.Pack(selection_pb2.Coreset())
     with pytest.raises(TaskError, match=r"v2\.Coreset, but fedhds .* expects fedhds\.v2\.KMeansCenters"):
         TASKS["select"].run(at)
+
+
+def test_reports_for_people_are_kept_of_the_newest_selections_and_runs(tmp_path: Path) -> None:
+    features = Features(np.arange(6), np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32))
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    for run in range(MAX_RUNS + 2):
+        for number in range(MAX_REPORTS + 3 if run > MAX_RUNS else 1):
+            folder = report_folder(tmp_path, f"run {run}", f"select/{number}/ward")
+            _draw_map(folder, features, features.values, labels, seed=1)
+            # The clocks of file systems are coarse.
+            os.utime(folder, (1000 + number, 1000 + number))
+        os.utime(folder.parent, (1000 + run, 1000 + run))
+    assert len(list((tmp_path / "reports").iterdir())) == MAX_RUNS
+    kept = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+    assert len(kept) == MAX_REPORTS
+    assert kept[-1] == folder
+    assert (folder / "map.npz").exists()
