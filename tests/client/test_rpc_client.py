@@ -37,6 +37,7 @@ from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
 from fedhds.transfer import chunks
 from fedhds.v2 import federation_pb2 as pb
+from fedhds.v2 import federation_pb2_grpc as rpc
 from fedhds_client.rpc_client import CoordinatorClient
 from fedhds_server.rpc.federation import FederationServicer
 from fedhds_server.storage.artifacts import ArtifactStore
@@ -702,3 +703,19 @@ async def test_a_download_of_what_the_coordinator_does_not_have_is_an_error(worl
     with pytest.raises(ArtifactError, match="there is no such global adapter"):
         await world.client().download(SESSION, Artifact("0" * 64, 5), world.folder / "fetched")
     assert not (world.folder / "fetched").exists()
+
+
+async def test_an_answer_may_be_as_large_as_the_centers_of_thousands_of_clusters() -> None:
+    class Large(rpc.FederationServicer):
+        async def NextTask(self, request: Any, context: Any) -> pb.NextTaskResponse:  # noqa: N802
+            return pb.NextTaskResponse(wait=pb.Wait(reason="x" * (20 << 20)))
+
+    server = grpc.aio.server()
+    rpc.add_FederationServicer_to_server(Large(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    client = CoordinatorClient(f"127.0.0.1:{port}", None, reconnect_timeout_s=1.0)
+    answer = await client.call(client.federation.NextTask, pb.NextTaskRequest(session=SESSION))
+    assert len(answer.wait.reason) == 20 << 20
+    await client.close()
+    await server.stop(None)
