@@ -28,5 +28,8 @@ def load_models(settings: ClientSettings, spec: RunSpec) -> tuple[BaseModel, Ada
             f"{error}; the operator of the coordinator sets this --model, and a site may name its own copy with --model"
         ) from error
     length = min(spec.model.max_length, base.max_length)
-    prompter = Prompter(base.tokenizer, max_length=length, prompt_format=spec.model.prompt_format)
+    try:
+        prompter = Prompter(base.tokenizer, max_length=length, prompt_format=spec.model.prompt_format)
+    except ModelError as error:
+        raise ModelError(f"{error}; the operator of the coordinator sets --prompt-format") from error
     return base, AdapterModel(base, spec), prompter
