@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fedhds_server.settings_v2 import ServerSettings
+from fedhds_server.settings import ServerSettings
 
 from fedhds import settings
 from fedhds.errors import SettingsError
@@ -110,7 +110,7 @@ def test_mistakes_in_the_environment_and_the_file_name_them(tmp_path: Path) -> N
         "model: m\nruonds: 1\n": "run.yaml: ruonds: there is no such setting",
         "model: m\nschema-version: 2\n": "run.yaml: schema-version: there is no such setting",
         "model: m\nrounds: 1\nselection: {budget: 5}\n": "run.yaml: selection: there is no such setting",
-        "model: m\nrounds: 1\nquorum: true\n": "run.yaml: quorum: True is not a value",
+        "model: m\nrounds: 1\nquorum: true\n": "run.yaml: quorum: 'true' is not valid",
         "model: m\nrounds: 1\nselection-strategy: [full]\n": "run.yaml: selection-strategy: ['full'] is not a known",
         "model: m\nrounds: 1\nselection-strategy: full\nreduction: pca\n": "run.yaml: reduction: the selection strat",
     }.items():
@@ -161,7 +161,7 @@ def test_groups_come_in_the_order_in_which_people_decide() -> None:
 def test_settings_import_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "sklearn", "numpy", "grpc", "google.protobuf", "yaml")
     code = (
-        "import sys, fedhds_server.settings_v2\n"
+        "import sys, fedhds_server.settings\n"
         f"loaded = [name for name in {heavy!r} if name in sys.modules]\n"
         "sys.exit(f'imports {loaded}' if loaded else 0)"
     )

@@ -206,7 +206,7 @@ def test_features_of_chosen_layers_and_poolings(layers: str, numbers: list[int],
 
 def test_a_layer_that_the_model_does_not_have_is_named() -> None:
     space = FeatureSpace(SEED, DIMENSION, "0,4")
-    with pytest.raises(TaskError, match=r"layer 4, the model has 0 .* to 3"):
+    with pytest.raises(TaskError, match=r"layer 4; the model has 0 .* to 3"):
         extract_features(model_called("llama"), ROWS.__getitem__, [0], space, pad_id=PAD, batch_size=1)
 
 
