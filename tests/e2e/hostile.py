@@ -58,7 +58,7 @@ class Forgery:
 class Hostile:
     """Works in a thread of the test's process until the run is over or it is shut out; `answers` says how it fared.
 
-    It takes fingerprint and manifest from the run's state, so a real site must have attested before.
+    It takes fingerprint and manifest from the run's state, so a real site must have registered before.
     """
 
     def __init__(self, run: Path, folder: Path, name: str, forgery: Forgery, *, rows: int = 8) -> None:
@@ -71,13 +71,13 @@ class Hostile:
         until(lambda: bool(state_of(run).manifest))
         self._manifest = state_of(run).adapter_manifest
         self._fingerprint = pb.ModelFingerprint(**state_of(run).fingerprint)
-        self._session = self._stub.Enroll(pb.EnrollRequest(site=name, protocol_versions=[1])).session
-        self.attest(rows)
+        self._session = self._stub.Enroll(pb.EnrollRequest(site=name, protocol_versions=[2])).session
+        self.register(rows)
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name=name)
         self._thread.start()
 
-    def attest(self, rows: int) -> None:
+    def register(self, rows: int) -> None:
         """Declares so many rows, truly or not."""
         self._stub.Register(
             pb.RegisterRequest(
@@ -102,31 +102,29 @@ class Hostile:
 
     def _next(self) -> bool:
         """Does one task; whether the run is over."""
-        task = self._stub.NextTask(pb.NextTaskRequest(session=self._session, wait_s=2))
-        done = pb.CompleteTaskRequest(session=self._session, task_id=task.task_id)
-        match task.WhichOneof("task"):
-            case "train":
-                artifact = self._upload(task.round)
+        answer = self._stub.NextTask(pb.NextTaskRequest(session=self._session, wait_s=2))
+        match answer.WhichOneof("next"):
+            case "task" if answer.task.kind == "train":
+                artifact = self._upload(answer.task.round_number)
                 forgery = self._forgery
-                done.train.CopyFrom(
-                    pb.TrainResult(update=artifact.to_proto(), samples=forgery.samples, loss=forgery.loss)
-                )
+                done = pb.CompleteTaskRequest(session=self._session, task_id=answer.task.id)
+                done.result.Pack(pb.TrainResult(update=artifact.to_proto(), samples=forgery.samples, loss=forgery.loss))
                 self.answers.append(self._stub.CompleteTask(done))
             case "done":
-                done.delivered.CopyFrom(pb.Delivered())
-                self._stub.CompleteTask(done)
+                self._stub.ConfirmDelivery(pb.ConfirmDeliveryRequest(session=self._session))
                 return True
         return False
 
-    def _upload(self, number: int) -> Artifact:
-        path = self._folder / f"{self._name}-{number}.safetensors"
+    def _upload(self, round_number: int) -> Artifact:
+        path = self._folder / f"{self._name}-{round_number}.safetensors"
         manifest = self._forgery.manifest(self._manifest)
         artifact = write_adapter(path, manifest, self._forgery.tensor, "float32")
         self._stub.Upload(self._parts(path, artifact))
         return artifact
 
     def _parts(self, path: Path, artifact: Artifact) -> Iterator[transfer_pb2.UploadRequest]:
-        yield transfer_pb2.UploadRequest(header=transfer_pb2.UploadHeader(session=self._session, artifact=artifact.to_proto()))
+        header = transfer_pb2.UploadHeader(session=self._session, artifact=artifact.to_proto())
+        yield transfer_pb2.UploadRequest(header=header)
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK_SIZE):
                 yield transfer_pb2.UploadRequest(chunk=chunk)

@@ -68,28 +68,41 @@ class Points:
 
 
 def in_coordinator(points: Points) -> None:
-    """Points of fedhds-server: every event and every change of phase around its commit, files, folds, answers."""
+    """Points of fedhds-server: events and changes of activity around their commit, files, aggregation, answers."""
     import sqlalchemy as sa
 
     from fedhds.tensors.manifest import TensorSpec
-    from fedhds.transfer.background_step import chunks
-    from fedhds_server import checkpoint, coordinator
+    from fedhds.transfer import chunks
     from fedhds_server.aggregation.fedavg import FedAvg
+    from fedhds_server.coordinator import effects
     from fedhds_server.rpc.federation import FederationServicer
     from fedhds_server.run.engine import RunMachine
+    from fedhds_server.run.events import ResultReceived, StageResolved
+    from fedhds_server.run.rounds import activity
+    from fedhds_server.storage import checkpoint
     from fedhds_server.storage.artifacts import ArtifactStore
     from fedhds_server.storage.sql import SqlStore
+    from fedhds_server.workflows import WORKFLOWS, selection
 
     handled: list[str] = []
-    save, open_chunks = SqlStore.save, ArtifactStore.open_chunks
+    save, adopt, open_chunks = SqlStore.save, ArtifactStore.adopt, ArtifactStore.open_chunks
+
+    def name_of(event: Any) -> str:
+        """The event's class, and what it brings where events of one class differ."""
+        match event:
+            case ResultReceived(result=result):
+                return f"ResultReceived {result.TypeName().rpartition('.')[2]}"
+            case StageResolved(outcome=outcome):
+                return f"StageResolved {type(outcome).__name__}"
+        return type(event).__name__
 
     def noting(method: Any) -> Any:
         def noted(machine: RunMachine, *events: Any) -> Any:
-            before = machine.state.phase
+            before = activity(machine.state)
             instructions = method(machine, *events)
-            handled.extend(type(event).__name__ for event in events)
-            if machine.state.phase is not before:
-                handled.append(f"{before}-{machine.state.phase}")
+            handled.extend(map(name_of, events))
+            if (now := activity(machine.state)) != before:
+                handled.append(f"{before}-{now}")
             if handled[-1:] == ["FinalDelivered"] and all(site.delivered for site in machine.state.sites.values()):
                 handled.append("last FinalDelivered")
             return instructions
@@ -103,6 +116,11 @@ def in_coordinator(points: Points) -> None:
 
     def on_commit(_: object) -> None:
         points.reached(*(f"{name} uncommitted" for name in handled))
+
+    def noted_adopt(store: ArtifactStore, path: Path, artifact: Any) -> None:
+        adopt(store, path, artifact)
+        # The scratch file of a server optimizer's slot, which is adopted after the adapter.
+        points.reached("slot adopted" if path.name.startswith("slot-") else "adapter adopted")
 
     def pieces(store: ArtifactStore, artifact: Any, offset: int, chunk_size: int) -> Any:
         for number, chunk in enumerate(open_chunks(store, artifact, offset, chunk_size)):
@@ -125,30 +143,38 @@ def in_coordinator(points: Points) -> None:
     chunks.chunk_size = lambda transfers: CHUNK_BYTES
     SqlStore.save = noted_save  # type: ignore[assignment, method-assign]
     sa.event.listen(sa.engine.Engine, "commit", on_commit)
+    ArtifactStore.adopt = noted_adopt  # type: ignore[assignment, method-assign]
     ArtifactStore.open_chunks = pieces  # type: ignore[assignment, method-assign]
-    for operation in ("append", "finish", "adopt", "delete", "sweep"):
+    for operation in ("append", "finish", "delete", "sweep"):
         points.after(ArtifactStore, operation)
-    for method in ("Enroll", "Register", "NextTask", "CompleteTask", "GetUpload"):
+    for method in ("Enroll", "Register", "NextTask", "CompleteTask", "GetUpload", "ConfirmDelivery"):
         answered(method)
     points.after(SqlStore, "load")
     points.after(SqlStore, "close")
-    points.after(coordinator, "decide", "selection ended")
-    points.after(FedAvg, "aggregate")
-    points.after(coordinator, "write_checkpoint")
-    points.at_call(checkpoint, "_sync", 2, "write_checkpoint underway")
+    points.after(selection, "decide", "selection ended")
+    for kind, workflow in WORKFLOWS.items():
+        # Before the event that says so is saved.
+        points.after(type(workflow), "resolve", f"{kind} stage resolved")
+    points.after(effects, "aggregate")
+    points.after(effects, "write_checkpoint")
+    points.at_call(checkpoint, "sync", 2, "write_checkpoint underway")
     points.at_call(TensorSpec, "initial_value", 3, "initial adapter underway")
-    points.at_call(FedAvg, "fold", 3, "fold underway")
+    points.at_call(FedAvg, "combine", 3, "aggregate underway")
 
 
 def in_site(points: Points) -> None:
     """Points of fedhds-client: enrollment, transfers, every kind of task, delivery."""
     from fedhds.privacy.ledger import Ledger
-    from fedhds_client import computation, daemon, delivery, link, release, run_models, workbench
-    from fedhds_client.models.adapter import AdapterModel
+    from fedhds.tensors.codecs import Codec
+    from fedhds_client import computation, rpc_client, run_models, site_loop
+    from fedhds_client.selection import federated_kmeans, fedhds
     from fedhds_client.site import Site
+    from fedhds_client.tasks import TASKS
+    from fedhds_client.updates import delivery
 
     computing = ""
-    report, call, create = computation.Control.report, link.CoordinatorClient.call, link.CoordinatorClient.__init__
+    report = computation.Control.report
+    call, create = rpc_client.CoordinatorClient.call, rpc_client.CoordinatorClient.__init__
 
     def noted_report(control: computation.Control, share: float) -> None:
         if share < 1:
@@ -156,21 +182,25 @@ def in_site(points: Points) -> None:
         report(control, share)
 
     def computed(kind: str) -> None:
-        original = getattr(workbench.TaskExecutor, kind)
+        task = type(TASKS[kind])
+        original = task.run
 
         def wrapped(*args: Any) -> Any:
             nonlocal computing
             computing = kind
-            return original(*args)
+            result = original(*args)
+            points.reached(f"{kind} ended")
+            return result
 
-        setattr(workbench.TaskExecutor, kind, wrapped)
+        setattr(task, "run", wrapped)  # noqa: B010 - mypy takes an assignment for a mistake
 
     async def noted_call(self: Any, method: Any, request: Any, **kwargs: Any) -> Any:
         answer = await call(self, method, request, **kwargs)
         name = type(request).__name__.removesuffix("Request")
-        if name in ("Enroll", "Register", "CompleteTask"):
-            result = request.WhichOneof("result") if name == "CompleteTask" else None
-            points.reached(f"{name} heard" + (f" on {result}" if result else ""))
+        if name in ("Enroll", "Register", "ConfirmDelivery"):
+            points.reached(f"{name} heard")
+        if name == "CompleteTask":
+            points.reached(f"CompleteTask heard on {request.result.TypeName().rpartition('.')[2]}")
         return answer
 
     def cut(stream: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -194,21 +224,23 @@ def in_site(points: Points) -> None:
         self.federation.Download = cut(self.federation.Download, "download underway")
 
     computation.Control.report = noted_report  # type: ignore[assignment, method-assign]
-    link.CoordinatorClient.call = noted_call  # type: ignore[method-assign]
-    link.CoordinatorClient.__init__ = noted_create  # type: ignore[method-assign]
+    rpc_client.CoordinatorClient.call = noted_call  # type: ignore[method-assign]
+    rpc_client.CoordinatorClient.__init__ = noted_create  # type: ignore[method-assign]
     # For a coordinator that comes back within a second, dozens of times.
-    link._MAX_PAUSE_S = 0.5
-    for kind in ("select", "train", "evaluate"):
+    rpc_client._MAX_PAUSE_S = 0.5
+    for kind in TASKS:
         computed(kind)
     points.after(Site, "next_session")
     points.after(Site, "keep_session")
     points.at_call(run_models, "load_models", 1, "model load begins")
-    points.after(release, "save_clusters")
+    for strategy in (fedhds, federated_kmeans):
+        points.after(strategy, "save_clusters")
     points.after(Ledger, "record", "ledger entry made")
-    points.after(AdapterModel, "save", "update saved")
-    points.after(workbench.TaskExecutor, "train")
-    points.at_call(delivery, "_place", 3, "delivery underway")
-    points.after(daemon, "write_adapter_folder", "delivery ended")
+    # Complete on disk, but not yet with the note that says so.
+    points.after(Codec, "write", "update written")
+    # The last of three files.
+    points.at_call(delivery, "replacing", 1, "delivery underway")
+    points.after(site_loop, "write_adapter_folder", "delivery ended")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def adapter_of(federation: Federation, run: str) -> bytes:
 
 def finished(federation: Federation, *flags: object, run: str) -> dict[str, float]:
     """Runs it to its end; megabytes that each site sent."""
-    server = federation.server("--rounds=3", "--strategy=full", "--learning-rate=0.01", *flags, run=run)
+    server = federation.server("--rounds=3", "--selection-strategy=full", "--learning-rate=0.01", *flags, run=run)
     address = federation.address(run)
     sites = {
         name: federation.client(f"{name}-{run}", f"--data={path}", f"--name={name}", server=address)
@@ -70,7 +70,13 @@ def test_a_run_on_s3_outlives_its_coordinators_disk_and_gives_the_same_adapter(
     finished(federation, "--keep-updates", run="local")
     federation.environment = bucket.environment
     listen = f"127.0.0.1:{free_port()}"
-    flags = ("--rounds=3", "--strategy=full", "--learning-rate=0.01", "--keep-updates", f"--artifacts={bucket.url}")
+    flags = (
+        "--rounds=3",
+        "--selection-strategy=full",
+        "--learning-rate=0.01",
+        "--keep-updates",
+        f"--artifacts={bucket.url}",
+    )
     server = federation.server(*flags, run="remote", listen=listen)
     sites = [
         federation.client(name, f"--data={path}", f"--name={name}", server=listen)
@@ -178,15 +184,19 @@ async def test_an_artifact_of_three_gib_goes_both_ways_in_bounded_memory(federat
     started = time.monotonic()
     async with grpc.aio.insecure_channel(federation.address()) as channel:
         federating = rpc.FederationStub(channel)
-        session = (await federating.Enroll(pb.EnrollRequest(site="a", protocol_versions=[1]))).session
-        attestation = pb.RegisterRequest(session=session, fingerprint=fingerprint, manifest=manifest.to_proto(), rows=9)
-        await federating.Register(attestation)
+        session = (await federating.Enroll(pb.EnrollRequest(site="a", protocol_versions=[2]))).session
+        registration = pb.RegisterRequest(
+            session=session, fingerprint=fingerprint, manifest=manifest.to_proto(), rows=9
+        )
+        await federating.Register(registration)
         before = peak_memory(server.process.pid)
         await federating.Upload(parts())
         held = await federating.GetUpload(transfer_pb2.GetUploadRequest(session=session, artifact=update.to_proto()))
         assert held.offset == SIZE
         digest, received = hashlib.sha256(), 0
-        async for message in federating.Download(transfer_pb2.DownloadRequest(session=session, artifact=adapter.to_proto())):
+        async for message in federating.Download(
+            transfer_pb2.DownloadRequest(session=session, artifact=adapter.to_proto())
+        ):
             received += len(message.chunk)
             await asyncio.to_thread(digest.update, message.chunk)
     assert (digest.hexdigest(), received) == (adapter.digest, SIZE)

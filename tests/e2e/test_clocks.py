@@ -56,7 +56,7 @@ def final(federation: Federation, run: str, server: Daemon, sites: list[Daemon])
 
 def test_clocks_that_jump_by_a_day_lose_nobody_and_nothing(federation: Federation) -> None:
     shards = [write_rows(federation.folder / f"{name}.jsonl", {name: 8}) for name in "ab"]
-    flags = ("--rounds=3", "--strategy=full", "--min-sites=2", "--patience=20")
+    flags = ("--rounds=3", "--selection-strategy=full", "--min-sites=2", "--heartbeat-timeout=20")
     clocks = {name: Clock(federation.folder / f"{name}.clock") for name in ("server", "a")}
     results = []
     for run in ("steady", "jumping"):

@@ -25,18 +25,18 @@ def test_sites_with_parts_of_dolly_tune_a_model_that_was_pretrained(federation: 
     folder = federation.folder
     with gzip.open(data, "rt", encoding="utf-8") as file:
         (folder / "dolly.jsonl").write_text("".join(itertools.islice(file, 0, None, STEP)), encoding="utf-8")
-    options = ["--clients=4", "--alpha=0.5", "--unseen=summarization", "--unseen-rows=16", f"--out={folder / 'shards'}"]
+    options = ["--sites=4", "--alpha=0.5", "--unseen=summarization", "--unseen-rows=16", f"--out={folder / 'shards'}"]
     subprocess.run([BIN / "fedhds", "split", folder / "dolly.jsonl", *options], check=True, stdout=subprocess.DEVNULL)
     server = federation.server(
         "--rounds=2",
-        f"--strategy={strategy}",
-        *([] if strategy == "full" else ["--budget=3%"]),
+        f"--selection-strategy={strategy}",
+        *([] if strategy == "full" else ["--selection-budget=3%"]),
         "--learning-rate=1e-3",
         "--min-sites=4",
         "--min-evaluators=1",
         "--evaluate-every=0",
     )
-    sites = federation.client("sites", "--data", *sorted((folder / "shards").glob("client-*.jsonl")))
+    sites = federation.client("sites", "--data", *sorted((folder / "shards").glob("site-*.jsonl")))
     evaluator = federation.client("evaluator", f"--eval-data={folder / 'shards' / 'unseen.jsonl'}")
     assert server.wait() == 0, server.text
     assert [sites.wait(), evaluator.wait()] == [0, 0], sites.text + evaluator.text
@@ -47,7 +47,7 @@ def test_sites_with_parts_of_dolly_tune_a_model_that_was_pretrained(federation: 
     if strategy == "full":
         assert trained == pool
         # Two passes over hundreds of rows are felt on unseen tasks; two over a few rows need not be.
-        assert after["loss"] < before["loss"]
+        assert after["metrics"]["loss"] < before["metrics"]["loss"]
     else:
         assert trained == math.ceil(0.03 * pool)
-    assert before["loss"] != after["loss"]
+    assert before["metrics"]["loss"] != after["metrics"]["loss"]

@@ -17,7 +17,7 @@ from tests.tiny import write_rows
 pytestmark = pytest.mark.e2e
 
 ROUNDS = 8
-FLAGS = (f"--rounds={ROUNDS}", "--strategy=full", "--min-sites=2", "--quorum=100%", "--evaluate-every=0")
+FLAGS = (f"--rounds={ROUNDS}", "--selection-strategy=full", "--min-sites=2", "--quorum=100%", "--evaluate-every=0")
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 
 

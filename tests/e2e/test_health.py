@@ -130,7 +130,7 @@ def test_liveness_follows_the_event_loop(federation: Federation) -> None:
 
 
 def test_a_run_that_waits_for_its_quorum_says_so_with_a_metric(federation: Federation) -> None:
-    flags = ("--rounds=400", "--strategy=full", "--min-sites=2", "--quorum=2", "--patience=3")
+    flags = ("--rounds=400", "--selection-strategy=full", "--min-sites=2", "--quorum=2", "--heartbeat-timeout=3")
     server = federation.server(*flags, FLAG)
     paths = {name: write_rows(federation.folder / f"{name}.jsonl", {"sun": 8}) for name in "ab"}
     sites = [federation.client(name, f"--data={path}", FLAG) for name, path in paths.items()]
@@ -141,8 +141,8 @@ def test_a_run_that_waits_for_its_quorum_says_so_with_a_metric(federation: Feder
     until(lambda: scrape(server)("fedhds_short_of_quorum_seconds") > 1)
     seen = scrape(server)
     assert seen("fedhds_since_progress_seconds") > 0
-    assert seen("fedhds_sites", state="lost") == seen("fedhds_collection_sites", state="away") == 1
-    assert (seen("fedhds_collection_quorum"), seen("fedhds_collection_sites", state="answered")) == (2, 1)
+    assert seen("fedhds_sites", state="lost") == seen("fedhds_cohort_progress_sites", state="disconnected") == 1
+    assert (seen("fedhds_cohort_quorum"), seen("fedhds_cohort_progress_sites", state="answered")) == (2, 1)
     federation.client("b", f"--data={paths['b']}")
     until(lambda: scrape(server)("fedhds_short_of_quorum_seconds") == 0)
     assert scrape(server)("fedhds_sites", state="lost") == 0

@@ -39,8 +39,14 @@ def scraped(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[S
     federation = Federation(tmp_path_factory.mktemp("metrics"), model)
     try:
         server = federation.server(
-            *("--rounds=400", "--strategy=fedhds", "--min-evaluators=1", "--min-sites=1", "--evaluate-every=1"),
-            *("--clip-norm=1", "--noise-multiplier=2", "--released-centroids=2", FLAG),
+            *(
+                "--rounds=400",
+                "--selection-strategy=fedhds",
+                "--min-evaluators=1",
+                "--min-sites=1",
+                "--evaluate-every=1",
+            ),
+            *("--selection-clip-norm=1", "--selection-noise-multiplier=2", "--released-centroids=2", FLAG),
         )
         rows = write_rows(federation.folder / "a.jsonl", {"sun": 20, "sea": 20})
         held_out = write_rows(federation.folder / "held-out.jsonl", {"sun": 4})
@@ -65,24 +71,25 @@ def test_the_metrics_tell_what_the_status_tells(scraped: Scraped) -> None:
     server, client, status = scraped
     assert server("fedhds_run_phase", phase=status["phase"]) == 1
     assert server("fedhds_run_paused") == server("fedhds_leading") == server("fedhds_ready") == 1
-    assert server("fedhds_round") == status["round"]
-    assert server("fedhds_rounds_wanted") == 400
+    assert server("fedhds_round") == status["round_number"]
+    assert server("fedhds_rounds_planned") == 400
     closed = status["closed_rounds"]
     assert server("fedhds_rounds_closed_total") == len(closed) >= 2
     assert server("fedhds_last_round_seconds") == pytest.approx(closed[-1]["seconds"])
     assert server("fedhds_round_seconds_total") == pytest.approx(sum(line["seconds"] for line in closed))
     assert server("fedhds_updates_accepted_total") >= sum(len(line["contributors"]) for line in closed)
     last = status["evaluations"][-1]
-    assert server("fedhds_evaluation_round") == last["round"] >= 2
-    assert server("fedhds_evaluation_loss") == pytest.approx(last["loss"])
-    assert server("fedhds_evaluation_rouge_l") == pytest.approx(last["rouge_l"])
+    assert server("fedhds_evaluation_round") == last["round_number"] >= 2
+    assert set(last["metrics"]) == {"loss", "rouge_l"}
+    for name, mean in last["metrics"].items():
+        assert server("fedhds_evaluation", metric=name) == pytest.approx(mean)
     assert server("fedhds_pool_rows") == int(status["pool_rows"]) == client("fedhds_client_rows", use="train") == 40
     assert server("fedhds_sites", state="enrolled") == 1
     # The client does not count the few bytes in which it asks for transfers.
     sent = client("fedhds_client_sent_bytes_total")
     assert server("fedhds_received_bytes_total") == pytest.approx(sent, rel=0.2)
     assert server("fedhds_downloaded_bytes_total") > 0
-    for name in ("store_save", "selection", "fold"):
+    for name in ("store_save", "selection", "aggregation"):
         assert server(f"fedhds_{name}_seconds_count") > 0, name
     assert server("fedhds_aggregation_seconds_count") == len(closed)
 

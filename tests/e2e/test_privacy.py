@@ -95,11 +95,11 @@ class RecordingProxy:
         self._thread.join(10)
 
 
-@pytest.mark.parametrize("strategy", ["full", "fedhds", "fedhds-aligned", "global"])
+@pytest.mark.parametrize("strategy", ["full", "fedhds", "fedhds-aligned", "federated-kmeans"])
 def test_no_training_text_leaves_a_site(federation: Federation, strategy: str) -> None:
     folder = federation.folder
     server = federation.server(
-        "--rounds=2", f"--strategy={strategy}", "--min-sites=1", "--min-evaluators=1", "--log-level=DEBUG"
+        "--rounds=2", f"--selection-strategy={strategy}", "--min-sites=1", "--min-evaluators=1", "--log-level=DEBUG"
     )
     proxy = RecordingProxy(federation.address())
     rows = write_rows(folder / "rows.jsonl", {"sun": 10, "sea": 10}, canary=CANARY)
@@ -108,7 +108,7 @@ def test_no_training_text_leaves_a_site(federation: Federation, strategy: str) -
         f"--data={rows}",
         f"--eval-data={rows}",
         "--log-level=DEBUG",
-        "--share-exact-cells",
+        "--allow-exact-kmeans-sums",
         server=proxy.address,
     )
     assert (server.wait(), site.wait()) == (0, 0), site.text
@@ -193,6 +193,7 @@ def test_the_coordinator_holds_nothing_of_a_site_but_what_is_listed(federation: 
     held = {file.relative_to(folder / "run").parts[0] for file in Path(folder / "run").rglob("*")}
     assert held <= {
         "lock",
+        "metrics.jsonl",
         "run.db",
         "run.db-wal",
         "run.db-shm",

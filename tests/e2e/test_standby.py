@@ -49,7 +49,7 @@ class Pair:
         if not (folder / "artifacts").exists():
             (folder / "artifacts").symlink_to(self.artifacts)
         return self.federation.server(
-            "--rounds=6", "--strategy=full", "--min-sites=2", *flags, run=run, may_stand_by=True
+            "--rounds=6", "--selection-strategy=full", "--min-sites=2", *flags, run=run, may_stand_by=True
         )
 
     def client(self, name: str) -> Daemon:
@@ -86,7 +86,7 @@ ROUNDS = [f"round {number} closed" for number in range(1, 7)]
 def test_a_standby_takes_over_from_a_leader_that_is_killed_and_the_adapter_is_the_same(
     federation: Federation, postgres: PostgresServer
 ) -> None:
-    plain = federation.server("--rounds=6", "--strategy=full", "--min-sites=2", run="plain")
+    plain = federation.server("--rounds=6", "--selection-strategy=full", "--min-sites=2", run="plain")
     for name in "ab":
         path = write_rows(federation.folder / f"{name}.jsonl", {"sun": 10})
         federation.client(name, f"--data={path}", server=federation.address("plain"))
@@ -128,7 +128,7 @@ def test_a_standby_is_not_ready_and_takes_over_at_once_from_a_leader_that_is_sto
     assert health(federation.address("two"), "grpc.health.v1.Health") == "SERVING"
     with grpc.insecure_channel(federation.address("two")) as channel:
         with pytest.raises(grpc.RpcError) as refused:
-            rpc.FederationStub(channel).Enroll(pb.EnrollRequest(site="a", protocol_versions=[1]), timeout=10)
+            rpc.FederationStub(channel).Enroll(pb.EnrollRequest(site="a", protocol_versions=[2]), timeout=10)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         assert isinstance(error_of(refused.value), NotLeading)
     (seen,) = coordinator(federation.address("two"), None)
@@ -222,10 +222,10 @@ def test_a_database_that_is_away_for_longer_than_the_lease_is_waited_for(pair: P
 def test_a_standby_of_another_run_is_refused_when_it_starts(pair: Pair) -> None:
     pair.server("one").wait_for("listens on")
     other = pair.federation.start(
-        "server", "fedhds-server", *pair.federation.server_flags("--rounds=5", "--strategy=full", run="two")
+        "server", "fedhds-server", *pair.federation.server_flags("--rounds=5", "--selection-strategy=full", run="two")
     )
     assert other.wait() == 2
-    assert "--store: the database holds a run with other settings (rounds 6, now 5" in other.text
+    assert "--store: the database contains a run with other settings (--rounds 6, now 5" in other.text
 
 
 def test_a_database_that_does_not_answer_is_said(pair: Pair) -> None:

@@ -17,7 +17,7 @@ from tests.tiny import write_rows
 pytestmark = pytest.mark.e2e
 
 # More rounds than any test waits for: they are ended by an operator.
-FLAGS = ("--strategy=full", "--rounds=100000", "--evaluate-every=0")
+FLAGS = ("--selection-strategy=full", "--rounds=100000", "--evaluate-every=0")
 
 
 def fedhds(federation: Federation, *arguments: str, identity: str = "") -> subprocess.CompletedProcess[str]:
@@ -70,9 +70,9 @@ def test_with_tls_an_operator_steers_the_run_and_nobody_else(federation: Federat
     worked(fedhds(federation, "evict", "hospital/ward-2", "--reason", "broken", identity="alice"))
     hospital.wait_for("hospital/ward-2: an operator has evicted this site: broken (alice)")
     worked(fedhds(federation, "resume", identity="alice"))
-    resumed = state_of(run).round
+    resumed = state_of(run).round_number
     # The other site of the same process goes on.
-    until(lambda: state_of(run).round > resumed + 1)
+    until(lambda: state_of(run).round_number > resumed + 1)
     assert set(state_of(run).closed_rounds[-1].contributions) == {"hospital/ward-1"}
     assert hospital.process.poll() is None
     worked(fedhds(federation, "stop", "--reason", "good enough", identity="alice"))
@@ -111,9 +111,9 @@ def test_a_pause_outlives_a_coordinator_that_is_killed_and_who_watches_sees_all_
     assert "paused: night" in worked(fedhds(federation, "status"))
     # What was in work may come in; nothing new is handed out.
     site.wait_for("a: the run is paused: night")
-    before = state_of(run).round
+    before = state_of(run).round_number
     worked(fedhds(federation, "resume", "--reason", "morning"))
-    until(lambda: state_of(run).round > before + 1)
+    until(lambda: state_of(run).round_number > before + 1)
     worked(fedhds(federation, "stop", "--reason", "enough"))
     assert (server.wait(), site.wait()) == (0, 0), server.text + site.text
     assert watch.wait() == 0

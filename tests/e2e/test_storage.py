@@ -20,7 +20,7 @@ pytestmark = pytest.mark.e2e
 
 SITES = "ab"
 # Rank 64 makes the adapter large enough to find its disk full half-way.
-FLAGS = ("--rounds=2", "--strategy=full", "--min-sites=2", "--lora-rank=64")
+FLAGS = ("--rounds=2", "--selection-strategy=full", "--min-sites=2", "--lora-rank=64")
 
 
 def begin(federation: Federation, run: str) -> tuple[Daemon, list[Daemon]]:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.e2e
 
 CSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 LINE = re.compile(r"\d\d:\d\d:\d\d (INFO|WARNING|ERROR) +\S.*")
-RUN = ("--rounds=2", "--min-sites=1", "--min-evaluators=1", "--budget=4")
+RUN = ("--rounds=2", "--min-sites=1", "--min-evaluators=1", "--selection-budget=4")
 
 
 class Terminal:
@@ -115,7 +115,7 @@ def test_json_has_an_object_per_line_that_says_run_site_and_round(federation: Fe
         assert timedelta(0) < datetime.fromisoformat(line["time"]) - begun + timedelta(seconds=1) < timedelta(minutes=5)
     (run,) = {line["run"] for line in of_site if "run" in line}
     (closed,) = [line for line in told if line["message"].startswith("round 2 closed")]
-    assert (closed["run"], closed["logger"]) == (run, "fedhds_server.coordinator")
+    assert (closed["run"], closed["logger"]) == (run, "fedhds_server.coordinator.coordinator")
     assert "round" not in closed
     # Logged in the thread that computes.
     (trained,) = [line for line in of_site if "round 2 trained" in line["message"]]

@@ -39,19 +39,19 @@ def test_the_wheel_holds_both_daemons_and_nothing_else(wheel: Path) -> None:
         next(p for p in packages if p.endswith(".dist-info")),
     }
     for needed in (
-        "fedhds/v1/federation_pb2_grpc.py",
+        "fedhds/v2/federation_pb2_grpc.py",
         "fedhds_server/cli.py",
         "fedhds_client/cli.py",
         "fedhds_client/report/page.css",
         "fedhds_client/report/page.html.j2",
         "fedhds/py.typed",
-        "fedhds_server/page/index.html",
-        "fedhds_server/page/page.css",
-        "fedhds_server/page/page.js",
-        "fedhds_server/page/drawing.js",
-        "fedhds_server/page/icon.svg",
-        "fedhds_server/store/migrations/env.py",
-        "fedhds_server/store/migrations/versions/0001_run_and_journal.py",
+        "fedhds_server/dashboard/index.html",
+        "fedhds_server/dashboard/page.css",
+        "fedhds_server/dashboard/page.js",
+        "fedhds_server/dashboard/drawing.js",
+        "fedhds_server/dashboard/icon.svg",
+        "fedhds_server/storage/migrations/env.py",
+        "fedhds_server/storage/migrations/versions/0001_run_and_journal.py",
     ):
         assert needed in names
 
