@@ -7,6 +7,7 @@ import sys
 
 from fedhds.runtime.logging import configure_logging
 from fedhds.settings import load, run_main
+from fedhds_client.home import make_home
 from fedhds_client.settings import ClientSettings
 
 _DESCRIPTION = (
@@ -33,6 +34,7 @@ def _run() -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # No telemetry: a site talks to the coordinator and, for a hub model, to the hub.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    make_home(settings.state)
     import asyncio
     import warnings
 

@@ -8,6 +8,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedhds.encoding import escaped
+from fedhds.errors import SettingsError
 from fedhds.runtime.logging import LogFormat, LogLevel
 from fedhds.settings import addresses, check_http
 
@@ -15,9 +17,14 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 def default_state_folder() -> Path:
-    """Where a user's programs keep what must survive, by the XDG base directory specification."""
-    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(base).expanduser() / "fedhds"
+    """Where a user's programs keep what must survive, by the XDG base directory specification.
+
+    Raises SettingsError for a user without a home.
+    """
+    base = os.path.expanduser(os.environ.get("XDG_STATE_HOME") or "~/.local/state")
+    if base.startswith("~"):
+        raise SettingsError("--state", "this user has no home for it; give a folder, or set HOME")
+    return Path(base) / "fedhds"
 
 
 class ClientSettings(BaseModel):
@@ -128,7 +135,7 @@ class ClientSettings(BaseModel):
         names = [path.name.split(".")[0] for path in self.data]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
-            raise ValueError(f"data: two shards are called {twice}; sites are named after them, rename one")
+            raise ValueError(f"data: two shards are called {escaped(twice)}; sites are named after them, rename one")
         check_http(self.http, self.insecure)
         try:
             addresses(self.server)

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedhds.encoding import not_utf_8
 from fedhds.errors import SettingsError, StorageError
 from fedhds.privacy.ledger import Ledger
 from fedhds.runtime.files import locked, make_folder, replace_file
@@ -90,8 +91,16 @@ def _names(settings: ClientSettings, tls: TlsFiles | None) -> list[str]:
                 "--name", f"the certificate is {base!r}'s and gives no other name; drop --name {settings.name!r}"
             )
     if base is None:
-        return [f"{socket.gethostname()}-{stem}" for stem in stems]
-    return [base] if len(stems) == 1 else [f"{base}/{stem}" for stem in stems]
+        names = [f"{socket.gethostname()}-{stem}" for stem in stems]
+    else:
+        names = [base] if len(stems) == 1 else [f"{base}/{stem}" for stem in stems]
+    broken = next((file for file, name in zip(files, names, strict=True) if not_utf_8(name)), None)
+    if broken:
+        flag, remedy = "--data" if settings.data else "--eval-data", ", or give --name" if len(stems) == 1 else ""
+        raise SettingsError(
+            flag, f"the name of {broken} is not UTF-8, and its site is named after it; rename the file{remedy}"
+        )
+    return names
 
 
 def _opened(path: Path, settings: ClientSettings, folder: Path, stack: ExitStack) -> Shard:

@@ -29,6 +29,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+from fedhds.encoding import escaped
+
 UNEXPECTED = "FH90"
 """What stands in the place of a code for everything that is not raised on purpose: a defect, or a library's error."""
 
@@ -53,7 +55,8 @@ class FedhdsError(Exception):
                     words = " ".join(line[:_MAX_QUOTED].split()).rstrip(" .")
                     text = text.replace(words, "...") if len(words) > 2 else text
             cause = cause.__cause__
-        return text
+        # The name of a file may have bytes that are not UTF-8, which no message of the protocol takes.
+        return escaped(text)
 
 
 class UsageError(FedhdsError):

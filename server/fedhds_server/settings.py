@@ -7,8 +7,9 @@ from typing import Self
 
 from pydantic import SecretStr, model_validator
 
+from fedhds.encoding import escaped, not_utf_8
 from fedhds.runtime.logging import LogFormat, LogLevel
-from fedhds.settings import Parameters, check_http, host_and_port, is_loopback, not_utf_8, parameter
+from fedhds.settings import Parameters, check_http, host_and_port, is_loopback, parameter
 from fedhds.spec import RunSpec
 
 
@@ -91,10 +92,10 @@ class ServerSettings(Parameters):
 
     @model_validator(mode="after")
     def _check_run_folder(self) -> Self:
-        folder = self.run_folder.absolute()
-        if not_utf_8(str(folder)):
+        folder = str(self.run_folder.absolute())
+        if not_utf_8(folder):
             raise ValueError(
-                f"run_folder: the name of {folder} is not UTF-8, which SQLite needs; choose another folder"
+                f"run_folder: the name of {escaped(folder)} is not UTF-8, which SQLite needs; choose another folder"
             )
         return self
 

@@ -10,8 +10,9 @@ import grpc
 import pytest
 
 from fedhds import errors
-from fedhds.errors import UNEXPECTED, DataError, FedhdsError, ModelError, TaskError, code_of
+from fedhds.errors import UNEXPECTED, DataError, FedhdsError, ModelError, StorageError, TaskError, code_of
 from fedhds.grpc_errors import answers, error_of
+from fedhds.v2 import federation_pb2 as pb
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "errors.md").read_text(encoding="utf-8")
@@ -89,3 +90,9 @@ async def test_an_error_that_crosses_the_wire_keeps_class_and_code() -> None:
                 assert error is None or str(error) == "in two\nlines"
     finally:
         await server.stop(None)
+
+
+def test_a_public_message_can_travel_whatever_the_names_of_files_are() -> None:
+    message = StorageError("cannot write to /data/caf\udce9").public_message
+    assert message == r"cannot write to /data/caf\udce9"
+    assert pb.FailTaskRequest(reason=message).SerializeToString()

@@ -107,7 +107,7 @@ def test_mistakes_in_the_environment_and_the_file_name_them(tmp_path: Path) -> N
         "model: m\nrounds: 1\ninsecure: maybe\n": "run.yaml: insecure: 'maybe'",
         "model: m\nrounds: 1\nrounds: 2\n": "rounds is set twice",
         "model: m\nlora-rank: 1\nlora_rank: 2\n": "lora_rank is set twice",
-        'model: "a\\udcff"\n': "run.yaml: model: 'a\\udcff' is not UTF-8",
+        'model: "a\\udcff"\n': "run.yaml: model: it has bytes that are not UTF-8",
         "model: !!timestamp 2026-13-45\n": "not valid YAML",
         "model: " + "[" * 5000: "not valid YAML",
     }.items():
@@ -141,8 +141,9 @@ def test_a_text_in_the_file_is_what_is_written(tmp_path: Path, text: str) -> Non
     loaded = client("--config", str(file))
     written = text.strip("'")
     assert (loaded.name, loaded.data, loaded.tls_ca) == (written, (Path(written),), Path(written))
-    file.write_text(f"model: m\nrounds: 2\nlora-targets: [{text}, v_proj]\n")
-    assert settings.flat(server("--config", str(file)).run)["lora_targets"] == (written, "v_proj")
+    file.write_text(f"model: m\nrounds: 2\nmodel-revision: {text}\nlora-targets: [0123, no]\n")
+    spec = settings.flat(server("--config", str(file)).run)
+    assert (spec["model_revision"], spec["lora_targets"]) == (written, ("0123", "no"))
 
 
 @pytest.mark.parametrize("null", ["", "~", "null"])
@@ -165,11 +166,11 @@ def test_numbers_and_switches_in_the_file_mean_what_they_mean_after_a_flag(tmp_p
 
 def test_a_text_that_is_not_utf_8_is_refused_but_a_file_name_may_be_any() -> None:
     not_utf_8 = os.fsdecode(b"ward-\xe9")
-    with pytest.raises(SettingsError, match=r"--name: .* is not UTF-8"):
+    with pytest.raises(SettingsError, match=r"--name: .* not UTF-8"):
         client("--data", "a.jsonl", "--name", not_utf_8)
-    with pytest.raises(SettingsError, match=r"--lora-targets: .* is not UTF-8"):
+    with pytest.raises(SettingsError, match=r"--lora-targets: .* not UTF-8"):
         server(*BASE, "--lora-targets", "q_proj", not_utf_8)
-    with pytest.raises(SettingsError, match=r"FEDHDS_MODEL: .* is not UTF-8"):
+    with pytest.raises(SettingsError, match=r"FEDHDS_MODEL: .* not UTF-8"):
         server("--rounds", "3", environment={"FEDHDS_MODEL": not_utf_8})
     assert client("--data", f"{not_utf_8}.jsonl").data == (Path(f"{not_utf_8}.jsonl"),)
 

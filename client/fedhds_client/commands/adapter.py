@@ -29,7 +29,7 @@ def evaluate(
 
     from fedhds.evaluation import label_of
 
-    _no_telemetry()
+    _prepare_environment()
     from rich.console import Console
     from rich.table import Table
 
@@ -47,19 +47,19 @@ def evaluate(
         length = min(max_length, base.max_length)
         prompter = Prompter(base.tokenizer, max_length=length, prompt_format=prompt_format)
 
-        def measured_by(model_at_hand: InferenceModel) -> dict[str, float]:
-            sums = measure(model_at_hand, shard, prompter, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        def means_of(candidate: InferenceModel) -> dict[str, float]:
+            sums = measure(candidate, shard, prompter, max_new_tokens=max_new_tokens, batch_size=batch_size)
             return {"rows": sums.rows, **sums.means}
 
         # The base model first: PEFT puts the adapter's layers into it.
-        measured = {"base": measured_by(InferenceModel(base, base.model))}
+        results = {"base": means_of(InferenceModel(base, base.model))}
         if adapter:
-            measured["adapter"] = measured_by(InferenceModel.with_adapter(base, adapter))
+            results["adapter"] = means_of(InferenceModel.with_adapter(base, adapter))
     if json:
-        typer.echo(codec.dumps(measured))
+        typer.echo(codec.dumps(results))
         return
     table = Table("", "rows", *map(label_of, METRICS))
-    for name, line in measured.items():
+    for name, line in results.items():
         table.add_row(name, str(line["rows"]), *(f"{line[metric]:.4f}" for metric in METRICS))
     Console().print(table)
 
@@ -79,7 +79,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out: {out} is not empty; name a new folder")
     if merged:
-        _no_telemetry()
+        _prepare_environment()
         from fedhds_client.models.adapter import InferenceModel
         from fedhds_client.models.loading import load_base_model
 
@@ -117,16 +117,19 @@ def _base_model_of(folder: Path) -> str:
     from fedhds.errors import UsageError
 
     try:
-        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
-        named = None
-    if not isinstance(named, str) or not named:
+        name = None
+    if not isinstance(name, str) or not name:
         raise UsageError(f"--adapter: {folder} does not say which base model it is for; name it with --model")
-    return named
+    return name
 
 
-def _no_telemetry() -> None:
-    """Before the hub's client is imported: it reads this once."""
+def _prepare_environment() -> None:
+    """Before libraries are imported, which read it once. Raises UsageError for a user without a home."""
     import os
 
+    from fedhds_client.home import require_home
+
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    require_home()

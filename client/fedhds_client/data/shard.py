@@ -196,7 +196,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # Opened here: pyarrow takes no name that is not UTF-8.
+        with path.open("rb") as opened, pyarrow.parquet.ParquetFile(opened) as file:
             for batch in file.iter_batches(batch_size=1024):
                 for row in _table_rows(batch):
                     number += 1

@@ -73,11 +73,11 @@ def load_base_model(
     weight files by path, size and time. Code that comes with a model is never run. Raises ModelError.
     """
     _quieten()
-    local = Path(name).expanduser()
+    local = Path(os.path.expanduser(name))
     if not local.is_dir() and (name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
         raise ModelError(f"there is no model folder {name}; give a folder with a model or a hub id like org/name")
     source = str(local) if local.is_dir() else name
-    # Said aloud, or transformers would ask at the terminal.
+    # Explicit, or transformers would ask at the terminal.
     options: dict[str, Any] = {"trust_remote_code": False}
     if revision and not local.is_dir():
         options["revision"] = revision
@@ -87,9 +87,9 @@ def load_base_model(
     tokenizer = _tokenizer(name, source, options, body_only)
     model = _model(name, source, options | {"config": config, "dtype": _dtype(dtype, where)}, where, body_only)
     limits = (getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None))
-    known = [limit for limit in (*limits, tokenizer.model_max_length) if isinstance(limit, int) and 0 < limit < 10**9]
+    usable = [limit for limit in (*limits, tokenizer.model_max_length) if isinstance(limit, int) and 0 < limit < 10**9]
     files = tuple(_weight_files(source, options))
-    return BaseModel(name, model.eval(), tokenizer, min(known, default=2**31 - 1), stored, files, cache_dir)
+    return BaseModel(name, model.eval(), tokenizer, min(usable, default=2**31 - 1), stored, files, cache_dir)
 
 
 def _quieten() -> None:

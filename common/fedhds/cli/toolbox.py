@@ -8,6 +8,7 @@ heavy imports inside its functions.
 from __future__ import annotations
 
 import functools
+import io
 import shlex
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from fedhds import __version__
 from fedhds.cli.control import evict, pause, resume, stop
 from fedhds.cli.doctor import doctor
 from fedhds.cli.status import status
+from fedhds.encoding import not_utf_8
 from fedhds.errors import FedhdsError, UsageError, coded
 from fedhds.security.identity import Role
 
@@ -66,11 +68,23 @@ certs = typer.Typer(
 
 def main() -> NoReturn:
     """Runs the toolbox and exits: 0, 2 for a person's mistake, 1 for any other failure raised on purpose."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # The name of a file may hold what cannot be written there.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="fedhds")
     except FedhdsError as error:
         typer.echo(f"fedhds: {coded(error)}", err=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except UnicodeEncodeError:
+        # Files may have such names; messages of the protocol and some libraries take no such text.
+        broken = next((text for text in sys.argv[1:] if not_utf_8(text)), None)
+        if broken is None:
+            raise
+        typer.echo(
+            f"fedhds: {coded(UsageError(f'{broken!r} is not UTF-8, and must be here; write it in UTF-8'))}", err=True
+        )
+        sys.exit(2)
     sys.exit(0)
 
 

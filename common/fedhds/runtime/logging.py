@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
+from fedhds.encoding import escaped
 from fedhds.errors import FedhdsError, code_of, coded
 
 if TYPE_CHECKING:
@@ -98,7 +99,10 @@ class _JsonHandler(logging.StreamHandler):  # type: ignore[type-arg]
     """One JSON object per line: time (RFC 3339, UTC), level, logger, message, and what else is known."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The object, ASCII only: no character of a message can end the line or steer a terminal."""
+        """The object, ASCII only: no character of a message can end the line or steer a terminal.
+
+        Bytes of file names that are not UTF-8 are escaped as in plain lines; JSON has no way to write them.
+        """
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         known: dict[str, object] = {
             "time": at.replace("+00:00", "Z"),
@@ -110,7 +114,11 @@ class _JsonHandler(logging.StreamHandler):  # type: ignore[type-arg]
         }
         if record.exc_info:
             known["exception"] = logging.Formatter().formatException(record.exc_info)
-        return json.dumps({name: value for name, value in known.items() if value}, default=str)
+        return json.dumps({name: _writable(value) for name, value in known.items() if value}, default=str)
+
+
+def _writable(value: object) -> object:
+    return escaped(value) if isinstance(value, str) else value
 
 
 def _terminal() -> Console | None:

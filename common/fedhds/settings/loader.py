@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from fedhds import __version__
+from fedhds.encoding import not_utf_8
 from fedhds.errors import SettingsError
 from fedhds.settings.flatten import Setting, VariantError, active, nested, settings_of
 from fedhds.settings.kinds import choices, default_text, inner, is_many
@@ -51,8 +52,8 @@ def load(
     for name, value in flags.items():
         values[name], sources[name] = value, flag(name)
     for setting in settings:
-        if _is_not_unicode(setting, values.get(setting.name)):
-            raise SettingsError(sources[setting.name], f"{values[setting.name]!r} is not UTF-8; write it in UTF-8")
+        if _is_broken_text(setting, values.get(setting.name)):
+            raise SettingsError(sources[setting.name], "it has bytes that are not UTF-8; write it in UTF-8")
     try:
         return model.model_validate(nested(settings, values))
     except VariantError as error:
@@ -150,13 +151,11 @@ def _read_file(path: Path, settings: Sequence[Setting]) -> dict[str, Any]:
     return values
 
 
-def _is_not_unicode(setting: Setting, value: object) -> bool:
-    """Whether a text has bytes that are no UTF-8, which Python hands on as surrogates; names of files may."""
+def _is_broken_text(setting: Setting, value: object) -> bool:
+    """Whether a text is not UTF-8; names of files need not be."""
     texts = value if isinstance(value, list) else [value]
     kind = inner(setting.field)
-    return Path not in (kind, *get_args(kind)) and any(
-        "\ud800" <= character <= "\udfff" for text in texts if isinstance(text, str) for character in text
-    )
+    return Path not in (kind, *get_args(kind)) and any(not_utf_8(text) for text in texts if isinstance(text, str))
 
 
 def _explained(error: ValidationError, settings: Sequence[Setting], sources: Mapping[str, str]) -> SettingsError:
