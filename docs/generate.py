@@ -27,7 +27,8 @@ def configuration() -> str:
         "`make docs` writes this page from the settings. Every setting is a flag, an environment variable and a\n"
         "key of the YAML file given by `--config` (the flag's name without dashes in front). A flag wins over the\n"
         "environment, the environment over the file. A list is several values after one flag, values separated by\n"
-        "commas in the environment, and a list in the file.\n\n"
+        "commas in the environment, and a list in the file. The file is read as it is written: `name: 0123` is the\n"
+        "name 0123, `no` a text like any other; `~`, `null` and nothing mean no value.\n\n"
         f"## fedhds-server\n\n{reference(ServerSettings)}\n## fedhds-client\n\n{reference(ClientSettings)}"
     )
 
