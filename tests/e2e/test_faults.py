@@ -112,7 +112,10 @@ def test_a_site_whose_model_lacks_the_targets_tells_the_operator_who_sets_them(f
     server.wait_for(f"site a/one left: {message}")
     server.wait_for(f"site a/two left: {message}")
     answer = subprocess.run(
-        [BIN / "fedhds", "status", "--server", federation.address(), "--json"], capture_output=True, text=True, check=True
+        [BIN / "fedhds", "status", "--server", federation.address(), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     status = json.loads(answer.stdout)
     assert "--lora-targets is set by the operator of the coordinator" in status["message"]

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from fedhds_server.settings import ServerSettings
 
 from fedhds import settings
 from fedhds.errors import SettingsError
 from fedhds.spec import FedHdsSpec, LoraSpec, RunSpec
+from fedhds_server.settings import ServerSettings
 
 BASE = ["--model", "m", "--rounds", "3"]
 
