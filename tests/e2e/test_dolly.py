@@ -38,7 +38,7 @@ def test_sites_with_parts_of_dolly_tune_a_model_that_was_pretrained(federation: 
     )
     sites = federation.client("sites", "--data", *sorted((folder / "shards").glob("site-*.jsonl")))
     evaluator = federation.client("evaluator", f"--eval-data={folder / 'shards' / 'unseen.jsonl'}")
-    assert server.wait() == 0, server.text
+    assert server.wait(400) == 0, server.text
     assert [sites.wait(), evaluator.wait()] == [0, 0], sites.text + evaluator.text
     report = json.loads((folder / "run" / "report.json").read_text())
     pool, trained = int(report["pool_rows"]), int(report["trained_rows"])
