@@ -128,6 +128,15 @@ def test_a_slow_link_is_not_silence(run: Run, undisturbed: bytes) -> None:
     assert time.monotonic() - began > 2 * len(undisturbed) / 1e6
 
 
+def test_a_link_on_which_a_ping_waits_behind_a_transfer_is_not_silent(run: Run) -> None:
+    """At 1 Mbit/s a chunk takes 8 s, nearly as long as the answer to a ping may."""
+    run.network.slow("a", "1mbit")
+    server, sites = run.begin("--lora-rank=32")
+    for daemon in (server, *sites.values()):
+        assert daemon.wait(300) == 0, daemon.text
+    assert "cannot reach" not in sites["a"].text
+
+
 def test_connections_are_reset_again_and_again(run: Run, undisturbed: bytes) -> None:
     reset = "-p tcp -m statistic --mode nth --every 150 --packet 149 -j REJECT --reject-with tcp-reset"
     for host in ("hub", *SITES):
