@@ -39,10 +39,11 @@ _TRANSIENT = (
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 )
-# The coordinator allows pings every 10 s; 20 s notices a dead connection well before a long poll of 30 s ends. Of a
-# connection that TCP still answers for, as behind a relay, gRPC waits a minute for the answer to a ping.
+# The coordinator allows pings every 5 s. A dead connection is noticed after 20 s, so that two of them in a row are not
+# yet the silence (60 s by default) for which the coordinator gives a site up. Of a connection that TCP still answers
+# for, as behind a relay, gRPC waits a minute for the answer to a ping.
 _OPTIONS = (
-    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),

@@ -306,7 +306,7 @@ class SiteLoop:
 
     async def _awaited(self, task_id: str, future: asyncio.Future[Result], control: Control) -> Result:
         while True:
-            done, _ = await asyncio.wait([future], timeout=self._heartbeat_timeout_s / 3)
+            done, _ = await asyncio.wait([future], timeout=self._heartbeat_timeout_s / 4)
             if done:
                 return future.result()
             beat = pb.HeartbeatRequest(session=self._session, task_id=task_id, progress=control.progress)
