@@ -31,7 +31,7 @@ e2e-compose: $(STAMP) images  ## test deploy/compose with real containers (a qua
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m compose tests/compose
 
 upgrade-fixture: $(STAMP)  ## pack a run that the version of TAG= (or TAG=worktree) leaves behind, for the tests of upgrades
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.e2e.earlier '$(TAG)'
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.earlier '$(TAG)'
 
 bench-selection: $(STAMP)  ## measure what the strategies pick and what selecting costs (DATA=, MODEL=)
 	@test -n '$(DATA)' && test -n '$(MODEL)' \

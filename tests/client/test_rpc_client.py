@@ -41,7 +41,7 @@ from fedhds.v2 import federation_pb2_grpc as rpc
 from fedhds_client.rpc_client import CoordinatorClient
 from fedhds_server.rpc.federation import FederationServicer
 from fedhds_server.storage.artifacts import ArtifactStore
-from tests.common.tls_servers import serving
+from tests.support.tls_servers import serving
 
 CHUNK_SIZE = chunks.MAX_CHUNK
 SESSION = "session"

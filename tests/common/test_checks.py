@@ -27,7 +27,7 @@ from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
 from fedhds.v2 import status_pb2
 from fedhds.v2 import status_pb2_grpc as status_rpc
-from tests.common.tls_servers import issue_dated
+from tests.support.tls_servers import issue_dated
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from fedhds.security import pki
 from fedhds.security.credentials import TlsFiles, channel_credentials, own_identity, server_credentials
 from fedhds.security.identity import Role, identity_from_certificate
 from fedhds.security.pki import init_authority, issue
-from tests.common.tls_servers import DAY, call, is_refused, issue_dated, lax_client, lax_server, serving
+from tests.support.tls_servers import DAY, call, is_refused, issue_dated, lax_client, lax_server, serving
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 from fedhds.security.credentials import TlsFiles, channel_credentials, diagnose_handshake, server_credentials
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
-from tests.common.tls_servers import is_refused, issue_dated, lax_server, serving
+from tests.support.tls_servers import is_refused, issue_dated, lax_server, serving
 
 
 @pytest.fixture(autouse=True)

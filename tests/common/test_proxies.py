@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from fedhds.runtime.proxies import bypass, proxy_to
-from tests.common.tls_servers import serving
+from tests.support.tls_servers import serving
 
 
 @pytest.fixture(autouse=True)

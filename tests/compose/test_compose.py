@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.compose.stack import SITES, Stack, compose_command
-from tests.tiny import make_model, write_rows
+from tests.support.compose_stack import SITES, Stack, compose_command
+from tests.support.tiny import make_model, write_rows
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
 

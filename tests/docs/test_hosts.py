@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from fedhds_server.storage.sql import SqlStore
-from tests.docs.hosts import Hosts, steps
-from tests.docs.pages import blocks
-from tests.postgres import PostgresServer
-from tests.s3 import s3_server
-from tests.tiny import make_model, write_rows
+from tests.support.hosts import Hosts, steps
+from tests.support.pages import blocks
+from tests.support.postgres import PostgresServer
+from tests.support.s3 import s3_server
+from tests.support.tiny import make_model, write_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 

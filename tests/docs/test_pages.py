@@ -14,7 +14,7 @@ from fedhds import settings
 from fedhds.cli import toolbox
 from fedhds_client.settings import ClientSettings
 from fedhds_server.settings import ServerSettings
-from tests.docs.pages import PAGES, ROOT, anchors, commands, prose
+from tests.support.pages import PAGES, ROOT, anchors, commands, prose
 
 DAEMONS: dict[str, type[BaseModel]] = {"fedhds-server": ServerSettings, "fedhds-client": ClientSettings}
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")

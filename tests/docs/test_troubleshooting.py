@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 
-from tests.docs.pages import ROOT, read
+from tests.support.pages import ROOT, read
 
 PAGE = "docs/troubleshooting.md"
 _SYMPTOMS = [

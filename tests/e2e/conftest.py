@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.federation import Federation
-from tests.tiny import make_model
+from tests.support.federation import Federation
+from tests.support.tiny import make_model
 
 
 @pytest.fixture(scope="session")

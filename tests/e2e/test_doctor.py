@@ -12,8 +12,8 @@ import pytest
 
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
-from tests.e2e.federation import BIN, Federation
 from tests.e2e.test_clocks import Clock
+from tests.support.federation import BIN, Federation
 
 pytestmark = pytest.mark.e2e
 

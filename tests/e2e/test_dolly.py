@@ -10,8 +10,8 @@ import subprocess
 
 import pytest
 
-from tests.e2e.federation import BIN, Federation
-from tests.shared import shared
+from tests.support.federation import BIN, Federation
+from tests.support.shared import shared
 
 pytestmark = pytest.mark.e2e
 # The file is sorted by category; every fiftieth row gives all of them.

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.e2e.federation import Daemon, Federation
-from tests.tiny import write_rows
+from tests.support.federation import Daemon, Federation
+from tests.support.tiny import write_rows
 
 pytestmark = pytest.mark.e2e
 

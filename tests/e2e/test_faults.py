@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.federation import BIN, Federation, file_system
-from tests.tiny import make_model, write_rows
+from tests.support.federation import BIN, Federation, file_system
+from tests.support.tiny import make_model, write_rows
 
 pytestmark = pytest.mark.e2e
 

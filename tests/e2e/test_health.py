@@ -18,10 +18,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedhds.runtime.liveness import STALLED_S
 from fedhds_server.leadership.readiness import DISK_RESERVE
-from tests.e2e.federation import Daemon, Federation, file_system
-from tests.postgres import PostgresServer
-from tests.scrapes import FLAG, get, scrape, until
-from tests.tiny import write_rows
+from tests.support.federation import Daemon, Federation, file_system
+from tests.support.postgres import PostgresServer
+from tests.support.scrapes import FLAG, get, scrape, until
+from tests.support.tiny import write_rows
 
 pytestmark = pytest.mark.e2e
 

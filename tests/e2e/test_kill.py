@@ -20,9 +20,9 @@ import pytest
 
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
-from tests.e2e import kill_points
-from tests.e2e.federation import Daemon, Federation
-from tests.tiny import write_rows
+from tests.support import kill_points
+from tests.support.federation import Daemon, Federation
+from tests.support.tiny import write_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

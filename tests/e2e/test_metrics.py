@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from docs.generate import OPERATIONS, operations
-from tests.e2e.federation import BIN, Federation
-from tests.scrapes import FLAG, Scrape, scrape, until
-from tests.tiny import write_rows
+from tests.support.federation import BIN, Federation
+from tests.support.scrapes import FLAG, Scrape, scrape, until
+from tests.support.tiny import write_rows
 
 pytestmark = pytest.mark.e2e
 

@@ -15,8 +15,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tests.e2e.federation import BIN, Daemon, Federation
-from tests.tiny import write_rows
+from tests.support.federation import BIN, Daemon, Federation
+from tests.support.tiny import write_rows
 
 pytestmark = pytest.mark.e2e
 

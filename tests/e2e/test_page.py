@@ -20,16 +20,16 @@ from playwright.async_api import Browser, Error
 
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import federation_pb2_grpc as rpc
-from tests.browser import DESK, PHONE, Visit, chromium, visit
-from tests.e2e.federation import BIN, Daemon, Federation
-from tests.e2e.hostile import state_of, until
 from tests.e2e.test_standby import Pair
-from tests.postgres import PostgresServer
-from tests.scrapes import FLAG
-from tests.server.stores import Place, sqlite_place
 from tests.server.test_dashboard import large, page_of
 from tests.server.test_readiness import leading
-from tests.tiny import write_rows
+from tests.support.browser import DESK, PHONE, Visit, chromium, visit
+from tests.support.federation import BIN, Daemon, Federation
+from tests.support.hostile import state_of, until
+from tests.support.postgres import PostgresServer
+from tests.support.scrapes import FLAG
+from tests.support.stores import Place, sqlite_place
+from tests.support.tiny import write_rows
 
 pytestmark = pytest.mark.e2e
 

@@ -22,10 +22,10 @@ from fedhds.tensors.manifest import AdapterManifest, TensorSpec
 from fedhds.tensors.safetensors import AdapterReader
 from fedhds_server.run.rounds import activity
 from fedhds_server.run.state import Reply
-from tests.e2e.federation import Daemon, Federation
-from tests.e2e.hostile import Forgery, Hostile, state_of, until
 from tests.e2e.test_faults import free_port
-from tests.tiny import write_rows
+from tests.support.federation import Daemon, Federation
+from tests.support.hostile import Forgery, Hostile, state_of, until
+from tests.support.tiny import write_rows
 
 pytestmark = pytest.mark.e2e
 

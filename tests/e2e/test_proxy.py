@@ -9,9 +9,9 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from tests.e2e.federation import Daemon, Federation
 from tests.e2e.test_doctor import doctor, states
-from tests.tiny import write_rows
+from tests.support.federation import Daemon, Federation
+from tests.support.tiny import write_rows
 
 pytestmark = pytest.mark.e2e
 

@@ -11,8 +11,8 @@ from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
 from fedhds.spec import STRATEGY_SPECS
 from tests.client.distributed.test_process_group import launched
-from tests.e2e.federation import BIN, Federation
-from tests.tiny import make_model, write_rows
+from tests.support.federation import BIN, Federation
+from tests.support.tiny import make_model, write_rows
 
 pytestmark = pytest.mark.e2e
 

@@ -21,9 +21,9 @@ from fedhds.grpc_errors import error_of
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import federation_pb2_grpc as rpc
 from fedhds_server.leadership.leadership import LEASE_S
-from tests.e2e.federation import BIN, Daemon, Federation
-from tests.postgres import PASSWORD, PostgresServer
-from tests.tiny import write_rows
+from tests.support.federation import BIN, Daemon, Federation
+from tests.support.postgres import PASSWORD, PostgresServer
+from tests.support.tiny import write_rows
 
 pytestmark = pytest.mark.e2e
 

@@ -9,10 +9,10 @@ import pytest
 
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
-from tests.e2e.federation import BIN, Daemon, Federation
-from tests.e2e.hostile import state_of, until
 from tests.e2e.test_faults import free_port
-from tests.tiny import write_rows
+from tests.support.federation import BIN, Daemon, Federation
+from tests.support.hostile import state_of, until
+from tests.support.tiny import write_rows
 
 pytestmark = pytest.mark.e2e
 

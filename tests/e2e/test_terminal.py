@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from fedhds.errors import NameInUse, SettingsError
-from tests.e2e.federation import BIN, PATIENCE_S, Federation
-from tests.tiny import write_rows
+from tests.support.federation import BIN, PATIENCE_S, Federation
+from tests.support.tiny import write_rows
 
 pytestmark = pytest.mark.e2e
 

@@ -17,11 +17,11 @@ import pytest
 from fedhds import __version__
 from fedhds.v2 import federation_pb2 as pb
 from fedhds_server.run.state import unpacked
-from tests.e2e import earlier
-from tests.e2e.federation import Daemon, Federation
 from tests.e2e.test_standby import ROUNDS, Pair, closed
-from tests.postgres import PostgresServer
-from tests.tiny import write_rows
+from tests.support import earlier
+from tests.support.federation import Daemon, Federation
+from tests.support.postgres import PostgresServer
+from tests.support.tiny import write_rows
 
 pytestmark = pytest.mark.e2e
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.hosts import steps
-from tests.e2e.federation import Federation
-from tests.tiny import write_rows
+from tests.support.federation import Federation
+from tests.support.hosts import steps
+from tests.support.tiny import write_rows
 
 pytestmark = pytest.mark.e2e
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.e2e.federation import BIN, PATIENCE_S, Federation
-from tests.tiny import make_model, write_rows
+from tests.support.federation import BIN, PATIENCE_S, Federation
+from tests.support.tiny import make_model, write_rows
 
 pytestmark = pytest.mark.e2e
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.postgres import PostgresServer
-from tests.server.stores import Place, postgres_place, sqlite_place
+from tests.support.postgres import PostgresServer
+from tests.support.stores import Place, postgres_place, sqlite_place
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -27,7 +27,7 @@ from fedhds_server.aggregation.pipeline import Aggregated
 from fedhds_server.aggregation.weights import bounded_shares
 from fedhds_server.optimizers import OPTIMIZERS
 from fedhds_server.rpc.validation import check_update
-from tests.manifests import lora_manifest
+from tests.support.manifests import lora_manifest
 
 MANIFEST = lora_manifest({"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)})
 A, B = MANIFEST.tensors

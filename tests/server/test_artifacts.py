@@ -20,7 +20,7 @@ from fedhds.v2 import transfer_pb2
 from fedhds_server.storage import artifacts
 from fedhds_server.storage.artifacts import ArtifactStore
 from fedhds_server.storage.object_store import RemoteArtifacts
-from tests.s3 import Bucket, s3_server
+from tests.support.s3 import Bucket, s3_server
 
 LARGEST = 1 << 20
 CONTENT = bytes(range(256)) * 4

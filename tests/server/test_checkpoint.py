@@ -26,8 +26,8 @@ from fedhds_client.models.adapter import AdapterModel
 from fedhds_client.models.loading import load_base_model
 from fedhds_server.storage.checkpoint import write_checkpoint
 from fedhds_server.storage.model_card import CardFacts, model_card
-from tests.manifests import lora_manifest
-from tests.tiny import make_model
+from tests.support.manifests import lora_manifest
+from tests.support.tiny import make_model
 
 MANIFEST = lora_manifest({"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)})
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]

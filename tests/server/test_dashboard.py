@@ -25,10 +25,10 @@ from fedhds_server.run.state import ClosedRound, RunState, Task
 from fedhds_server.selection.base import Group, Selection
 from fedhds_server.selection.record import abridged_selection, newest_selection, write_selection
 from fedhds_server.status import status_of
-from tests.server.stores import Place
 from tests.server.test_operations import pause, resume
 from tests.server.test_readiness import leading, of_sites
 from tests.server.test_service import Host, enroll, start, task_of
+from tests.support.stores import Place
 
 Event = tuple[str, str, Any]
 

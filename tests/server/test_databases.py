@@ -14,8 +14,8 @@ import pytest
 from fedhds.errors import SettingsError, StorageError
 from fedhds_server.storage.base import JournalEntry
 from fedhds_server.storage.sql import SqlStore
-from tests.postgres import PostgresServer
-from tests.server.stores import Place, state
+from tests.support.postgres import PostgresServer
+from tests.support.stores import Place, state
 
 # SQLite.
 

@@ -16,8 +16,8 @@ from fedhds_server.leadership import leadership
 from fedhds_server.leadership.leadership import Leadership
 from fedhds_server.storage.base import JournalEntry
 from fedhds_server.storage.sql import SqlStore
-from tests.server.stores import Place, state
 from tests.server.test_service import start
+from tests.support.stores import Place, state
 
 
 def test_without_the_lease_nothing_is_saved(place: Place) -> None:

@@ -12,7 +12,7 @@ from fedhds.security.identity import PeerIdentity, Role
 from fedhds.spec import RunSpec
 from fedhds_server.run.membership import admit, check_registration, negotiate, session_digest, session_secret
 from fedhds_server.run.state import Phase, RunState, Site, SiteState, packed
-from tests.manifests import lora_manifest
+from tests.support.manifests import lora_manifest
 
 MANIFEST = lora_manifest({"q.lora_A.weight": (2, 4)})
 FINGERPRINT = {"weights": "1", "config": "2", "tokenizer": "3", "template": "4", "feature_model": ""}

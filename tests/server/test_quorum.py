@@ -31,7 +31,7 @@ from fedhds_server.run.events import (
 )
 from fedhds_server.run.quorum import CohortProgress
 from fedhds_server.run.state import Phase, RunState, SiteState
-from tests.server.machine import (
+from tests.support.machine import (
     aggregate,
     artifact,
     doing,

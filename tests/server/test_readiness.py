@@ -17,7 +17,7 @@ from fedhds_server.metrics import MEASURES, run_families
 from fedhds_server.run.rounds import activities
 from fedhds_server.run.state import ClosedRound, Evaluation, MetricSum, Phase, Reply, RunState, Site, SiteState, Stage
 from fedhds_server.storage.artifacts import ArtifactStore
-from tests.server.stores import Place
+from tests.support.stores import Place
 
 ADAPTER = Artifact("0" * 64, 1000)
 METRICS = {"loss": MetricSum(value_sum=16.0, weight=8), "rouge_l": MetricSum(value_sum=2.0, weight=4)}

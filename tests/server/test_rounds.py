@@ -27,7 +27,7 @@ from fedhds_server.run.events import (
 from fedhds_server.run.quorum import cohort_size, draw
 from fedhds_server.run.rounds import activities
 from fedhds_server.run.state import Phase, RunState, SiteState
-from tests.server.machine import (
+from tests.support.machine import (
     ALL_ROWS,
     aggregate,
     artifact,

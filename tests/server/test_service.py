@@ -40,7 +40,7 @@ from fedhds_server.rpc.protocol_1 import Protocol1Handler
 from fedhds_server.run.state import RunState
 from fedhds_server.storage.artifacts import ArtifactStore
 from fedhds_server.storage.sql import SqlStore
-from tests.manifests import lora_manifest
+from tests.support.manifests import lora_manifest
 
 MANIFEST = lora_manifest({"q.lora_A.weight": (2, 4), "q.lora_B.weight": (4, 2)}, '{"r": 8}')
 FINGERPRINT = pb.ModelFingerprint(weights="w", config="c", tokenizer="t", template="p")

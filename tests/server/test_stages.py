@@ -30,7 +30,7 @@ from fedhds_server.run.events import (
 from fedhds_server.run.quorum import CohortProgress
 from fedhds_server.run.state import RunState, SiteState, unpacked
 from fedhds_server.workflows import TASK_KINDS
-from tests.server.machine import (
+from tests.support.machine import (
     aggregate,
     artifact,
     doing,

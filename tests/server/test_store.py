@@ -16,7 +16,7 @@ from alembic.runtime.migration import MigrationContext
 from fedhds.errors import StorageError
 from fedhds_server.storage.base import JournalEntry
 from fedhds_server.storage.schema import JOURNAL, METADATA, RUN
-from tests.server.stores import Place, state
+from tests.support.stores import Place, state
 
 
 def test_a_new_store_is_empty(place: Place) -> None:
@@ -59,7 +59,7 @@ def test_state_and_journal_are_saved_together_or_not_at_all(place: Place) -> Non
 _SAVER = """
 import sys
 from pathlib import Path
-from tests.server.stores import state
+from tests.support.stores import state
 from fedhds_server.storage.base import JournalEntry
 from fedhds_server.storage.sql import SqlStore
 place = sys.argv[1]

@@ -22,7 +22,7 @@ from fedhds.tensors.safetensors import write_adapter
 from fedhds_client.commands import adapter as commands
 from fedhds_client.models.adapter import AdapterModel
 from fedhds_client.models.loading import load_base_model
-from tests.tiny import make_model, write_rows
+from tests.support.tiny import make_model, write_rows
 
 app = typer.Typer()
 app.command()(commands.evaluate)

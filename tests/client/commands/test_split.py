@@ -21,7 +21,7 @@ from fedhds.errors import DataError, UsageError
 from fedhds_client.commands.split import split
 from fedhds_client.data.row_formats import Row
 from fedhds_client.data.shard import Shard
-from tests.tiny import write_rows
+from tests.support.tiny import write_rows
 
 TOPICS = {"cats": 60, "dogs": 50, "birds": 40}
 

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 from fedhds.errors import ModelError
 from fedhds_client.data.prompts import Encoded, Prompter
 from fedhds_client.data.row_formats import Row
-from tests.shared import shared
-from tests.tiny import make_model
+from tests.support.shared import shared
+from tests.support.tiny import make_model
 
 BOS, EOS = 1, 2
 LONG = 10_000

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from fedhds.errors import DataError
 from fedhds_client.data.row_formats import BadRow, Row, normalized, task_rows
 from fedhds_client.data.shard import Shard
-from tests.shared import shared
+from tests.support.shared import shared
 
 DOLLY = {"instruction": "Name a cat.", "context": "Tom is a cat.", "response": "Tom", "category": "qa"}
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.client.models.folders import make_other_model
-from tests.tiny import make_model
+from tests.support.model_folders import make_other_model
+from tests.support.tiny import make_model
 
 
 @pytest.fixture(scope="module")

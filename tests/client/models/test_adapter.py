@@ -26,8 +26,8 @@ from fedhds.errors import AdapterError, ModelError
 from fedhds.tensors.safetensors import AdapterReader, write_adapter
 from fedhds_client.models.adapter import AdapterModel, InferenceModel
 from fedhds_client.models.loading import load_base_model
-from tests.client.models.folders import copy_model, edit_json, spec_of
-from tests.tiny import make_model
+from tests.support.model_folders import copy_model, edit_json, spec_of
+from tests.support.tiny import make_model
 
 IDS = torch.tensor([[5, 9, 40, 77, 12]])
 

@@ -16,8 +16,8 @@ from fedhds.v2 import federation_pb2 as pb
 from fedhds_client.models.adapter import AdapterModel
 from fedhds_client.models.fingerprint import fingerprint
 from fedhds_client.models.loading import BaseModel, load_base_model
-from tests.client.models.folders import change_weight, copy_model, edit_json, spec_of
-from tests.tiny import make_model
+from tests.support.model_folders import change_weight, copy_model, edit_json, spec_of
+from tests.support.tiny import make_model
 
 
 def print_of(folder: Path, **options: Any) -> pb.ModelFingerprint:

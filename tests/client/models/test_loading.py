@@ -17,8 +17,8 @@ from fedhds.errors import ModelError
 from fedhds_client.models.adapter import AdapterModel
 from fedhds_client.models.fingerprint import fingerprint
 from fedhds_client.models.loading import load_base_model
-from tests.client.models.folders import copy_model, edit_json, spec_of
-from tests.shared import shared
+from tests.support.model_folders import copy_model, edit_json, spec_of
+from tests.support.shared import shared
 
 
 def _drop_tensor(folder: Path) -> None:

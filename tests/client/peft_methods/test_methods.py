@@ -17,7 +17,7 @@ from fedhds.tensors.manifest import AdapterManifest, Initial
 from fedhds.tensors.safetensors import AdapterReader, write_adapter
 from fedhds_client.models.loading import BaseModel, load_base_model
 from fedhds_client.peft_methods import PEFT_METHODS, PeftMethod
-from tests.tiny import make_model
+from tests.support.tiny import make_model
 
 
 class Ia3(PeftMethod):

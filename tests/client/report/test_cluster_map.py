@@ -10,7 +10,7 @@ import pytest
 
 from fedhds.errors import StorageError
 from fedhds_client.report.cluster_map import ClusterMap, cluster_map, load_map, save_map
-from tests.client.report.planted import planted
+from tests.support.planted import planted
 
 
 def test_points_of_two_dimensions_are_the_map() -> None:

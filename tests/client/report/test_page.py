@@ -17,7 +17,7 @@ import pytest
 from fedhds.errors import StorageError
 from fedhds_client.report.cluster_map import ClusterMap, cluster_map, load_map, save_map
 from fedhds_client.report.page import MAX_DRAWN_ROWS, write_local_report
-from tests.client.report.planted import planted
+from tests.support.planted import planted
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -8,7 +8,7 @@ from sklearn.metrics import calinski_harabasz_score, silhouette_score
 
 from fedhds_client.report.cluster_map import cluster_map
 from fedhds_client.report.scores import MAX_SILHOUETTE_ROWS
-from tests.client.report.planted import planted
+from tests.support.planted import planted
 
 
 def test_scores_are_those_of_scikit_learn_without_the_noise() -> None:

@@ -21,8 +21,8 @@ from fedhds_client.models.adapter import AdapterModel
 from fedhds_client.models.loading import load_base_model
 from fedhds_client.training.loop import TrainOutcome, train
 from fedhds_client.training.response_loss import ResponseLoss
-from tests.shared import shared
-from tests.tiny import make_model, write_rows
+from tests.support.shared import shared
+from tests.support.tiny import make_model, write_rows
 
 
 def _spec(**fields: Any) -> RunSpec:

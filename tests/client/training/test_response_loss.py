@@ -16,7 +16,7 @@ from fedhds_client.evaluation.generation import generate
 from fedhds_client.models.adapter import InferenceModel
 from fedhds_client.models.loading import load_base_model
 from fedhds_client.training.response_loss import ResponseLoss
-from tests.tiny import make_model
+from tests.support.tiny import make_model
 
 ROWS = [
     Encoded(input_ids=[5, 9, 40, 77, 12], response_start=2, truncated=False),

@@ -19,7 +19,7 @@ from fedhds.tensors.safetensors import AdapterReader, write_adapter
 from fedhds_client.updates.update import FinishedUpdate, keep_update
 from fedhds_server.aggregation import AGGREGATORS, Update, aggregate
 from fedhds_server.optimizers import OPTIMIZERS
-from tests.manifests import lora_manifest
+from tests.support.manifests import lora_manifest
 
 MANIFEST = lora_manifest({"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)})
 A, B = MANIFEST.tensors

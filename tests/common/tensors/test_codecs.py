@@ -12,7 +12,7 @@ from fedhds.spec import RunSpec, WireDtype
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.codecs import CODECS
 from fedhds.tensors.safetensors import AdapterReader
-from tests.manifests import lora_manifest
+from tests.support.manifests import lora_manifest
 
 MANIFEST = lora_manifest({"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)})
 

@@ -21,7 +21,7 @@ from fedhds.tensors.int8 import dequantize, quantize
 from fedhds.tensors.manifest import AdapterManifest, FloatArray, Initial, TensorSpec
 from fedhds.tensors.safetensors import AdapterReader, write_adapter, write_difference
 from fedhds_server.rpc.validation import check_update
-from tests.manifests import lora_manifest
+from tests.support.manifests import lora_manifest
 
 MANIFEST = lora_manifest({"q.lora_A.weight": (2, 30), "q.lora_B.weight": (40, 2)})
 A, B = MANIFEST.tensors

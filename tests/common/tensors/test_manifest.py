@@ -15,7 +15,7 @@ from hypothesis import given
 from fedhds.errors import AdapterError
 from fedhds.tensors.manifest import AdapterManifest, Initial, InitialKind, TensorSpec
 from fedhds.v2 import federation_pb2 as pb
-from tests.manifests import lora_factor, lora_manifest, manifests
+from tests.support.manifests import lora_factor, lora_manifest, manifests
 
 MANIFEST = lora_manifest({"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)})
 A, B = MANIFEST.tensors

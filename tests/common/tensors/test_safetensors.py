@@ -22,7 +22,7 @@ from fedhds.errors import AdapterError, StorageError
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.manifest import AdapterManifest, FloatArray, TensorSpec
 from fedhds.tensors.safetensors import AdapterDtype, AdapterReader, AdapterWriter, write_adapter
-from tests.manifests import lora_manifest, manifests
+from tests.support.manifests import lora_manifest, manifests
 
 MANIFEST = lora_manifest({"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)})
 A, B = MANIFEST.tensors

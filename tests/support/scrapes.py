@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.federation import PATIENCE_S, Daemon
+from tests.support.federation import PATIENCE_S, Daemon
 
 FLAG = "--http=127.0.0.1:0"
 Labels = tuple[tuple[str, str], ...]

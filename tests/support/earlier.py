@@ -21,12 +21,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.e2e import standing_still
-from tests.e2e.federation import BIN, PATIENCE_S, Federation
-from tests.tiny import make_model, write_rows
+from tests.support import standing_still
+from tests.support.federation import BIN, PATIENCE_S, Federation
+from tests.support.tiny import make_model, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).parent
+FIXTURES = ROOT / "tests" / "e2e"
 WORK_TREE = "worktree"
 PACKAGES = ("common", "server", "client")
 SITES = "ab"
@@ -131,7 +131,7 @@ def looked_at(folder: Path, copy: Path) -> tuple[dict[str, Any], list[str]]:
 
 def archive_of(version: str) -> Path:
     """Where the packed run of a version lies."""
-    return HERE / f"v{version}.tar.gz"
+    return FIXTURES / f"v{version}.tar.gz"
 
 
 def unpacked_run(version: str, folder: Path) -> Path:

@@ -27,7 +27,7 @@ from fedhds_server.run.events import (
 )
 from fedhds_server.run.rounds import activity
 from fedhds_server.run.state import RunState, Stage
-from tests.manifests import lora_manifest
+from tests.support.manifests import lora_manifest
 
 MANIFEST = lora_manifest({"q.lora_A.weight": (2, 4), "q.lora_B.weight": (4, 2)})
 ALL_ROWS = selection_pb2.Coreset(all=selection_pb2.AllRows())

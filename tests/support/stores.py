@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from fedhds.spec import RunSpec
 from fedhds_server.run.state import RunState
 from fedhds_server.storage.sql import SqlStore
-from tests.postgres import PostgresServer
+from tests.support.postgres import PostgresServer
 
 
 class Place:
