@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -72,7 +73,10 @@ class SiteLoop:
         self._round_number = 0
         self._control: Control | None = None
         self._blocked_since = 0.0
-        self._results, self._failures = 0, 0
+        # By kind of task. What came too late counts as neither.
+        self._results: Counter[str] = Counter()
+        self._failures: Counter[str] = Counter()
+        self._last_failure = ""
         self._finished = False
         self.failure: tuple[str, str] | None = None
         """What ended the site: the class of the error, and a line of ours that may leave the site."""
@@ -211,8 +215,12 @@ class SiteLoop:
             await self._fail(task, error)
         else:
             self._blocked_since = 0.0
-            self._results += answer.accepted
-            if not answer.accepted:
+            if answer.accepted:
+                self._results[kind] += 1
+            elif answer.rejected:
+                logger.error("%s: the coordinator rejected the result of round %d: %s", name, number, answer.reason)
+                self._count_failure(task, "ResultRejected", answer.reason)
+            else:
                 logger.warning("%s: the coordinator did not take the result: %s", name, answer.reason)
 
     async def _result(self, task: pb.Task) -> pb.CompleteTaskResponse:
@@ -260,18 +268,31 @@ class SiteLoop:
         level = logging.ERROR if failed else logging.INFO
         logger.log(level, "%s: the run %s: %s", self._site.name, verb, done.message)
         self._finished = True
-        if self._failures and not self._results:
-            text = "%s: every task of this site failed (%d of them); the run ended without it"
-            logger.error(text, self._site.name, self._failures)
+        worked = bool(self._results)
+        # A site that selects, but fails each time to train, gave nothing either. Kinds of later versions may fail.
+        lost = [kind for kind in self._failures if not self._results[kind] and (kind in TASKS or not worked)]
+        if lost:
+            logger.error(
+                "%s: every %s of this site failed (%d of them); the run ended without %s; the last failure: %s",
+                self._site.name,
+                f"{' and '.join(lost)} task" if worked else "task",
+                sum(self._failures[kind] for kind in lost),
+                "their results" if worked else "it",
+                self._last_failure,
+            )
             return False
         return not failed
 
     async def _fail(self, task: pb.Task, error: Exception) -> None:
-        name = type(error).__name__
-        self._failures += 1
-        TASK_FAILURES.labels(self.activity, name).inc()
-        request = pb.FailTaskRequest(session=self._session, task_id=task.id, kind=name, reason=_public(error))
+        name, reason = type(error).__name__, _public(error)
+        self._count_failure(task, name, reason)
+        request = pb.FailTaskRequest(session=self._session, task_id=task.id, kind=name, reason=reason)
         await self._client.call(self._client.federation.FailTask, request)
+
+    def _count_failure(self, task: pb.Task, name: str, reason: str) -> None:
+        self._failures[task.kind] += 1
+        self._last_failure = f"{name}: {reason}"
+        TASK_FAILURES.labels(self.activity, name).inc()
 
     def _shown(self, doing: str, round_number: int) -> AbstractContextManager[Callable[[float], None]]:
         return self._display.work(f"{self._site.name}: {doing}" + f", round {round_number}" * bool(round_number))

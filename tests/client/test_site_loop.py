@@ -30,16 +30,25 @@ SPEC = RunSpec.of(model="m", rounds=1)
 class Coordinator:
     """A coordinator that has lost the first `losses` uploads when it is told that they are complete.
 
-    It gives out `tasks` one after the other and then says that the run is over.
+    It gives out `tasks` one after the other and then says that the run is over. `answers` are what it says of their
+    results; when there are no more, it accepts.
     """
 
-    def __init__(self, *, losses: int = -1, tasks: tuple[pb.Task, ...] = (), spec: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        losses: int = -1,
+        tasks: tuple[pb.Task, ...] = (),
+        spec: str = "",
+        answers: tuple[pb.CompleteTaskResponse, ...] = (),
+    ) -> None:
         self.federation = SimpleNamespace(**{name: name for name in ("Enroll", "Register", "NextTask", "CompleteTask")})
         self.federation.FailTask, self.federation.ConfirmDelivery = "FailTask", "ConfirmDelivery"
         self.calls: list[tuple[str, Any]] = []
         self.uploads = 0
         self._losses = losses
         self._tasks = list(tasks)
+        self._answers = list(answers)
         self._spec = spec or SPEC.model_dump_json()
 
     async def upload(self, *_: object) -> None:
@@ -57,7 +66,7 @@ class Coordinator:
             case "CompleteTask" if self.uploads <= self._losses:
                 raise ArtifactError("the update was damaged where it was kept; upload it again")
             case "CompleteTask":
-                return pb.CompleteTaskResponse(accepted=True)
+                return self._answers.pop(0) if self._answers else pb.CompleteTaskResponse(accepted=True)
         return None
 
     def requests(self, method: str) -> list[Any]:
@@ -137,6 +146,57 @@ async def test_a_task_of_an_unknown_kind_fails_and_the_site_goes_on(tmp_path: Pa
     assert executor.fetches == 1
     assert [request.task_id for request in coordinator.requests("CompleteTask")] == ["evaluate/1/ward"]
     assert len(coordinator.requests("ConfirmDelivery")) == 1
+
+
+ACCEPTED = pb.CompleteTaskResponse(accepted=True)
+LATE = pb.CompleteTaskResponse(reason="the task is closed; its result came too late to count")
+REJECTED = pb.CompleteTaskResponse(reason="the update is rejected: q holds values that are not finite", rejected=True)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "answers", "ends_well", "words"),
+    [
+        (
+            "train train",
+            (REJECTED, REJECTED),
+            False,
+            "every task of this site failed (2 of them); the run ended without it",
+        ),
+        (
+            "train train",
+            (REJECTED, LATE),
+            False,
+            "every task of this site failed (1 of them); the run ended without it",
+        ),
+        ("train train", (REJECTED, ACCEPTED), True, ""),
+        ("train train", (LATE, LATE), True, ""),
+        (
+            "select train train",
+            (ACCEPTED, REJECTED, REJECTED),
+            False,
+            "every train task of this site failed (2 of them); the run ended without their results",
+        ),
+    ],
+)
+async def test_a_rejected_result_is_a_failure_of_the_site_and_a_late_one_is_not(
+    tmp_path: Path,
+    worker: ThreadPoolExecutor,
+    caplog: pytest.LogCaptureFixture,
+    kinds: str,
+    answers: tuple[pb.CompleteTaskResponse, ...],
+    ends_well: bool,
+    words: str,
+) -> None:
+    tasks = tuple(pb.Task(id=f"{kind}/{i}/ward", round_number=i, kind=kind) for i, kind in enumerate(kinds.split()))
+    coordinator = Coordinator(tasks=tasks, answers=answers)
+    loop = loop_of(tmp_path, worker, coordinator, Executor(tmp_path, TaskResult(pb.TrainResult())))
+    assert await loop.run() == ends_well
+    assert len(coordinator.requests("CompleteTask")) == len(tasks)
+    rejections = [record for record in caplog.records if "the coordinator rejected the result" in record.message]
+    assert len(rejections) == answers.count(REJECTED)
+    if words:
+        assert f"{words}; the last failure: ResultRejected: {REJECTED.reason}" in caplog.text
+    assert ("of this site failed" in caplog.text) == bool(words)
 
 
 def _changed(**fields: object) -> str:

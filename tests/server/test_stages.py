@@ -28,7 +28,7 @@ from fedhds_server.run.events import (
     Wake,
 )
 from fedhds_server.run.quorum import CohortProgress
-from fedhds_server.run.state import RunState, SiteState, unpacked
+from fedhds_server.run.state import Rejection, RunState, SiteState, unpacked
 from fedhds_server.workflows import TASK_KINDS
 from tests.support.machine import (
     aggregate,
@@ -108,6 +108,21 @@ def test_a_rejected_or_late_result_is_not_remembered_as_accepted() -> None:
     assert doing(run) == "aggregating"
     assert update(run, "c") == []
     assert [run.state.sites[name].last_accepted for name in "abc"] == ["", "train/1/b", ""]
+    rejected = [run.state.sites[name].last_rejected for name in "abc"]
+    assert rejected == [Rejection(task_id="train/1/a", reason="not finite"), None, None]
+    # It outlives the round, and a restart of the coordinator.
+    aggregate(run, 1)
+    assert RunState.model_validate_json(run.state.model_dump_json()).sites["a"].last_rejected == rejected[0]
+
+
+def test_a_task_that_is_given_again_forgets_its_rejection() -> None:
+    run = started("ab", quorum="2")
+    run.handle(ResultRejected(4.0, "train/1/a", "not finite"))
+    assert run.state.sites["a"].last_rejected is not None
+    update(run, "b")
+    run.handle(RetryDue(5.0, run.state.stage.name if run.state.stage else ""))
+    assert "train/1/a" in run.state.tasks
+    assert run.state.sites["a"].last_rejected is None
 
 
 def test_a_task_that_is_given_again_forgets_the_result_that_it_had() -> None:

@@ -160,7 +160,7 @@ class FederationServicer(rpc.FederationServicer):
             await self._coordinator.post(ResultRejected(time.time(), task.id, reason))
             if artifact is not None:
                 await self._discard(site, artifact)
-            return pb.CompleteTaskResponse(reason=reason)
+            return pb.CompleteTaskResponse(reason=reason, rejected=True)
         await self._coordinator.post(ResultReceived(time.time(), task.id, request.result, artifact))
         if self._accepted(site, task.id):
             return pb.CompleteTaskResponse(accepted=True)
@@ -173,6 +173,9 @@ class FederationServicer(rpc.FederationServicer):
             await self._discard(site, late)
         if self._accepted(site, request.task_id):
             return pb.CompleteTaskResponse(accepted=True)
+        rejected = self._coordinator.state.sites[site.name].last_rejected
+        if rejected and rejected.task_id == request.task_id:
+            return pb.CompleteTaskResponse(reason=rejected.reason, rejected=True)
         return pb.CompleteTaskResponse(reason="the task is closed; its result came too late to count")
 
     def _accepted(self, site: Site, task_id: str) -> bool:

@@ -18,7 +18,7 @@ from fedhds_server.run.events import (
     Wake,
 )
 from fedhds_server.run.quorum import CohortProgress, draw, listed
-from fedhds_server.run.state import RunState, Stage, Task, packed
+from fedhds_server.run.state import Rejection, RunState, Stage, Task, packed
 from fedhds_server.workflows import TASK_KINDS, WORKFLOWS
 
 # Results of one site that did not pass validation: one may be a passing fault, three are a broken or hostile site.
@@ -58,6 +58,9 @@ def add_task(state: RunState, task_id: str, kind: str, round_number: int, site: 
     state.tasks.setdefault(task_id, Task(id=task_id, kind=kind, round_number=round_number, site=site))
     if state.sites[site].last_accepted == task_id:
         state.sites[site].last_accepted = ""
+    rejected = state.sites[site].last_rejected
+    if rejected and rejected.task_id == task_id:
+        state.sites[site].last_rejected = None
 
 
 def withdraw(state: RunState, *, kind: str | None = None, site: str | None = None) -> None:
@@ -101,6 +104,7 @@ def result_rejected(state: RunState, event: ResultRejected) -> list[Instruction]
         return []
     site = state.sites[task.site]
     site.rejections += 1
+    site.last_rejected = Rejection(task_id=task.id, reason=event.reason)
     if site.rejections < _QUARANTINE_AFTER:
         return task_failed(state, TaskFailed(event.at, event.task_id, event.reason))
     site.quarantined, site.last_error = True, event.reason

@@ -50,6 +50,13 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=False)
 
 
+class Rejection(_Record):
+    """A result that did not pass validation."""
+
+    task_id: str
+    reason: str
+
+
 class Site(_Record):
     """One site, by the name that its certificate or its flag gives it."""
 
@@ -61,6 +68,7 @@ class Site(_Record):
     evaluates: bool = False
     last_error: str = ""
     last_accepted: str = ""  # task whose result was accepted last: a site whose answer was lost asks again
+    last_rejected: Rejection | None = None  # as above, of results that did not pass
     delivered: bool = False
     bytes_received: int = 0
     rejections: int = 0  # results that did not pass validation
