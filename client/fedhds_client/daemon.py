@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from fedhds.runtime.liveness import watch_loop
 from fedhds.runtime.signals import on_signal
 from fedhds.security.credentials import TlsFiles
+from fedhds_client.counters import ENROLLING
 from fedhds_client.distributed.process_group import ProcessGroup
 from fedhds_client.executor import TaskExecutor
 from fedhds_client.progress import ProgressDisplay
@@ -20,6 +22,9 @@ from fedhds_client.site import Site, open_sites
 from fedhds_client.site_loop import SiteLoop
 
 logger = logging.getLogger(__name__)
+
+# A coordinator that is there answers sooner; a name that it refuses then costs no import.
+_IMPORT_AFTER_S = 1.0
 
 
 async def run_sites(settings: ClientSettings) -> int:
@@ -45,6 +50,7 @@ async def run_sites(settings: ClientSettings) -> int:
                 task.cancel()
 
         exit_status = on_signal(stop)
+        importing = asyncio.create_task(_import_while_waiting(loops, worker))
         try:
             async with _watched(settings.http, sites, loops, client):
                 outcomes = await asyncio.gather(*tasks)
@@ -54,6 +60,7 @@ async def run_sites(settings: ClientSettings) -> int:
         finally:
             for loop in loops:
                 loop.abandon()
+            importing.cancel()
             stop()
             await asyncio.gather(*tasks, return_exceptions=True)
             # What ends one site ends the process, and so the others.
@@ -64,6 +71,15 @@ async def run_sites(settings: ClientSettings) -> int:
             executor.close()
             logger.info("sent %.2f MB", client.bytes_sent / 1e6)
         return 0 if all(outcomes) else 1
+
+
+async def _import_while_waiting(loops: Sequence[SiteLoop], worker: ThreadPoolExecutor) -> None:
+    """Imports what models need, which takes seconds, while no coordinator answers; what comes first in the thread that
+    computes delays no computation, as every one needs it.
+    """
+    await asyncio.sleep(_IMPORT_AFTER_S)
+    if all(loop.activity == ENROLLING for loop in loops):
+        worker.submit(importlib.import_module, "fedhds_client.run_models")
 
 
 @asynccontextmanager
