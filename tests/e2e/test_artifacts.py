@@ -23,12 +23,10 @@ from fedhds.v2 import federation_pb2_grpc as rpc
 from fedhds.v2 import transfer_pb2
 from fedhds_server.run.state import RunState, packed
 from fedhds_server.storage.sql import SqlStore
-from tests.e2e.test_faults import free_port
-from tests.e2e.test_run import logits
-from tests.support.federation import Federation
+from tests.support.federation import Federation, free_port
 from tests.support.manifests import lora_manifest
 from tests.support.s3 import Bucket, s3_server
-from tests.support.tiny import write_rows
+from tests.support.tiny import logits, write_rows
 
 pytestmark = pytest.mark.e2e
 

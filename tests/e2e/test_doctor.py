@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
-from tests.e2e.test_clocks import Clock
-from tests.support.federation import BIN, Federation
+from tests.support.clocks import Clock
+from tests.support.doctor import doctor, states
+from tests.support.federation import Federation
 
 pytestmark = pytest.mark.e2e
-
-
-def doctor(*flags: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FEDHDS_")}
-    return subprocess.run(
-        [str(BIN / "fedhds"), "doctor", *map(str, flags)],
-        env=inherited | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def states(ran: subprocess.CompletedProcess[str]) -> dict[str, str]:
-    """Check to state, by the lines that people read."""
-    assert ran.stderr == ""
-    found = {}
-    for line in ran.stdout.splitlines():
-        state, _, rest = line.partition(" ")
-        found[rest.lstrip().partition(":")[0].partition(" ")[0]] = state
-    return found
 
 
 def test_a_site_that_is_well_and_then_one_thing_after_the_other(federation: Federation) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.federation import BIN, Federation, file_system
+from tests.support.federation import BIN, Federation, file_system, free_port
 from tests.support.tiny import make_model, write_rows
 
 pytestmark = pytest.mark.e2e
@@ -21,12 +20,6 @@ pytestmark = pytest.mark.e2e
 
 def shard(folder: Path, name: str = "a", rows: int = 8) -> Path:
     return write_rows(folder / f"{name}.jsonl", {"sun": rows})
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,12 @@ from playwright.async_api import Browser, Error
 
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import federation_pb2_grpc as rpc
-from tests.e2e.test_standby import Pair
-from tests.server.test_dashboard import large, page_of
-from tests.server.test_readiness import leading
 from tests.support.browser import DESK, PHONE, Visit, chromium, visit
 from tests.support.federation import BIN, Daemon, Federation
 from tests.support.hostile import state_of, until
+from tests.support.pair import Pair
 from tests.support.postgres import PostgresServer
+from tests.support.run_states import large, leading, page_of
 from tests.support.scrapes import FLAG
 from tests.support.stores import Place, sqlite_place
 from tests.support.tiny import write_rows

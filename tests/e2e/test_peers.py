@@ -6,9 +6,7 @@ Every test has its mirror: the healthy sites end well, and their adapter is byte
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,34 +20,15 @@ from fedhds.tensors.manifest import AdapterManifest, TensorSpec
 from fedhds.tensors.safetensors import AdapterReader
 from fedhds_server.run.rounds import activity
 from fedhds_server.run.state import Reply
-from tests.e2e.test_faults import free_port
-from tests.support.federation import Daemon, Federation
+from tests.support.federation import Daemon, Federation, free_port
 from tests.support.hostile import Forgery, Hostile, state_of, until
+from tests.support.sabotage import WAITING, sabotaged
 from tests.support.tiny import write_rows
 
 pytestmark = pytest.mark.e2e
 
 FLAGS = ("--selection-strategy=full", "--evaluate-every=0")
 CANARY = "patient-4711-is-HIV-positive"
-
-# In a site's process, by way of sitecustomize: training waits for the file GATE, and can be stopped meanwhile.
-WAITING = """
-import time
-from pathlib import Path
-import fedhds_client.training.loop as training
-from fedhds_client.computation import Cancelled
-
-honest = training.train
-
-def train(*arguments, cancelled, **options):
-    while not Path({gate!r}).exists():
-        if cancelled():
-            raise Cancelled("training was stopped")
-        time.sleep(0.05)
-    return honest(*arguments, cancelled=cancelled, **options)
-
-training.train = train
-"""
 
 CRASHING = f"""
 import torch
@@ -81,18 +60,6 @@ def upload_message(chunk):
 
 chunks.upload_message = upload_message
 """
-
-
-@contextmanager
-def sabotaged(federation: Federation, code: str) -> Iterator[None]:
-    """Sites that are started within run `code` first."""
-    folder = federation.folder / "sabotage"
-    folder.mkdir(exist_ok=True)
-    (folder / "sitecustomize.py").write_text(code)
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    federation.environment = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    yield
-    federation.environment = {}
 
 
 def shard(folder: Path, name: str) -> Path:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from tests.e2e.test_doctor import doctor, states
+from tests.support.doctor import doctor, states
 from tests.support.federation import Daemon, Federation
 from tests.support.tiny import write_rows
 

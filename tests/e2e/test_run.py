@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
 from fedhds.spec import STRATEGY_SPECS
-from tests.client.distributed.test_process_group import launched
 from tests.support.federation import BIN, Federation
-from tests.support.tiny import make_model, write_rows
+from tests.support.launch import launched
+from tests.support.tiny import logits, make_model, write_rows
 
 pytestmark = pytest.mark.e2e
-
-
-def logits(model: Path, adapter: Path) -> list[float]:
-    """Logits of the base model under a PEFT folder."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    tuned = PeftModel.from_pretrained(base, adapter).eval()
-    with torch.inference_mode():
-        return [float(x) for x in tuned(input_ids=torch.tensor([[1, 40, 41, 42]])).logits[0, -1, :8]]
 
 
 @pytest.mark.parametrize("strategy", STRATEGY_SPECS)

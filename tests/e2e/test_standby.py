@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 
 import grpc
-import psycopg
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -22,6 +21,7 @@ from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import federation_pb2_grpc as rpc
 from fedhds_server.leadership.leadership import LEASE_S
 from tests.support.federation import BIN, Daemon, Federation
+from tests.support.pair import ROUNDS, Pair, closed
 from tests.support.postgres import PASSWORD, PostgresServer
 from tests.support.tiny import write_rows
 
@@ -29,37 +29,6 @@ pytestmark = pytest.mark.e2e
 
 # Besides the lease: a poll, and a machine that others use too.
 SLACK_S = 5.0
-
-
-class Pair:
-    """Coordinators that stand by for each other."""
-
-    def __init__(self, federation: Federation, postgres: PostgresServer) -> None:
-        self.federation = federation
-        self.postgres = postgres
-        self.store = postgres.create_database()
-        self.artifacts = federation.folder / "artifacts"
-        self.artifacts.mkdir()
-        # In the environment, where no list of processes shows it.
-        federation.environment["FEDHDS_STORE"] = self.store
-
-    def server(self, run: str, *flags: str) -> Daemon:
-        folder = self.federation.folder / run
-        folder.mkdir(exist_ok=True)
-        if not (folder / "artifacts").exists():
-            (folder / "artifacts").symlink_to(self.artifacts)
-        return self.federation.server(
-            "--rounds=6", "--selection-strategy=full", "--min-sites=2", *flags, run=run, may_stand_by=True
-        )
-
-    def client(self, name: str) -> Daemon:
-        path = write_rows(self.federation.folder / f"{name}.jsonl", {"sun": 10})
-        servers = f"{self.federation.address('one')},{self.federation.address('two')}"
-        return self.federation.client(name, f"--data={path}", server=servers)
-
-    def journal(self) -> list[str]:
-        with psycopg.connect(self.store) as connection:
-            return [row[0] for row in connection.execute("select message from journal order by sequence")]
 
 
 @pytest.fixture
@@ -74,13 +43,6 @@ def pair(federation: Federation, postgres: PostgresServer) -> Iterator[Pair]:
 def seconds_until(daemon: Daemon, words: str, since: float) -> float:
     daemon.wait_for(words)
     return time.monotonic() - since
-
-
-def closed(lines: list[str]) -> list[str]:
-    return [found[0] for line in lines if (found := re.match(r"round \d+ closed", line))]
-
-
-ROUNDS = [f"round {number} closed" for number in range(1, 7)]
 
 
 def test_a_standby_takes_over_from_a_leader_that_is_killed_and_the_adapter_is_the_same(

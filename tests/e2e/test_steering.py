@@ -9,8 +9,7 @@ import pytest
 
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
-from tests.e2e.test_faults import free_port
-from tests.support.federation import BIN, Daemon, Federation
+from tests.support.federation import BIN, Daemon, Federation, free_port
 from tests.support.hostile import state_of, until
 from tests.support.tiny import write_rows
 

@@ -17,9 +17,9 @@ import pytest
 from fedhds import __version__
 from fedhds.v2 import federation_pb2 as pb
 from fedhds_server.run.state import unpacked
-from tests.e2e.test_standby import ROUNDS, Pair, closed
 from tests.support import earlier
 from tests.support.federation import Daemon, Federation
+from tests.support.pair import ROUNDS, Pair, closed
 from tests.support.postgres import PostgresServer
 from tests.support.tiny import write_rows
 

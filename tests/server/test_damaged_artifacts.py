@@ -18,7 +18,7 @@ from fedhds_server.coordinator.effects import Effects
 from fedhds_server.run.events import AdapterUpdated
 from fedhds_server.run.rounds import activity
 from fedhds_server.run.state import RunState, Stage
-from tests.server.test_service import MANIFEST, Host, complete, enroll, refused, send, start, task_of, written
+from tests.support.host import MANIFEST, Host, complete, enroll, refused, send, start, task_of, written
 
 
 def flip(path: Path) -> None:

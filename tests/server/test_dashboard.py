@@ -6,7 +6,6 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from http.client import HTTPConnection
 from itertools import pairwise
 from pathlib import Path
@@ -15,19 +14,13 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 
-from fedhds.runtime.http import served
-from fedhds_server.coordinator import Coordinator
 from fedhds_server.dashboard import dashboard
-from fedhds_server.dashboard.dashboard import MAX_STREAMS, Dashboard
-from fedhds_server.leadership.gate import LeaderGate
-from fedhds_server.leadership.leadership import Leadership
-from fedhds_server.run.state import ClosedRound, RunState, Task
+from fedhds_server.dashboard.dashboard import MAX_STREAMS
 from fedhds_server.selection.base import Group, Selection
 from fedhds_server.selection.record import abridged_selection, newest_selection, write_selection
 from fedhds_server.status import status_of
-from tests.server.test_operations import pause, resume
-from tests.server.test_readiness import leading, of_sites
-from tests.server.test_service import Host, enroll, start, task_of
+from tests.support.host import Host, enroll, pause, resume, start, task_of
+from tests.support.run_states import large, leading, of_sites, page_of
 from tests.support.stores import Place
 
 Event = tuple[str, str, Any]
@@ -38,22 +31,6 @@ async def host(tmp_path: Path) -> AsyncIterator[Host]:
     made = await start(tmp_path, rounds=4, min_sites=2, deadline=600.0)
     yield made
     await made.stop()
-
-
-@asynccontextmanager
-async def page_of(coordinator: Coordinator | None, place: Place, *, loopback: bool = True) -> AsyncIterator[str]:
-    """The URL at which the dashboard is served."""
-    gate = LeaderGate()
-    gate._coordinator = coordinator
-    leadership = Leadership(place.open(), "h", "h:1")
-    leadership.leader = "" if coordinator else "fed2.example.org:8470"
-    page = Dashboard(gate, leadership, loopback=loopback)
-    async with served("127.0.0.1:0", list, dict, page.routes) as url:
-        try:
-            yield url
-        finally:
-            page.close()
-    leadership.close()
 
 
 class Stream:
@@ -273,25 +250,6 @@ async def test_headers_keep_everything_foreign_out(host: Host, sqlite: Place) ->
             assert (await answer(url, "/", Host=name))[0] == 200
     async with page_of(host.coordinator, sqlite, loopback=False) as url:
         assert (await answer(url, "/", Host="fed.example.org"))[0] == 200
-
-
-def large(sites: int, rounds: int) -> RunState:
-    state = of_sites(sites, rounds)
-    state.spec = state.spec.replace(rounds=2 * rounds)
-    names = list(state.sites)
-    # In place of whole cohorts, which no run of this size has.
-    state.closed_rounds = [
-        ClosedRound(
-            round_number=number, cohort=names[:50], contributions=dict.fromkeys(names[:50], 1), loss=0.5, seconds=2.0
-        )
-        for number in range(1, rounds + 1)
-    ]
-    state.evaluations = dict.fromkeys(range(rounds + 1), state.evaluations[rounds])
-    for name in names[-30:]:
-        state.sites[name].last_error = "RuntimeError: " + 480 * "x"
-    for name in names[100:140]:
-        state.tasks[f"t-{name}"] = Task(id=f"t-{name}", kind="train", round_number=state.round_number, site=name)
-    return state
 
 
 def test_what_is_shown_of_a_large_run_is_bounded_and_first_what_matters() -> None:

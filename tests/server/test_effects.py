@@ -14,7 +14,7 @@ from fedhds.tensors.artifact import Artifact
 from fedhds.v2 import status_pb2
 from fedhds_server.coordinator import effects
 from fedhds_server.run.events import WriteCheckpoint
-from tests.server.test_service import Host, complete, enroll, refused, send, start, task_of, written
+from tests.support.host import Host, complete, enroll, refused, send, start, task_of, written
 
 
 async def accepted(host: Host, session: str, value: float) -> Artifact:

@@ -18,7 +18,7 @@ from fedhds_server.aggregation.fedavg import FedAvg
 from fedhds_server.run.rounds import activity
 from fedhds_server.selection import STRATEGIES, InterClientSelection, Report, SelectionContext
 from fedhds_server.selection.random import Random
-from tests.server.test_service import Host, complete, complete_with, enroll, send, start, task_of, written
+from tests.support.host import Host, complete, complete_with, enroll, send, start, task_of, written
 
 
 class Failing(InterClientSelection):

@@ -16,16 +16,7 @@ from fedhds.v2 import status_pb2
 from fedhds_server.rpc import federation
 from fedhds_server.rpc.validation import check_result
 from fedhds_server.run.events import DeadlineReached, TaskFailed
-from tests.server.test_service import (
-    complete,
-    complete_with,
-    enroll,
-    refused,
-    send,
-    start,
-    task_of,
-    written,
-)
+from tests.support.host import complete, complete_with, enroll, refused, send, start, task_of, written
 
 
 async def test_a_result_that_is_checked_while_its_round_closes_is_answered_as_late(

@@ -16,7 +16,7 @@ from fedhds_server.leadership import leadership
 from fedhds_server.leadership.leadership import Leadership
 from fedhds_server.storage.base import JournalEntry
 from fedhds_server.storage.sql import SqlStore
-from tests.server.test_service import start
+from tests.support.host import start
 from tests.support.stores import Place, state
 
 

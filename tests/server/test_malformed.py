@@ -30,7 +30,7 @@ from fedhds.v2 import selection_pb2, status_pb2
 from fedhds_server.rpc import federation, grpc_server
 from fedhds_server.run.state import RunState
 from fedhds_server.storage.sql import SqlStore
-from tests.server.test_service import FINGERPRINT, MANIFEST, Host, enroll, send, start, task_of
+from tests.support.host import FINGERPRINT, MANIFEST, Host, enroll, send, start, task_of
 from tests.support.manifests import lora_manifest
 
 METHODS = {

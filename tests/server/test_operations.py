@@ -16,7 +16,19 @@ from fedhds.errors import Evicted, RequestError, RunOver, TaskError, UsageError
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import selection_pb2, status_pb2
 from fedhds_server.run.state import SiteState
-from tests.server.test_service import Host, complete, complete_with, enroll, refused, send, start, task_of, written
+from tests.support.host import (
+    Host,
+    complete,
+    complete_with,
+    enroll,
+    pause,
+    refused,
+    resume,
+    send,
+    start,
+    task_of,
+    written,
+)
 
 
 @pytest.fixture
@@ -43,14 +55,6 @@ async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
 def deadline_reached(host: Host) -> bool:
     stage = host.coordinator.state.stage
     return stage is not None and stage.deadline_reached
-
-
-async def pause(host: Host, reason: str = "maintenance") -> None:
-    await host.operations.Pause(status_pb2.PauseRequest(reason=reason))
-
-
-async def resume(host: Host, reason: str = "") -> None:
-    await host.operations.Resume(status_pb2.ResumeRequest(reason=reason))
 
 
 async def stop(host: Host, reason: str = "good enough") -> None:

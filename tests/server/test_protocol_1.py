@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from fedhds import __version__
-from tests.server.test_service import Host, enroll, start, task_of
+from tests.support.host import Host, enroll, start, task_of
 
 # What fedhds 0.2 sends to enroll: the site "a", which speaks version 1.
 ENROLL = b"\x0a\x01a\x12\x01\x01"

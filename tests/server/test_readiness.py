@@ -9,51 +9,14 @@ import pytest
 
 from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
-from fedhds_server.coordinator import Coordinator
 from fedhds_server.counters import FAILED, count_failure
 from fedhds_server.leadership.gate import PROBLEMS, LeaderGate
 from fedhds_server.leadership.readiness import DISK_RESERVE, Readiness, disk_needed
 from fedhds_server.metrics import MEASURES, run_families
 from fedhds_server.run.rounds import activities
-from fedhds_server.run.state import ClosedRound, Evaluation, MetricSum, Phase, Reply, RunState, Site, SiteState, Stage
-from fedhds_server.storage.artifacts import ArtifactStore
+from fedhds_server.run.state import Phase, Reply, RunState
+from tests.support.run_states import ADAPTER, leading, of_sites
 from tests.support.stores import Place
-
-ADAPTER = Artifact("0" * 64, 1000)
-METRICS = {"loss": MetricSum(value_sum=16.0, weight=8), "rouge_l": MetricSum(value_sum=2.0, weight=4)}
-
-
-def of_sites(count: int, rounds: int = 3) -> RunState:
-    """A training run in mid-round."""
-    names = [f"site-{number}" for number in range(count)]
-    return RunState(
-        run_id="r",
-        spec=RunSpec.of(model="m", rounds=9),
-        phase=Phase.RUNNING,
-        round_number=rounds + 1,
-        sites={name: Site(name=name, state=SiteState.ENROLLED, rows=5, bytes_received=7) for name in names},
-        stage=Stage(
-            kind="train",
-            round_number=rounds + 1,
-            cohort=names,
-            target=count,
-            replies={names[0]: Reply(task_id=f"train/{rounds + 1}/{names[0]}", artifact=ADAPTER)},
-        ),
-        adapters={rounds: ADAPTER},
-        closed_rounds=[
-            ClosedRound(round_number=number, cohort=names, contributions=dict.fromkeys(names, 1), loss=0.5, seconds=2.0)
-            for number in range(1, rounds + 1)
-        ],
-        evaluations={rounds: {names[0]: Evaluation(rows=4, metrics=METRICS)}},
-    )
-
-
-def leading(state: RunState, place: Place, folder: Path) -> Readiness:
-    store = place.leading()
-    gate = LeaderGate()
-    artifacts = ArtifactStore(folder / "artifacts", largest_upload=1 << 20)
-    gate._coordinator = Coordinator(state, store=store, artifacts=artifacts, folder=folder)
-    return Readiness(store, folder, gate)
 
 
 def samples(readiness: Readiness) -> dict[tuple[str, tuple[str, ...]], float]:

@@ -6,14 +6,10 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import grpc
 import numpy as np
 import pytest
-from google.protobuf.message import Message
 
 from fedhds.errors import (
     AdapterError,
@@ -24,75 +20,25 @@ from fedhds.errors import (
     SessionLost,
     TaskError,
 )
-from fedhds.grpc_errors import error_of
 from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.safetensors import AdapterReader, write_adapter
 from fedhds.v2 import federation_pb2 as pb
-from fedhds.v2 import federation_pb2_grpc as rpc
 from fedhds.v2 import status_pb2, transfer_pb2
-from fedhds.v2 import status_pb2_grpc as status_rpc
-from fedhds_server.coordinator import Coordinator
-from fedhds_server.rpc.federation import FederationServicer
-from fedhds_server.rpc.grpc_server import new_server
-from fedhds_server.rpc.operations import OperationsServicer
-from fedhds_server.rpc.protocol_1 import Protocol1Handler
-from fedhds_server.run.state import RunState
-from fedhds_server.storage.artifacts import ArtifactStore
-from fedhds_server.storage.sql import SqlStore
+from tests.support.host import (
+    FINGERPRINT,
+    MANIFEST,
+    Host,
+    complete,
+    complete_with,
+    enroll,
+    refused,
+    send,
+    start,
+    task_of,
+    written,
+)
 from tests.support.manifests import lora_manifest
-
-MANIFEST = lora_manifest({"q.lora_A.weight": (2, 4), "q.lora_B.weight": (4, 2)}, '{"r": 8}')
-FINGERPRINT = pb.ModelFingerprint(weights="w", config="c", tokenizer="t", template="p")
-
-
-@dataclass
-class Host:
-    """A coordinator in this process."""
-
-    folder: Path
-    coordinator: Coordinator
-    artifacts: ArtifactStore
-    work: asyncio.Task[None]
-    server: grpc.aio.Server
-    channel: grpc.aio.Channel
-    federation: Any
-    operations: Any
-
-    async def stop(self) -> None:
-        self.work.cancel()
-        await asyncio.gather(self.work, return_exceptions=True)
-        await self.channel.close()
-        await self.server.stop(None)
-
-
-async def start(folder: Path, **fields: object) -> Host:
-    """A coordinator on `folder`; goes on with what is there."""
-    store = SqlStore.in_folder(folder)
-    values = {"model": "m", "rounds": 1, "min_sites": 1, "selection_strategy": "full", "evaluate_every": 0} | fields
-    state = store.load() or RunState(run_id="r", spec=RunSpec.of(**values))
-    assert store.acquire("test", "", 60.0)
-    store.save(state)
-    artifacts = ArtifactStore(folder / "artifacts", largest_upload=1 << 20)
-    coordinator = Coordinator(state, store=store, artifacts=artifacts, folder=folder)
-    server = new_server()
-    FederationServicer(lambda: coordinator).register(server)
-    status_rpc.add_OperationsServicer_to_server(OperationsServicer(lambda: coordinator), server)
-    server.add_generic_rpc_handlers((Protocol1Handler(),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
-    work = asyncio.create_task(coordinator.run())
-    return Host(
-        folder,
-        coordinator,
-        artifacts,
-        work,
-        server,
-        channel,
-        rpc.FederationStub(channel),
-        status_rpc.OperationsStub(channel),
-    )
 
 
 @pytest.fixture
@@ -100,66 +46,6 @@ async def host(tmp_path: Path) -> AsyncIterator[Host]:
     made = await start(tmp_path)
     yield made
     await made.stop()
-
-
-async def enroll(host: Host, name: str = "a", *, rows: int = 10, evaluates: bool = False, **fields: Any) -> str:
-    request = pb.EnrollRequest(site=name, protocol_versions=[2], **fields)
-    session = (await host.federation.Enroll(request)).session
-    registration = pb.RegisterRequest(
-        session=session, fingerprint=FINGERPRINT, manifest=MANIFEST.to_proto(), rows=rows, evaluates=evaluates
-    )
-    await host.federation.Register(registration)
-    return str(session)
-
-
-async def task_of(host: Host, session: str) -> pb.NextTaskResponse:
-    """The site's next task, or the run's end."""
-    while True:
-        answer: pb.NextTaskResponse = await host.federation.NextTask(pb.NextTaskRequest(session=session, wait_s=5))
-        if answer.WhichOneof("next") != "wait":
-            return answer
-
-
-def written(host: Host, value: float) -> tuple[Path, Artifact]:
-    path = host.folder / f"update-{value}.safetensors"
-    return path, write_adapter(path, MANIFEST, lambda t: np.full(t.shape, value, np.float32), "float32")
-
-
-async def send(
-    host: Host, session: str, content: bytes, artifact: Artifact, *, offset: int = 0, chunk: int = 50
-) -> None:
-    async def parts() -> AsyncIterator[transfer_pb2.UploadRequest]:
-        yield transfer_pb2.UploadRequest(
-            header=transfer_pb2.UploadHeader(session=session, artifact=artifact.to_proto(), offset=offset)
-        )
-        for begin in range(offset, len(content), chunk):
-            yield transfer_pb2.UploadRequest(chunk=content[begin : begin + chunk])
-
-    await host.federation.Upload(parts())
-
-
-async def complete(
-    host: Host, session: str, task_id: str, artifact: Artifact, samples: int = 10, loss: float = 1.0
-) -> pb.CompleteTaskResponse:
-    return await complete_with(
-        host, session, task_id, pb.TrainResult(update=artifact.to_proto(), samples=samples, loss=loss)
-    )
-
-
-async def complete_with(host: Host, session: str, task_id: str, result: Message) -> pb.CompleteTaskResponse:
-    request = pb.CompleteTaskRequest(session=session, task_id=task_id)
-    request.result.Pack(result)
-    response: pb.CompleteTaskResponse = await host.federation.CompleteTask(request)
-    return response
-
-
-async def refused(call: Any) -> Exception:
-    """The domain error that a call ends with."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    error = error_of(caught.value)
-    assert error is not None, caught.value
-    return error
 
 
 async def test_a_whole_run_over_the_wire(host: Host) -> None:
@@ -230,8 +116,10 @@ async def test_a_bad_update_is_rejected_with_its_reason_and_the_round_goes_on(
     path, artifact = written(host, value)
     await send(host, session, path.read_bytes(), artifact)
     answer = await complete(host, session, task.id, artifact, samples, loss)
-    assert not answer.accepted
+    assert (answer.accepted, answer.rejected) == (False, True)
     assert words in answer.reason
+    # A site whose answer was lost hears the same.
+    assert await complete(host, session, task.id, artifact, samples, loss) == answer
     assert words in host.coordinator.state.sites["a"].last_error
     assert not host.artifacts.has(artifact)
 
@@ -267,6 +155,7 @@ async def test_results_of_closed_or_foreign_tasks(tmp_path: Path) -> None:
     for closed in ("train/1/c", "train/2/a", "evaluate/0/a", "select/0/a", "never/1/a", ""):
         late = await complete(host, a, closed, artifact)
         assert (late.accepted, late.reason) == (False, "the task is closed; its result came too late to count")
+        assert not late.rejected
     early = host.federation.ConfirmDelivery(pb.ConfirmDeliveryRequest(session=a))
     assert isinstance(await refused(early), TaskError)
     await host.stop()

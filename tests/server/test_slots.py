@@ -14,7 +14,7 @@ from fedhds.tensors.safetensors import AdapterReader
 from fedhds.v2 import federation_pb2 as pb
 from fedhds_server.aggregation import AGGREGATORS
 from fedhds_server.aggregation.fedavg import FedAvg
-from tests.server.test_service import MANIFEST, Host, complete, complete_with, enroll, send, start, task_of, written
+from tests.support.host import MANIFEST, Host, complete, complete_with, enroll, send, start, task_of, written
 
 A, B = MANIFEST.tensors
 

@@ -13,7 +13,7 @@ from fedhds.errors import ArtifactError, RequestError, StorageError
 from fedhds.tensors.artifact import Artifact
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import selection_pb2
-from tests.server.test_service import Host, complete, complete_with, enroll, refused, send, start, task_of, written
+from tests.support.host import Host, complete, complete_with, enroll, refused, send, start, task_of, written
 
 CLOSED = ("train/9/a", "train/1/nobody", "select/0/a", "evaluate/0/a", "never/1/a", "", "train/1/a/b")
 

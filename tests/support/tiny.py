@@ -54,3 +54,15 @@ def write_rows(path: Path, topics: dict[str, int], *, canary: str = "") -> Path:
                 }
                 file.write(json.dumps(row) + "\n")
     return path
+
+
+def logits(model: Path, adapter: Path) -> list[float]:
+    """Logits of the base model under a PEFT folder."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(base, adapter).eval()
+    with torch.inference_mode():
+        return [float(x) for x in tuned(input_ids=torch.tensor([[1, 40, 41, 42]])).logits[0, -1, :8]]

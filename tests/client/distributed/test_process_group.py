@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +18,8 @@ from fedhds.errors import DataError, Evicted, StorageError, TaskError
 from fedhds_client.distributed.process_group import Extract, Matrix, Prepare, ProcessGroup, Stop, WorkerError
 from fedhds_client.features.extraction import extract_features
 from fedhds_client.features.projection import FeatureSpace
-from tests.client.features.test_extraction import DIMENSION, PAD, ROWS, SEED, llama
+from tests.support.extraction import DIMENSION, PAD, ROWS, SEED, llama
+from tests.support.launch import launched
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -115,24 +115,6 @@ def follow(out: Path) -> None:
     whole = together(group, IDS, flat(2), flat(2))
     assert whole is None or whole[:, 0].tolist() == IDS
     group.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def launched(command: list[str]) -> list[str]:
-    """A command for two processes; --multi_gpu is accelerate's word for several, also on a machine without a GPU."""
-    flags = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    return [
-        str(Path(sys.executable).parent / "accelerate"),
-        "launch",
-        *flags,
-        f"--main_process_port={free_port()}",
-        *command,
-    ]
 
 
 def test_two_processes_give_what_one_gives_and_learn_of_each_others_errors(tmp_path: Path) -> None:

@@ -14,35 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scipy.spatial.distance import pdist
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from fedhds.errors import TaskError
 from fedhds_client.features.extraction import extract_features
 from fedhds_client.features.projection import FeatureSpace, signs
+from tests.support.extraction import DIMENSION, HIDDEN, LAYERS, PAD, ROWS, SEED, VOCABULARY, llama
 
 # PEFT asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
-VOCABULARY, HIDDEN, LAYERS, PAD = 50, 16, 3, 0
-SEED, DIMENSION = 5, 24
 SPACE = FeatureSpace(SEED, DIMENSION)
-
-
-def llama() -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model: Any = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=HIDDEN,
-                intermediate_size=32,
-                num_hidden_layers=LAYERS,
-                num_attention_heads=4,
-                max_position_embeddings=128,
-                attention_dropout=0.3,
-            )
-        )
-    return model.eval()
 
 
 def gpt2() -> Any:
@@ -80,12 +62,6 @@ MAKERS = {"llama": llama, "gpt2": gpt2, "adapted": adapted}
 @functools.cache
 def model_called(name: str) -> Any:
     return MAKERS[name]()
-
-
-ROWS = [
-    [int(token) for token in np.random.default_rng(row).integers(1, VOCABULARY, size=length)]
-    for row, length in enumerate([5, 1, 40, 7, 7, 23, 2, 11, 64, 3, 17])
-]
 
 
 def one_by_one(model: Any, row: list[int]) -> npt.NDArray[np.float64]:
