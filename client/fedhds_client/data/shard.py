@@ -10,7 +10,7 @@ import tempfile
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -43,10 +43,6 @@ class Shard:
 
         With `skip_bad_rows` a bad row is counted and left out; a file that cannot be read at all is an error still.
         """
-        if path.is_dir():
-            raise DataError(path, "is a folder; name a file in it")
-        if not path.exists():
-            raise DataError(path, "there is no such file")
         spool = cast(IO[bytes], tempfile.TemporaryFile(dir=spool_dir))  # noqa: SIM115 - the shard closes it
         shard = cls(path, spool)
         try:
@@ -59,16 +55,42 @@ class Shard:
             raise
         return shard
 
+    def leave_out(
+        self, check: Callable[[Row], None], progress: Callable[[float], None] = lambda share: None
+    ) -> tuple[int, list[tuple[int, str]]]:
+        """Skips the rows for which `check` raises BadRow; ids, categories and digest are those of the others then.
+
+        Answers how many these are, with line and reason of the first ones. `progress` gets the share of the rows that
+        were checked. Nothing else may read the shard meanwhile.
+        """
+        digest, offsets, rows = hashlib.sha256(), array("Q", [0]), len(self)
+        refused: list[tuple[int, str]] = []
+        self.categories.clear()
+        for number in range(rows):
+            stored = self._stored(number)
+            line, row = _restored(len(offsets) - 1, stored)
+            try:
+                check(row)
+            except BadRow as fault:
+                self._skip(line, str(fault))
+                if len(refused) < _MAX_REASONS:
+                    refused.append((line, str(fault)))
+            else:
+                # Never behind where it was, so nothing that is still to be read is overwritten.
+                os.pwrite(self._spool.fileno(), stored, offsets[-1])
+                offsets.append(offsets[-1] + len(stored))
+                self._count(row, digest)
+            progress((number + 1) / rows)
+        self._offsets, self.digest = offsets, digest.hexdigest()
+        return rows - len(self), refused
+
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
     def __getitem__(self, number: int) -> Row:
         if not 0 <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
-        begin, end = self._offsets[number], self._offsets[number + 1]
-        # pread: the position of the file is shared by threads, this call's is not.
-        content = json.loads(os.pread(self._spool.fileno(), end - begin, begin))
-        return Row.from_content(number, content)
+        return _restored(number, self._stored(number))[1]
 
     def __iter__(self) -> Iterator[Row]:
         return (self[number] for number in range(len(self)))
@@ -87,32 +109,63 @@ class Shard:
 
     def _fill(self, skip_bad_rows: bool) -> None:
         digest = hashlib.sha256()
-        seen = 0
-        for place, raw in _raw_rows(self.path):
-            seen += 1
-            try:
-                content = normalized(raw() if callable(raw) else raw)
-            except BadRow as fault:
+        for line, content in read_rows(self.path):
+            if isinstance(content, BadRow):
                 if not skip_bad_rows:
                     raise DataError(
-                        self.path, f"{fault}; fix the row, or leave such rows out with --skip-bad-rows", place
-                    ) from None
-                self.skipped += 1
-                if len(self.skipped_reasons) < _MAX_REASONS:
-                    self.skipped_reasons.append((place, str(fault)))
+                        self.path, f"{content}; fix the row, or leave such rows out with --skip-bad-rows", line
+                    )
+                self._skip(line, str(content))
                 continue
-            row = Row.from_content(len(self), content)
-            digest.update(bytes.fromhex(row.digest))
-            self.categories[row.category] += 1
-            line = json.dumps(content).encode()
-            self._spool.write(line)
-            self._offsets.append(self._offsets[-1] + len(line))
+            self._count(Row.from_content(len(self), content), digest)
+            stored = f"{line} {json.dumps(content)}".encode()
+            self._spool.write(stored)
+            self._offsets.append(self._offsets[-1] + len(stored))
         self._spool.flush()
         self.digest = digest.hexdigest()
-        if not seen:
-            raise DataError(self.path, "the file is empty; a shard needs at least one row")
         if not len(self):
-            raise DataError(self.path, f"none of its {seen} rows can be used; the first: {self.skipped_reasons[0][1]}")
+            reason = self.skipped_reasons[0][1]
+            raise DataError(self.path, f"none of its {self.skipped} rows can be used; the first: {reason}")
+
+    def _skip(self, line: int, reason: str) -> None:
+        self.skipped += 1
+        if len(self.skipped_reasons) < _MAX_REASONS:
+            self.skipped_reasons.append((line, reason))
+
+    def _count(self, row: Row, digest: hashlib._Hash) -> None:
+        self.categories[row.category] += 1
+        digest.update(bytes.fromhex(row.digest))
+
+    def _stored(self, number: int) -> bytes:
+        begin, end = self._offsets[number], self._offsets[number + 1]
+        # pread: the position of the file is shared by threads, this call's is not.
+        return os.pread(self._spool.fileno(), end - begin, begin)
+
+
+def _restored(number: int, stored: bytes) -> tuple[int, Row]:
+    """Line and row, as the spool keeps them."""
+    line, _, content = stored.partition(b" ")
+    return int(line), Row.from_content(number, json.loads(content))
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """All rows of a file with their line (of a list or table: their number, from 1): the content, or why there is none.
+
+    Raises OSError, and DataError for a file that cannot be read as rows, or has none.
+    """
+    if path.is_dir():
+        raise DataError(path, "is a folder; name a file in it")
+    if not path.exists():
+        raise DataError(path, "there is no such file")
+    line = 0
+    for line, raw in _raw_rows(path):
+        try:
+            content: dict[str, Any] | BadRow = normalized(raw() if callable(raw) else raw)
+        except BadRow as fault:
+            content = fault
+        yield line, content
+    if not line:
+        raise DataError(path, "the file is empty; a shard needs at least one row")
 
 
 def _raw_rows(path: Path) -> Iterator[tuple[int, Any]]:

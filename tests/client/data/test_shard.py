@@ -297,6 +297,36 @@ def test_skipped_rows_are_counted_and_the_first_ones_explained(tmp_path: Path) -
         assert clean.digest == shard.digest
 
 
+def test_rows_that_a_check_refuses_leave_the_shard_of_the_others(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{**DOLLY, "response": f"Tom {number}" * (number + 1)} for number in range(30)]
+    refused = [number for number in range(30) if number % 3]
+    lines = [b"", b"{}", *(json.dumps(row).encode() for row in rows)]
+    shares: list[float] = []
+
+    def check(row: Row) -> None:
+        if any(row.response == rows[number]["response"] for number in refused):
+            raise BadRow("the template does not take it")
+
+    with Shard.open(_written(tmp_path / "rows.jsonl", b"\n".join(lines)), skip_bad_rows=True) as shard:
+        digest = shard.digest
+        count, first = shard.leave_out(check, shares.append)
+        assert (count, len(shard), shard.skipped) == (20, 10, 21)
+        # An empty line is no row, but a line.
+        assert first == [(number + 3, "the template does not take it") for number in refused[:10]]
+        assert shard.skipped_reasons[0][0] == 2
+        assert shard.skipped_reasons[1:] == first[:9]
+        assert [(row.id, row.response) for row in shard] == [(i, rows[3 * i]["response"]) for i in range(10)]
+        assert shard.categories == {"qa": 10}
+        assert (len(shares), shares[-1]) == (30, 1.0)
+        # What remains is judged again to the same end.
+        assert shard.leave_out(check) == (0, [])
+        kept = [row for number, row in enumerate(rows) if number not in refused]
+        with Shard.open(_written(tmp_path / "kept.jsonl", _lines(kept))) as other:
+            assert other.digest == shard.digest != digest
+        assert shard.leave_out(lambda row: check(Row(0, "", "", rows[1]["response"])))[0] == 10
+        assert len(shard) == 0
+
+
 def test_bad_instances_of_a_task_are_named_or_skipped(tmp_path: Path) -> None:
     instances = [*TASK["Instances"], "text", {"input": "x", "output": []}, {"input": 3, "output": "y"}, {"output": "z"}]
     path = _written(tmp_path / "task.json", json.dumps(TASK | {"Instances": instances}).encode())
