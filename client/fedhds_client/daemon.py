@@ -6,12 +6,12 @@ import asyncio
 import importlib
 import logging
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 
 from fedhds.runtime.liveness import watch_loop
 from fedhds.runtime.signals import on_signal
 from fedhds.security.credentials import TlsFiles
+from fedhds_client.computation import ComputeThread
 from fedhds_client.counters import ENROLLING
 from fedhds_client.distributed.process_group import ProcessGroup
 from fedhds_client.executor import TaskExecutor
@@ -38,8 +38,7 @@ async def run_sites(settings: ClientSettings) -> int:
     with ExitStack() as stack:
         sites = open_sites(settings, tls, stack)
         client = CoordinatorClient(settings.server, tls, reconnect_timeout_s=settings.reconnect_timeout)
-        # One thread: all sites share one model, and their computations take turns.
-        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+        worker = ComputeThread()
         executor = TaskExecutor(settings, sites, group)
         display = ProgressDisplay()
         loops = [SiteLoop(site, client, executor, worker, settings, display) for site in sites]
@@ -73,7 +72,7 @@ async def run_sites(settings: ClientSettings) -> int:
         return 0 if all(outcomes) else 1
 
 
-async def _import_while_waiting(loops: Sequence[SiteLoop], worker: ThreadPoolExecutor) -> None:
+async def _import_while_waiting(loops: Sequence[SiteLoop], worker: ComputeThread) -> None:
     """Imports what models need, which takes seconds, while no coordinator answers; what comes first in the thread that
     computes delays no computation, as every one needs it.
     """

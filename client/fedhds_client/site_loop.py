@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +26,7 @@ from fedhds.runtime.logging import about
 from fedhds.spec import RunSpec
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import transfer_pb2
-from fedhds_client.computation import Cancelled, Control
+from fedhds_client.computation import Cancelled, ComputeThread, Control
 from fedhds_client.counters import ENDED, ENROLLING, TASK_FAILURES, TASK_SECONDS, WAITING
 from fedhds_client.executor import TaskExecutor
 from fedhds_client.progress import ProgressDisplay
@@ -46,6 +44,8 @@ _POLL_S = 25.0
 # A process that ends tells the coordinator, but does not wait for one that is gone.
 _LEAVE_S = 2.0
 _STORAGE_RETRY_S = 5.0
+# Shares of a task, for the coordinator: fetching the adapter, computing, and what is left for sending.
+_FETCHED, _COMPUTED = 0.1, 0.8
 _ENDS = (SessionLost, CoordinatorUnreachable, EnrollmentRefused)
 
 
@@ -57,7 +57,7 @@ class SiteLoop:
         site: Site,
         client: CoordinatorClient,
         executor: TaskExecutor,
-        worker: ThreadPoolExecutor,
+        worker: ComputeThread,
         settings: ClientSettings,
         display: ProgressDisplay,
     ) -> None:
@@ -238,8 +238,13 @@ class SiteLoop:
         if update is None:
             return await self._complete(request)
         with self._shown("sending the update", task.round_number) as show:
-            upload = self._client.upload(self._session, update.path, update.artifact, show)
-            await self._transferred(task.id, upload)
+            await self._transferred(
+                task.id,
+                lambda progress: self._client.upload(self._session, update.path, update.artifact, progress),
+                show,
+                _FETCHED + _COMPUTED,
+                1 - _FETCHED - _COMPUTED,
+            )
         try:
             answer = await self._complete(request)
         except ArtifactError as error:
@@ -299,38 +304,55 @@ class SiteLoop:
 
     async def _fetch(self, task_id: str, reference: transfer_pb2.ArtifactRef, round_number: int) -> Path:
         with self._shown("fetching the adapter", round_number) as show:
-            fetching = self._executor.fetch(self._client, self._session, reference, show)
-            return await self._transferred(task_id, fetching)
+            return await self._transferred(
+                task_id,
+                lambda progress: self._executor.fetch(self._client, self._session, reference, progress),
+                show,
+                0.0,
+                _FETCHED if task_id else 1.0,
+            )
 
     async def _computed(
         self, task_id: str, compute: Callable[[Control], Result], show: Callable[[float], None] = lambda share: None
     ) -> Result:
         """Computes in the worker thread and sends heartbeats meanwhile."""
         control = self._control = Control(show=show)
-        context = contextvars.copy_context()
-        future = asyncio.get_running_loop().run_in_executor(self._worker, context.run, compute, control)
+        future = self._worker.start(compute, control)
         try:
-            return await self._awaited(task_id, future, control)
+            return await self._awaited(task_id, future, lambda: _FETCHED + _COMPUTED * control.advance, control)
         finally:
             self._control = None
             control.cancel()
             # The caller may be gone: how the computation then ends is not reported.
             future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
-    async def _transferred(self, task_id: str, transfer: Coroutine[Any, Any, Result]) -> Result:
-        """Waits for a transfer and sends heartbeats meanwhile: a slow connection or a wait for a turn is no silence."""
-        future = asyncio.ensure_future(transfer)
+    async def _transferred(
+        self,
+        task_id: str,
+        transfer: Callable[[Callable[[float], None]], Coroutine[Any, Any, Result]],
+        show: Callable[[float], None],
+        begin: float,
+        length: float,
+    ) -> Result:
+        """Waits for a transfer and sends heartbeats meanwhile: a slow connection or a wait for a turn is no silence.
+
+        The transfer is the share of the task from `begin` on.
+        """
+        control = Control(show=show)
+        future = asyncio.ensure_future(transfer(control.report))
         try:
-            return await self._awaited(task_id, future, Control())
+            return await self._awaited(task_id, future, lambda: begin + length * control.progress, control)
         finally:
             future.cancel()
 
-    async def _awaited(self, task_id: str, future: asyncio.Future[Result], control: Control) -> Result:
+    async def _awaited(
+        self, task_id: str, future: asyncio.Future[Result], progress: Callable[[], float], control: Control
+    ) -> Result:
         while True:
             done, _ = await asyncio.wait([future], timeout=self._heartbeat_timeout_s / 4)
             if done:
                 return future.result()
-            beat = pb.HeartbeatRequest(session=self._session, task_id=task_id, progress=control.progress)
+            beat = pb.HeartbeatRequest(session=self._session, task_id=task_id, progress=progress())
             answer = await self._client.call(self._client.federation.Heartbeat, beat)
             if answer.withdrawn:
                 control.cancel()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,7 @@ from fedhds import __version__
 from fedhds.errors import ArtifactError, EnrollmentRefused
 from fedhds.spec import RunSpec
 from fedhds.v2 import federation_pb2 as pb
+from fedhds_client.computation import ComputeThread
 from fedhds_client.counters import ENROLLING
 from fedhds_client.progress import ProgressDisplay
 from fedhds_client.site import Site
@@ -95,12 +95,12 @@ class Executor:
 
 
 @pytest.fixture
-def worker() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(1) as pool:
+def worker() -> Iterator[ComputeThread]:
+    with ComputeThread() as pool:
         yield pool
 
 
-def loop_of(folder: Path, worker: ThreadPoolExecutor, coordinator: Coordinator, executor: Executor) -> SiteLoop:
+def loop_of(folder: Path, worker: ComputeThread, coordinator: Coordinator, executor: Executor) -> SiteLoop:
     site: Any = Site("ward", folder, None, None, SimpleNamespace())  # type: ignore[arg-type]
     settings = SimpleNamespace(reconnect_timeout=60.0, out=folder / "out")
     parts: Any = (site, coordinator, executor, worker, settings, ProgressDisplay())
@@ -109,7 +109,7 @@ def loop_of(folder: Path, worker: ThreadPoolExecutor, coordinator: Coordinator, 
 
 @pytest.mark.parametrize(("losses", "accepted"), [(0, True), (1, True), (2, False)])
 async def test_an_update_that_the_coordinator_lost_is_uploaded_once_more(
-    tmp_path: Path, worker: ThreadPoolExecutor, losses: int, accepted: bool
+    tmp_path: Path, worker: ComputeThread, losses: int, accepted: bool
 ) -> None:
     path = tmp_path / "update"
     path.touch()
@@ -131,7 +131,7 @@ async def test_an_update_that_the_coordinator_lost_is_uploaded_once_more(
     assert result == update.result()
 
 
-async def test_a_task_of_an_unknown_kind_fails_and_the_site_goes_on(tmp_path: Path, worker: ThreadPoolExecutor) -> None:
+async def test_a_task_of_an_unknown_kind_fails_and_the_site_goes_on(tmp_path: Path, worker: ComputeThread) -> None:
     # Such a task may have no adapter to fetch.
     tasks = (pb.Task(id="unmask/1/ward", round_number=1, kind="unmask"), pb.Task(id="evaluate/1/ward", kind="evaluate"))
     coordinator = Coordinator(tasks=tasks)
@@ -180,7 +180,7 @@ REJECTED = pb.CompleteTaskResponse(reason="the update is rejected: q holds value
 )
 async def test_a_rejected_result_is_a_failure_of_the_site_and_a_late_one_is_not(
     tmp_path: Path,
-    worker: ThreadPoolExecutor,
+    worker: ComputeThread,
     caplog: pytest.LogCaptureFixture,
     kinds: str,
     answers: tuple[pb.CompleteTaskResponse, ...],
@@ -217,7 +217,7 @@ def _changed(**fields: object) -> str:
     ],
 )
 async def test_a_specification_that_this_version_does_not_know_is_refused_with_the_reason(
-    tmp_path: Path, worker: ThreadPoolExecutor, spec: str, reason: str
+    tmp_path: Path, worker: ComputeThread, spec: str, reason: str
 ) -> None:
     coordinator = Coordinator(spec=spec)
     executor = Executor(tmp_path, TaskResult(pb.EvaluationResult()))

@@ -33,6 +33,8 @@ class SelectionContext:
     """The coordinator's message of the strategy's `request_type`; None if it sent none."""
     draw_map: Callable[[Features, npt.NDArray[np.floating], npt.NDArray[np.int64]], None] = lambda *_: None
     """Keeps a map of the rows for the site's own people: features, the points (n, k) that were grouped, groups (n,)."""
+    progress: Callable[[float], None] = lambda share: None
+    """To be called after each long step with the share, 0 to 1, of what follows the features."""
 
 
 class IntraClientSelection(ABC):

@@ -30,8 +30,10 @@ class FedHds(IntraClientSelection):
         features, spec, strategy = context.features(), context.spec, context.spec.selection.strategy
         assert isinstance(strategy, ClusteringSpec)
         points, note = reduce(features.values, strategy.reduction, seed=spec.seed)
+        context.progress(0.5)
         places = features.values if strategy.shared_space else None
         clusters = cluster(features.ids, points, min_cluster_size=strategy.min_cluster_size, places=places)
+        context.progress(1.0)
         for text in filter(None, (note, clusters.note)):
             logger.info("%s: %s", context.reporter.site, text)
         context.draw_map(features, points, clusters.labels)

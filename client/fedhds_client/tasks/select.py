@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from fedhds_client.features.extraction import Features
 
+# The share of a selection that taking features is.
+_FEATURES = 0.8
+
 
 class SelectTask(SiteTask):
     """Groups the site's rows; the report is all that leaves the site."""
@@ -49,10 +52,13 @@ class SelectTask(SiteTask):
                 task.id,
                 spec,
                 len(site.shard),
-                lambda: context.models.features.of(site, context.index, context.adapter, context.control),
+                lambda: context.models.features.of(
+                    site, context.index, context.adapter, context.control.first(_FEATURES)
+                ),
                 reporter,
                 request,
                 lambda features, points, labels: _draw_map(folder, features, points, labels, seed=spec.seed),
+                lambda share: context.control.report(_FEATURES + (1 - _FEATURES) * share),
             )
         )
         return TaskResult(report)

@@ -36,6 +36,13 @@ class RoundsSpec(Parameters):
     heartbeat_timeout: float = parameter(
         60.0, "Seconds without a heartbeat after which a site counts as disconnected.", gt=0
     )
+    task_timeout: float = parameter(
+        3600.0,
+        "Seconds without progress, one percent of a task, after which a site's tasks count as failed although it sends "
+        "heartbeats; evaluations, too. For as long a site may stand still while it takes the final adapter. A "
+        "reduction by t-SNE or UMAP is one step: 100,000 rows may take half an hour.",
+        gt=0,
+    )
 
     def quorum_of(self, cohort: int) -> int:
         """Fewest replies that close a selection or round of `cohort` sites."""

@@ -138,7 +138,8 @@ class FederationServicer(rpc.FederationServicer):
 
     @answers
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: grpc.aio.ServicerContext) -> pb.HeartbeatResponse:
-        await self._caller(request)
+        site = await self._caller(request)
+        self._coordinator.timers.progress.heard(site.name, request.task_id, request.progress)
         withdrawn = bool(request.task_id) and request.task_id not in self._coordinator.state.tasks
         return pb.HeartbeatResponse(withdrawn=withdrawn)
 

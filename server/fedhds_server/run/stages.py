@@ -18,7 +18,7 @@ from fedhds_server.run.events import (
     Wake,
 )
 from fedhds_server.run.quorum import CohortProgress, draw, listed
-from fedhds_server.run.state import Rejection, RunState, Stage, Task, packed
+from fedhds_server.run.state import Phase, Rejection, RunState, Stage, Task, packed
 from fedhds_server.workflows import TASK_KINDS, WORKFLOWS
 
 # Results of one site that did not pass validation: one may be a passing fault, three are a broken or hostile site.
@@ -121,6 +121,9 @@ def task_failed(state: RunState, event: TaskFailed) -> list[Instruction]:
     state.sites[task.site].last_error = event.reason
     if state.stage is not None and task.kind == state.stage.kind:
         state.stage.failed.append(task.site)
+    if state.phase is Phase.FINISHING:
+        # Asked again whenever its site comes back, it would keep the run from its end.
+        state.failed_evaluations.append(task.id)
     return [Record(f"site {task.site} failed its {task.kind} task: {event.reason}", trouble=True)]
 
 

@@ -59,7 +59,7 @@ def missing_evaluations(state: RunState) -> list[tuple[str, int, str]]:
         (f"evaluate/{number}/{site}", number, site)
         for site in state.evaluators
         for number in evaluated_rounds(state)
-        if site not in state.evaluations.get(number, {})
+        if site not in state.evaluations.get(number, {}) and f"evaluate/{number}/{site}" not in state.failed_evaluations
     ]
 
 
