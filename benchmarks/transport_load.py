@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import os
 import sys
 import threading
@@ -36,7 +37,8 @@ from fedhds_client.rpc_client import CoordinatorClient
 TENSORS = 64
 FINGERPRINT = pb.ModelFingerprint(weights="w", config="c", tokenizer="t", template="p")
 _CHUNK = 1 << 20
-_COLUMNS = 4096
+# The coordinator's default.
+_RANK = 8
 _POLL_S = 20.0
 # Channels to one address share a connection unless told otherwise; sites of other hosts could not.
 OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
@@ -47,11 +49,17 @@ _METHODS = ("/baseline/Upload", "/baseline/Download")
 
 def manifest_of(size: int) -> AdapterManifest:
     """64 tensors that make `size` bytes of float32."""
-    rows = size // (4 * _COLUMNS * TENSORS)
-    names = sorted(f"layer.{n // 2}.lora_{'AB'[n % 2]}.weight" for n in range(TENSORS))
-    return AdapterManifest(
-        tuple(TensorSpec(name, (rows, _COLUMNS), "lora", Initial.zeros(), None) for name in names), "{}"
-    )
+    features = size // (4 * _RANK * TENSORS)
+    first, second = Initial.uniform(1 / math.sqrt(features)), Initial.zeros()
+    tensors = [
+        tensor
+        for n in range(TENSORS // 2)
+        for tensor in (
+            TensorSpec(f"layer.{n}.lora_A.weight", (_RANK, features), "lora_A", first, 0),
+            TensorSpec(f"layer.{n}.lora_B.weight", (features, _RANK), "lora_B", second, 1),
+        )
+    ]
+    return AdapterManifest(tuple(sorted(tensors, key=lambda tensor: tensor.name)), "{}")
 
 
 def say(**line: Any) -> None:

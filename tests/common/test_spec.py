@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, get_args
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from fedhds.errors import AdapterError
 from fedhds.kmeans import splitting_passes, total_passes
 from fedhds.settings import VariantError, flat, parameter, settings_of
 from fedhds.spec import (
@@ -30,6 +32,8 @@ from fedhds.spec import (
     budget_rows,
 )
 from fedhds.tensors.codecs import CODECS
+from fedhds.tensors.manifest import AdapterManifest, Initial, TensorSpec
+from tests.support.manifests import lora_manifest
 
 
 def spec(**settings: Any) -> RunSpec:
@@ -223,6 +227,38 @@ def test_registries_say_the_names_that_the_classes_have(registry: dict[str, Any]
     key = "method" if registry is PEFT_SPECS else "name"
     assert {name: getattr(variant(), key) for name, variant in registry.items()} == {name: name for name in registry}
     assert all(variant.summary for variant in registry.values())
+
+
+LORA = lora_manifest({"q.lora_A.weight": (8, 40), "q.lora_B.weight": (20, 8)})
+A, B = LORA.tensors
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ((replace(A, shape=(1, 1 << 30)), B), r"not \(8, in\)"),
+        ((A, replace(B, shape=(8, 20))), r"not \(out, 8\)"),
+        ((replace(A, shape=(8, 40, 1)), B), r"not \(8, in\)"),
+        ((replace(A, shape=(8, 1 << 22)), B), "4194304 features"),
+        ((A,), "without the other factor"),
+        ((A, replace(B, name="k.lora_B.weight")), "without the other factor"),
+        ((replace(A, role="bias"), B), "no factor"),
+        ((replace(A, name="q.bias"), B), "no factor"),
+        ((A, replace(B, role="lora_A")), "no factor"),
+        ((replace(A, initial=Initial.uniform(1000)), B), "another first value"),
+        ((A, replace(B, initial=Initial.ones())), "another first value"),
+        ((replace(A, scale_axis=None), B), "one scale per rank"),
+    ],
+)
+def test_a_manifest_that_the_runs_lora_does_not_give_is_refused(tensors: tuple[TensorSpec, ...], words: str) -> None:
+    with pytest.raises(AdapterError, match=words):
+        spec().peft.check_manifest(AdapterManifest(tensors, "{}"))
+
+
+def test_lora_of_the_runs_rank_is_taken_and_of_another_is_not() -> None:
+    spec().peft.check_manifest(LORA)
+    with pytest.raises(AdapterError, match=r"not \(4, in\)"):
+        spec(lora_rank=4).peft.check_manifest(LORA)
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,22 @@ async def test_a_manifest_that_is_none_is_refused(host: Host) -> None:
         assert isinstance(await refused(host.federation.Register(request)), (AdapterError, ArtifactError))
 
 
+async def test_a_manifest_beyond_the_runs_adapter_is_refused_before_anything_is_drawn(tmp_path: Path) -> None:
+    host = await start(tmp_path, max_adapter_size=1)
+    session = (await host.federation.Enroll(pb.EnrollRequest(site="b", protocol_versions=[2]))).session
+    vast = lora_manifest({"q.lora_A.weight": (1, 1 << 30), "q.lora_B.weight": (4, 1)})
+    large = lora_manifest({"q.lora_A.weight": (2, 1 << 17), "q.lora_B.weight": (4, 2)})
+    for manifest, words in ((vast, "not (2, in)"), (large, "the adapter takes 1.0 MiB, the run allows 1")):
+        request = pb.RegisterRequest(session=session, fingerprint=FINGERPRINT, manifest=manifest.to_proto(), rows=1)
+        error = await refused(host.federation.Register(request))
+        assert isinstance(error, AdapterError)
+        assert words in str(error)
+    assert not host.coordinator.state.manifest
+    await task_of(host, await enroll(host, "a"))
+    assert host.coordinator.state.adapter_manifest == MANIFEST
+    await host.stop()
+
+
 async def test_a_silent_site_is_lost_and_comes_back_with_a_sign_of_life(tmp_path: Path) -> None:
     host = await start(tmp_path, heartbeat_timeout=0.3, rounds=5, min_sites=2)
     a, b = await enroll(host, "a"), await enroll(host, "b")

@@ -60,7 +60,14 @@ class Host:
 async def start(folder: Path, **fields: object) -> Host:
     """A coordinator on `folder`; goes on with what is there."""
     store = SqlStore.in_folder(folder)
-    values = {"model": "m", "rounds": 1, "min_sites": 1, "selection_strategy": "full", "evaluate_every": 0, "lora_rank": 2}
+    values = {
+        "model": "m",
+        "rounds": 1,
+        "min_sites": 1,
+        "selection_strategy": "full",
+        "evaluate_every": 0,
+        "lora_rank": 2,
+    }
     values |= fields
     state = store.load() or RunState(run_id="r", spec=RunSpec.of(**values))
     assert store.acquire("test", "", 60.0)

@@ -49,9 +49,9 @@ class AggregationSpec(Parameters):
     )
     max_weight_share: float = parameter(
         0.5,
-        "Largest share of a round's weight that one site's update can have, however many rows the site declares; at "
-        "least 1 divided by the number of updates. The strategy random asks no site for a larger share of its budget "
-        "while others have rows left.",
+        "Largest share of a round's weight that the updates of one certificate's sites can have, however many rows "
+        "they declare; at least 1 divided by the number of certificates. The strategy random asks none for a larger "
+        "share of its budget while others have rows left.",
         gt=0,
         le=1,
     )
@@ -59,6 +59,11 @@ class AggregationSpec(Parameters):
         0.0,
         "Reject updates that differ from the round's adapter by more than this L2 norm; 0: accept any finite update.",
         ge=0,
+    )
+    max_adapter_size: int = parameter(
+        2048,
+        "Largest adapter, in MiB of float32 values; a site whose adapter is larger cannot register.",
+        ge=1,
     )
 
     @property

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import field_validator
 
+from fedhds.errors import AdapterError
 from fedhds.settings import Parameters, Variants, parameter
+
+if TYPE_CHECKING:
+    from fedhds.tensors.manifest import AdapterManifest
+
+# Twice the largest vocabulary, and far more features than any linear layer has.
+MAX_FEATURES = 1 << 20
 
 
 class PeftSpec(Parameters):
@@ -17,6 +25,12 @@ class PeftSpec(Parameters):
     """What the method does, in a few words."""
 
     method: str = parameter(..., "What is trained in place of the base model's own weights.", setting="peft_method")
+
+    def check_manifest(self, manifest: AdapterManifest) -> None:
+        """Raises AdapterError, naming the tensor, for a manifest that the method does not give on any model.
+
+        A method that does not override it takes any tensors; `--max-adapter-size` bounds them in any case.
+        """
 
 
 class LoraSpec(PeftSpec):
@@ -52,6 +66,31 @@ class LoraSpec(PeftSpec):
             if "." in name:
                 raise ValueError(f"give the last part of the module's name: {name.rpartition('.')[2]}, not {name}")
         return targets
+
+    def check_manifest(self, manifest: AdapterManifest) -> None:
+        """Tensors are pairs of A (rank, in), uniform within 1/sqrt(in) at first, and B (out, rank), zeros at first."""
+        names = {tensor.name for tensor in manifest.tensors}
+        for tensor in manifest.tensors:
+            first = tensor.role == "lora_A"
+            own, other = (".lora_A.", ".lora_B.") if first else (".lora_B.", ".lora_A.")
+            rank_axis = 0 if first else 1
+            if tensor.role not in ("lora_A", "lora_B") or own not in tensor.name:
+                raise AdapterError(f"the manifest names {tensor.name!r}, which is no factor of a LoRA adapter")
+            if tensor.name.replace(own, other) not in names:
+                raise AdapterError(f"the manifest names {tensor.name!r} without the other factor of its pair")
+            if len(tensor.shape) != 2 or tensor.shape[rank_axis] != self.rank:
+                shape = f"({self.rank}, in)" if first else f"(out, {self.rank})"
+                raise AdapterError(f"the manifest gives {tensor.name!r} the shape {tensor.shape}, not {shape}")
+            features = tensor.shape[1 - rank_axis]
+            if features > MAX_FEATURES:
+                raise AdapterError(f"the manifest gives {tensor.name!r} {features} features, beyond {MAX_FEATURES}")
+            bound = 1 / math.sqrt(features) if first else 0.0
+            if tensor.initial.kind != ("uniform" if first else "zeros") or not math.isclose(
+                tensor.initial.bound, bound, rel_tol=1e-6
+            ):
+                raise AdapterError(f"the manifest gives {tensor.name!r} another first value than LoRA's")
+            if tensor.scale_axis != rank_axis:
+                raise AdapterError(f"the manifest does not give {tensor.name!r} one scale per rank")
 
 
 PEFT_SPECS: dict[str, type[PeftSpec]] = {"lora": LoraSpec}

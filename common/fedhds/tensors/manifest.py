@@ -24,6 +24,8 @@ MAX_NAME_LENGTH = 500
 MAX_TENSOR_VALUES = 1 << 30
 # Beyond any adapter's; NumPy itself ends at 32 or 64.
 MAX_DIMENSIONS = 8
+# First values are drawn in doubles: so many at once take 8 MiB.
+_BLOCK = 1 << 20
 # Far above any useful start, and float16 holds it.
 MAX_BOUND = 1000.0
 MAX_CONFIG_BYTES = 64 << 10
@@ -109,7 +111,11 @@ class TensorSpec:
             case InitialKind.UNIFORM:
                 name = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "little")
                 generator = np.random.default_rng([seed, name])
-                return generator.uniform(-self.initial.bound, self.initial.bound, self.shape).astype(np.float32)
+                values = np.empty(math.prod(self.shape), dtype=np.float32)
+                for start in range(0, len(values), _BLOCK):
+                    block = values[start : start + _BLOCK]
+                    block[:] = generator.uniform(-self.initial.bound, self.initial.bound, len(block))
+                return values.reshape(self.shape)
 
     def to_proto(self) -> pb.TensorSpec:
         """The same tensor as a wire message."""
@@ -156,6 +162,11 @@ class AdapterManifest:
 
     tensors: tuple[TensorSpec, ...]
     config: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of all values in float32."""
+        return 4 * sum(math.prod(tensor.shape) for tensor in self.tensors)
 
     @property
     def roles(self) -> frozenset[str]:

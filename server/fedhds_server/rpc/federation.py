@@ -103,7 +103,7 @@ class FederationServicer(rpc.FederationServicer):
     @answers
     async def Register(self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext) -> pb.RegisterResponse:
         site = await self._caller(request)
-        fingerprint, manifest = registration(request)
+        fingerprint, manifest = registration(request, self._coordinator.state.spec)
 
         def decide(state: RunState) -> SiteRegistered:
             check_registration(state, fingerprint, manifest, request.rows, request.evaluates)

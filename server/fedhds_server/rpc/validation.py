@@ -12,6 +12,7 @@ import numpy as np
 from google.protobuf.any_pb2 import Any
 
 from fedhds.errors import AdapterError, ArtifactError, DamagedArtifact, RequestError
+from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.manifest import AdapterManifest
 from fedhds.tensors.safetensors import AdapterDtype, AdapterReader, largest_value
@@ -25,10 +26,20 @@ logger = logging.getLogger(__name__)
 _MAX_TEXT = 500
 
 
-def registration(request: pb.RegisterRequest) -> tuple[dict[str, str], AdapterManifest]:
-    """Fingerprint and manifest of a registering site; raises AdapterError for a manifest that describes no adapter."""
+def registration(request: pb.RegisterRequest, spec: RunSpec) -> tuple[dict[str, str], AdapterManifest]:
+    """Fingerprint and manifest of a registering site.
+
+    Raises AdapterError for a manifest that describes no adapter of the run's PEFT method, or one that is too large.
+    """
     fingerprint = {field.name: str(getattr(request.fingerprint, field.name)) for field in _FINGERPRINT.fields}
-    return fingerprint, AdapterManifest.from_proto(request.manifest)
+    manifest = AdapterManifest.from_proto(request.manifest)
+    spec.peft.check_manifest(manifest)
+    if manifest.size > spec.aggregation.max_adapter_size << 20:
+        raise AdapterError(
+            f"the adapter takes {manifest.size / (1 << 20):.1f} MiB, the run allows "
+            f"{spec.aggregation.max_adapter_size}; the operator can raise --max-adapter-size"
+        )
+    return fingerprint, manifest
 
 
 _FINGERPRINT = pb.ModelFingerprint.DESCRIPTOR

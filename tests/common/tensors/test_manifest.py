@@ -159,6 +159,13 @@ def test_a_constant_first_value_fills_the_shape(initial: Initial, value: float, 
     assert (values == value).all()
 
 
+def test_a_large_first_value_is_drawn_in_blocks_and_is_that_of_one_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = lora_factor("q.lora_A.weight", (8, 100))
+    whole = wide.initial_value(1)
+    monkeypatch.setattr("fedhds.tensors.manifest._BLOCK", 7)
+    assert np.array_equal(wide.initial_value(1), whole)
+
+
 def test_first_values_follow_from_seed_and_name_alone() -> None:
     other = lora_factor("k.lora_A.weight", A.shape)
     draws = {(spec, seed): spec.initial_value(seed) for spec in (A, other) for seed in (0, 1, 2**63 - 1)}
