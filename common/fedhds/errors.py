@@ -29,7 +29,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from fedhds.encoding import escaped
+from fedhds.encoding import escaped, shown
 
 UNEXPECTED = "FH90"
 """What stands in the place of a code for everything that is not raised on purpose: a defect, or a library's error."""
@@ -161,9 +161,19 @@ class TaskError(FedhdsError):
 
 
 class PrivacyError(FedhdsError):
-    """A task asks for a release that the site's own privacy policy forbids."""
+    """A task asks for a release that the site's own privacy policy forbids; `public` is what others may read of it."""
 
     code = "FH33"
+    _public = ""
+
+    def __init__(self, message: str, *, public: str = "") -> None:
+        super().__init__(message)
+        self._public = public
+
+    @property
+    def public_message(self) -> str:
+        """Says nothing of what the site has released before."""
+        return self._public or super().public_message
 
 
 class NotLeading(FedhdsError):
@@ -197,4 +207,4 @@ def code_of(error: BaseException) -> str:
 
 def coded(error: FedhdsError) -> str:
     """An error as one line for a person, its code behind it."""
-    return f"{' '.join(str(error).splitlines())} [{error.code}]"
+    return f"{shown(' '.join(str(error).splitlines()))} [{error.code}]"

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from fedhds import PROTOCOL_VERSIONS, __version__, errors
+from fedhds.encoding import printable
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ _TABLE: tuple[tuple[type[errors.FedhdsError], grpc.StatusCode], ...] = (
     (errors.NotLeading, grpc.StatusCode.UNAVAILABLE),
 )
 _REASON = "fedhds-error"
+# Some of ours name files and settings.
+_MAX_MESSAGE = 2000
 _CLASSES = {
     name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.FedhdsError)
 }
@@ -44,7 +47,7 @@ def error_of(call: grpc.RpcError) -> errors.FedhdsError | None:
         return None
     # Built without __init__: some classes take facts that do not travel, only the message does.
     error = kind.__new__(kind)
-    Exception.__init__(error, call.details() or "")
+    Exception.__init__(error, printable(call.details() or "", limit=_MAX_MESSAGE))
     return error
 
 

@@ -61,7 +61,21 @@ def test_a_line_about_an_error_ends_with_its_code(capsys: pytest.CaptureFixture[
         "ERROR   a: failed [FH50]",
     ]
     assert [line[9:] for line in lines[:4]] == ends
-    assert lines[-1] == "fedhds.errors.StorageError: the disk is full"
+    assert lines[-1] == "  fedhds.errors.StorageError: the disk is full"
+
+
+def test_what_a_line_quotes_forges_no_other_and_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("INFO")
+    logger, bad = logging.getLogger("fedhds"), "a\x1b[2Jb\n12:00:00 INFO forged\u202ec\x07"
+    logger.info("they say %s", bad)
+    try:
+        raise ValueError(bad)
+    except ValueError:
+        logger.exception("failed")
+    captured = capsys.readouterr().err
+    assert not set("\x1b\x07\u202e") & set(captured)
+    assert captured.splitlines()[0].endswith("they say a [2Jb 12:00:00 INFO forged c ")
+    assert [line for line in captured.splitlines()[2:] if not line.startswith("  ")] == []
 
 
 def test_a_terminal_shows_messages_as_they_are_and_no_record_ends_its_caller(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as codec
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,7 +38,7 @@ def status(
     def ask(journal_after: int = 0) -> status_pb2.GetStatusResponse:
         request = status_pb2.GetStatusRequest(journal_after=journal_after)
         answer: status_pb2.GetStatusResponse = call("GetStatus", request, server, tls_ca, tls_cert, tls_key)
-        return answer
+        return _harmless(answer)
 
     if json and watch:
         raise UsageError("--json prints one object and --watch goes on; choose one of them")
@@ -63,6 +63,23 @@ def status(
         _watch(console, ask)
     except KeyboardInterrupt:
         return
+
+
+def _harmless(answer: status_pb2.GetStatusResponse) -> status_pb2.GetStatusResponse:
+    """The same, but nothing in its texts steers a terminal."""
+    from google.protobuf import json_format
+
+    from fedhds.encoding import shown
+
+    def harmless(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {harmless(key): harmless(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [harmless(item) for item in value]
+        return shown(value) if isinstance(value, str) else value
+
+    content = json_format.MessageToDict(answer, preserving_proto_field_name=True)
+    return json_format.ParseDict(harmless(content), type(answer)())
 
 
 def _watch(console: Console, ask: Callable[[int], status_pb2.GetStatusResponse]) -> None:
@@ -122,10 +139,10 @@ def _picture(answer: status_pb2.GetStatusResponse) -> RenderableType:
     for site in answer.sites:
         sites.add_row(
             Text(site.site),
-            f"{site.state}, has the adapter" if site.delivered else site.state,
+            Text(f"{site.state}, has the adapter" if site.delivered else site.state),
             str(site.rows),
             "yes" if site.evaluates else "",
-            site.task,
+            Text(site.task),
             f"{site.bytes_received / 1e6:.2f}",
             str(site.rejections or ""),
             Text(site.last_error),

@@ -156,7 +156,8 @@ class Ledger:
             raise PrivacyError(
                 f"this release would bring the site's {unit}-level epsilon to {after:.4g} (delta {delta:g}; inf: some "
                 f"release has no noise), above its own limit of {max_epsilon:g}; the run needs more noise, or the site "
-                "a larger --selection-max-epsilon"
+                "a larger --selection-max-epsilon",
+                public="this release would go beyond the site's own --selection-max-epsilon",
             )
 
     def _multipliers(self, unit: Unit, run_id: str | None = None) -> list[float]:

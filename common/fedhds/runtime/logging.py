@@ -14,10 +14,11 @@ from asyncio import CancelledError
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from textwrap import indent
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from fedhds.encoding import escaped
+from fedhds.encoding import escaped, shown
 from fedhds.errors import FedhdsError, code_of, coded
 
 if TYPE_CHECKING:
@@ -71,9 +72,16 @@ def last_words(program: str, error: FedhdsError | str) -> None:
 
 class _PlainFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        """The line, with the code of the error that it is about behind it."""
+        """The line, with the code of the error that it is about behind it.
+
+        One line, whatever it quotes: coordinators and sites must not write lines of each other's logs.
+        """
         code = _code(record)
-        return super().formatMessage(record) + (f" [{code}]" if code else "")
+        return shown(super().formatMessage(record)) + (f" [{code}]" if code else "")
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        """The traceback, indented, so that nothing that it quotes looks like a line of the log."""
+        return indent(shown(super().formatException(ei), keep="\n"), "  ")
 
 
 class _TerminalHandler(logging.Handler):

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 
+from fedhds.encoding import printable
 from fedhds.errors import ArtifactError, EnrollmentRefused, FedhdsError, TaskError
 from fedhds.grpc_errors import abort, answers
 from fedhds.security.identity import identity_of
@@ -24,7 +25,7 @@ from fedhds.v2 import federation_pb2_grpc as rpc
 from fedhds.v2 import transfer_pb2
 from fedhds_server.coordinator import Coordinator
 from fedhds_server.counters import DOWNLOADED_BYTES, REJECTED, count_failure
-from fedhds_server.rpc.validation import check_result, named_upload, printable, registration
+from fedhds_server.rpc.validation import check_result, named_upload, registration
 from fedhds_server.run.events import (
     FinalDelivered,
     ResultReceived,

@@ -23,8 +23,6 @@ from fedhds_server.workflows import TASK_KINDS
 
 logger = logging.getLogger(__name__)
 
-_MAX_TEXT = 500
-
 
 def registration(request: pb.RegisterRequest, spec: RunSpec) -> tuple[dict[str, str], AdapterManifest]:
     """Fingerprint and manifest of a registering site.
@@ -124,8 +122,3 @@ def check_update(
         raise AdapterError(
             f"it is {math.sqrt(square):.4g} away from the round's adapter, beyond --max-update-norm {max_norm:.4g}"
         )
-
-
-def printable(text: str) -> str:
-    """A peer's words as one short line that harms neither a log, nor a terminal, nor a database."""
-    return "".join(character if character.isprintable() else " " for character in text[:_MAX_TEXT])
