@@ -1,14 +1,18 @@
-"""A row to tokens: prompt template, exact boundary between prompt and response, truncation."""
+"""A row to tokens: prompt template, which tokens give loss, what ends an answer, truncation."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedhds.errors import ModelError
 from fedhds.spec import PromptFormat
+from fedhds_client.data.bad_row import BadRow
+from fedhds_client.data.chat_template import ChatTemplate
 from fedhds_client.data.row_formats import Row
+from fedhds_client.data.tokenization import RowTokenizer
 
 # Taori et al. 2023, Stanford Alpaca; the form in which FedIT and FedHDS tune.
 _ALPACA_WITH_INPUT = (
@@ -20,99 +24,161 @@ _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
+_HEADINGS = {"user": "Instruction", "assistant": "Response"}
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Tokens of a row; those before `response_start` are the prompt and give no loss."""
+    """Tokens of a row, or of its prompt alone."""
 
     input_ids: list[int]
-    response_start: int
+    loss: list[bool]
+    """For each token whether it is trained: those of all answers, with what ends them."""
+    answer_start: int
+    """Position where the last answer begins; of a prompt alone, its length."""
+    end: int | None
+    """Position of the token that ends the last answer; None where it was cut off, or nothing ends an answer."""
     truncated: bool
+
+    def last_answer(self) -> Encoded:
+        """The same with loss on the last answer alone: what an evaluation measures."""
+        own = [wanted and place >= self.answer_start for place, wanted in enumerate(self.loss)]
+        return replace(self, loss=own)
 
 
 class Prompter:
     """Renders rows for one tokenizer.
 
-    Prompt and response are tokenized apart, so that the boundary is exact; the response ends with EOS, or with what
-    the chat template puts behind an answer.
+    With a chat template, the tokens are those of the template's rendering of the whole conversation. With Alpaca's
+    form, prompt and answer are tokenized apart, so that the boundary is exact, and EOS ends every answer. In both,
+    special marks in a row's own text stay text.
     """
 
     def __init__(self, tokenizer: Any, *, max_length: int, prompt_format: PromptFormat = "auto") -> None:
+        """Says in the log, once, what a chat template does that training cannot follow; raises ModelError."""
         template = tokenizer.chat_template
         if prompt_format == "chat" and not template:
             raise ModelError("the tokenizer has no chat template; set --prompt-format alpaca or auto")
         self._tokenizer = tokenizer
-        self._chat = bool(template) and prompt_format != "alpaca"
+        self._chat = ChatTemplate(tokenizer) if template and prompt_format != "alpaca" else None
+        self._tokens = self._chat.tokens if self._chat else RowTokenizer(tokenizer)
         self.max_length = max_length
         text = str(template) if self._chat else _ALPACA_WITH_INPUT + _ALPACA
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         """SHA-256 of the template in effect."""
+        own = self._chat.end_id if self._chat else None
+        self.end_id: int | None = tokenizer.eos_token_id if own is None else own
+        """The token that ends an answer: what the chat template puts behind it, else EOS."""
+        self.stop_ids: tuple[int, ...] = tuple(
+            dict.fromkeys(token for token in (self.end_id, tokenizer.eos_token_id) if token is not None)
+        )
+        """Tokens at which generation stops."""
+
+    def check(self, row: Row) -> None:
+        """Raises BadRow, without any of the row's text, when the row cannot be rendered."""
+        self._whole(row)
 
     def encode(self, row: Row) -> Encoded:
-        """Prompt and response in at most max_length tokens.
+        """Prompt and answer in at most max_length tokens; raises BadRow.
 
-        A row that is too long first loses tokens from the middle of its prompt (its head and the response marker
-        stay) down to what the response leaves, but not below half the length; then the response's end.
+        A row that is too long first loses tokens from the middle of what is before its last answer (head and response
+        marker stay) down to what the answer leaves, but not below half the length; then the answer's end.
         """
-        prompt, response = self._texts(row)
-        prompt_ids, response_ids = self._prompt_ids(row, prompt), self._ids(response)
-        room = max(self.max_length - len(response_ids), self.max_length // 2)
-        shortened = _without_middle(prompt_ids, room)
-        ids = (shortened + response_ids)[: self.max_length]
-        return Encoded(ids, len(shortened), len(ids) < len(prompt_ids) + len(response_ids))
+        ids, loss, start, end = self._whole(row)
+        room = max(self.max_length - (len(ids) - start), self.max_length // 2)
+        kept = _without_middle(start, room)
+        gap = len(kept) < start
+        shortened = [ids[place] for place in kept] + ids[start:]
+        wanted = [loss[place] for place in kept] + loss[start:]
+        if gap:
+            # What is left of an answer behind the gap has lost its beginning.
+            place = room // 2
+            while place < len(kept) and wanted[place]:
+                wanted[place] = False
+                place += 1
+        cut = len(shortened) > self.max_length
+        if end is not None:
+            end += len(kept) - start
+            end = end if end < self.max_length else None
+        return Encoded(shortened[: self.max_length], wanted[: self.max_length], len(kept), end, truncated=gap or cut)
 
     def encode_prompt(self, row: Row, reserve: int) -> Encoded:
         """The prompt alone, leaving `reserve` tokens for an answer, but taking at least a quarter of the length."""
-        prompt, _ = self._texts(row)
-        ids = self._prompt_ids(row, prompt)
-        shortened = _without_middle(ids, max(self.max_length - reserve, self.max_length // 4))
-        return Encoded(shortened, len(shortened), len(shortened) < len(ids))
+        ids = self._prompt(row)
+        kept = _without_middle(len(ids), max(self.max_length - reserve, self.max_length // 4))
+        return Encoded(
+            [ids[place] for place in kept], [False] * len(kept), len(kept), None, truncated=len(kept) < len(ids)
+        )
 
-    def _texts(self, row: Row) -> tuple[str, str]:
-        end = self._tokenizer.eos_token or ""
+    def _whole(self, row: Row) -> tuple[list[int], list[bool], int, int | None]:
+        """Tokens, which of them give loss, the last answer's start, and the place of the token that ends it."""
+        ids: list[int]
+        loss: list[bool]
+        if self._chat and not row.verbatim:
+            rendering = self._chat.render(*_conversation(row))
+            ids, loss, start = self._tokens.encode(
+                rendering.text, rendering.spans, rendering.answer_start, private=rendering.private
+            )
+            eos = self._tokenizer.eos_token_id
+            if self._chat.end_id is None and eos is not None:
+                ids, loss = [*ids, eos], [*loss, True]
+        else:
+            ids, loss, start = [], [], 0
+            for text, answer in self._alpaca(row):
+                own = self._tokens.ids(text, special=not ids)
+                if not ids and own and own[-1] == self._tokenizer.eos_token_id:
+                    own = own[:-1]
+                if answer:
+                    start = len(ids)
+                    own = [*own, *self.stop_ids[:1]]
+                ids, loss = [*ids, *own], [*loss, *[answer] * len(own)]
+        end = next((place for place in reversed(range(start, len(ids))) if ids[place] == self.end_id), None)
+        return ids, loss, start, end
+
+    def _prompt(self, row: Row) -> list[int]:
+        if self._chat and not row.verbatim:
+            rendering = self._chat.render(*_conversation(row))
+            return self._tokens.encode(rendering.text[: rendering.answer_start], private=rendering.private)[0]
+        ids, _, start, _ = self._whole(row)
+        return ids[:start]
+
+    def _alpaca(self, row: Row) -> list[tuple[str, bool]]:
+        """A row's texts in order, each with whether it is an answer."""
         if row.verbatim:
-            return row.instruction, row.response + end
-        if not self._chat:
-            earlier = "".join(f"{role.capitalize()}: {text}\n" for role, text in row.history)
+            return [(row.instruction, False), (row.response, True)]
+        if not row.messages:
             template = _ALPACA_WITH_INPUT if row.context else _ALPACA
-            return template.format(instruction=earlier + row.instruction, context=row.context), row.response + end
-        question = f"{row.instruction}\n\n{row.context}" if row.context else row.instruction
-        turns = [{"role": role, "content": text} for role, text in row.history]
-        turns.append({"role": "user", "content": question})
-        prompt = self._rendered(turns, prompted=True)
-        whole = self._rendered([*turns, {"role": "assistant", "content": row.response}], prompted=False)
-        if whole.startswith(prompt):
-            return prompt, whole[len(prompt) :]
-        # Templates that rewrite earlier turns once an answer follows (they drop or add reasoning tags) break the
-        # prefix: then the answer goes behind the prompt that the model will be asked with.
-        return prompt, row.response + end
-
-    def _rendered(self, turns: list[dict[str, str]], *, prompted: bool) -> str:
-        try:
-            return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompted))
-        except Exception as error:
-            # Templates are programs; they raise what they like for roles and orders that they do not support.
-            raise ModelError(
-                f"the tokenizer's chat template does not take a row's turns ({type(error).__name__}); set "
-                "--prompt-format alpaca"
-            ) from error
-
-    def _prompt_ids(self, row: Row, text: str) -> list[int]:
-        # A chat template writes its own BOS; elsewhere the tokenizer adds what it is set to add, at the front only.
-        special = not self._chat or row.verbatim
-        ids: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
-        if special and ids and ids[-1] == self._tokenizer.eos_token_id:
-            ids = ids[:-1]
-        return ids
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+            return [(template.format(instruction=row.instruction, context=row.context), False), (row.response, True)]
+        if row.tools or any("tool_calls" in turn for turn in row.messages):
+            raise BadRow("Alpaca's prompt format has no place for tools")
+        texts: list[tuple[str, bool]] = []
+        before = _ALPACA.partition("### ")[0]
+        for turn in row.messages:
+            heading = f"{before}### {_HEADINGS.get(turn['role'], turn['role'].capitalize())}:\n"
+            before = "\n\n"
+            if turn["role"] == "assistant":
+                texts += [(heading, False), (turn["content"], True)]
+            else:
+                texts.append((heading + turn["content"], False))
+        joined: list[tuple[str, bool]] = []
+        for text, answer in texts:
+            if joined and not answer and not joined[-1][1]:
+                joined[-1] = joined[-1][0] + text, False
+            else:
+                joined.append((text, answer))
+        return joined
 
 
-def _without_middle(ids: list[int], room: int) -> list[int]:
-    if len(ids) <= room:
-        return ids
+def _conversation(row: Row) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    if row.messages:
+        return list(row.messages), list(row.tools)
+    question = f"{row.instruction}\n\n{row.context}" if row.context else row.instruction
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": row.response}], []
+
+
+def _without_middle(length: int, room: int) -> list[int]:
+    """Places of `length` tokens that stay when only `room` may: those at both ends."""
+    if length <= room:
+        return list(range(length))
     head = room // 2
-    return ids[:head] + ids[len(ids) - (room - head) :]
+    return [*range(head), *range(length - (room - head), length)]

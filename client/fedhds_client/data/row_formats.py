@@ -8,19 +8,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedhds_client.data.bad_row import BadRow, kind_of
+from fedhds_client.data.conversations import answer_of, conversation
+
 _KNOWN = (
     "Dolly (instruction, context, response, category), Alpaca (instruction, input, output), prompt/completion, "
-    "chat (messages), Natural Instructions (Definition, Instances)"
+    "chat (messages), ShareGPT (conversations), Natural Instructions (Definition, Instances)"
 )
 
-
-class BadRow(ValueError):
-    """A row that cannot be used; the text names keys and types, never values: it may end up in a log."""
+_CONVERSATIONS = {"messages": "chat", "conversations": "ShareGPT", "prompt": "conversational prompt/completion"}
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One question and its answer; `id` is its position among the shard's accepted rows."""
+    """One question and its answer, or a conversation; `id` is its position among the shard's accepted rows."""
 
     id: int
     instruction: str
@@ -29,8 +30,10 @@ class Row:
     category: str = ""
     references: tuple[str, ...] = ()
     """Answers that count as right in an evaluation; the response is the first."""
-    history: tuple[tuple[str, str], ...] = ()
-    """Earlier turns of a chat as (role, content); the last user turn is `instruction`."""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    """All turns of a conversation, the last one the assistant's, whose text is `response`; `instruction` is empty."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """What the assistant of the conversation may call, as JSON schemas."""
     verbatim: bool = False
     """The instruction is a whole prompt and goes in without a template."""
 
@@ -42,7 +45,8 @@ class Row:
             "response": self.response,
             "category": self.category,
             "references": list(self.references),
-            "history": [list(turn) for turn in self.history],
+            "messages": list(self.messages),
+            "tools": list(self.tools),
             "verbatim": self.verbatim,
         }
 
@@ -50,19 +54,14 @@ class Row:
     def from_content(cls, number: int, content: Mapping[str, Any]) -> Row:
         """The inverse of `content`."""
         return cls(
-            id=number,
-            **{
-                **content,
-                "references": tuple(content["references"]),
-                "history": tuple((role, text) for role, text in content["history"]),
-            },
+            id=number, **{**content, **{key: tuple(content[key]) for key in ("references", "messages", "tools")}}
         )
 
     def as_source(self, category: str) -> dict[str, Any]:
         """The row as a line that `normalized` reads back to the same content, under `category`."""
-        if self.history:
-            turns = [*self.history, ("user", self.instruction), ("assistant", self.response)]
-            return {"messages": [{"role": role, "content": text} for role, text in turns], "category": category}
+        if self.messages:
+            tools = {"tools": list(self.tools)} if self.tools else {}
+            return {"messages": list(self.messages), **tools, "category": category}
         row: dict[str, Any] = (
             {"prompt": self.instruction, "completion": self.response}
             if self.verbatim
@@ -79,29 +78,43 @@ class Row:
 
 def normalized(row: object) -> dict[str, Any]:
     """The content of one row of any known format; raises BadRow."""
-    content = _content(row)
+    return recognized(row)[1]
+
+
+def recognized(row: object) -> tuple[str, dict[str, Any]]:
+    """The name of a row's format, for people, and its content; raises BadRow."""
+    form, content = _content(row)
     try:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         # JSON can spell it; no tokenizer and no file takes it.
         raise BadRow("it holds half a surrogate pair (\\ud800 to \\udfff), which is not text") from None
-    return content
+    return form, content
 
 
-def _content(row: object) -> dict[str, Any]:
+def _content(row: object) -> tuple[str, dict[str, Any]]:
     if not isinstance(row, Mapping):
-        raise BadRow(f"a row must be a JSON object, this is {_kind(row)}")
-    keys = set(row)
-    if "messages" in keys:
-        return _chat(row)
-    if {"prompt", "completion"} <= keys:
-        content = _plain(row, "prompt", None, "completion")
-        return content | {"verbatim": True}
-    if {"instruction", "output"} <= keys:
-        return _plain(row, "instruction", "input", "output")
-    if {"instruction", "response"} <= keys:
-        return _plain(row, "instruction", "context", "response")
-    raise BadRow(f"its keys {sorted(map(str, keys))} are none of the known formats: {_KNOWN}")
+        raise BadRow(f"a row must be a JSON object, this is {kind_of(row)}")
+    # A table that holds rows of several forms has a null where a row lacks a column.
+    present = {str(key): value for key, value in row.items() if value is not None}
+    # With its nulls a row may still show what it was to be, and what it lacks.
+    for keys in (set(present), {str(key) for key in row}):
+        if talk := conversation(present, keys):
+            answer = answer_of(talk["messages"][-1])
+            form = next(name for key, name in _CONVERSATIONS.items() if key in keys)
+            return form, {**_described(present, "", "", answer, [answer]), **talk}
+        if {"prompt", "completion"} <= keys:
+            return "prompt/completion", {**_plain(present, "prompt", None, "completion"), "verbatim": True}
+        if {"instruction", "output"} <= keys:
+            return "Alpaca", _plain(present, "instruction", "input", "output")
+        if {"instruction", "response"} <= keys:
+            form = "Natural Instructions" if isinstance(row, TaskInstance) else "Dolly"
+            return form, _plain(present, "instruction", "context", "response")
+    raise BadRow(f"its keys {sorted(keys)} are none of the known formats: {_KNOWN}")
+
+
+class TaskInstance(dict[str, Any]):
+    """An instance of a Natural Instructions task, with the keys of a Dolly row."""
 
 
 def is_task_file(document: object) -> bool:
@@ -117,90 +130,59 @@ def task_rows(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     category = categories[0] if isinstance(categories, list) else categories
     instances = document["Instances"]
     if not isinstance(instances, list):
-        raise BadRow(f"Instances must be a list, this is {_kind(instances)}")
+        raise BadRow(f"Instances must be a list, this is {kind_of(instances)}")
     for instance in instances:
         if not isinstance(instance, Mapping):
             yield {"instruction": instance, "response": None}
             continue
         outputs = instance.get("output")
         outputs = outputs if isinstance(outputs, list) else [outputs]
-        yield {
-            "instruction": text,
-            "context": instance.get("input"),
-            "response": outputs[0] if outputs else None,
-            "category": category,
-            "references": outputs,
-        }
+        yield TaskInstance(
+            instruction=text,
+            context=instance.get("input"),
+            response=outputs[0] if outputs else None,
+            category=category,
+            references=outputs,
+        )
 
 
-def _plain(row: Mapping[Any, Any], question: str, context: str | None, answer: str) -> dict[str, Any]:
+def _plain(row: Mapping[str, Any], question: str, context: str | None, answer: str) -> dict[str, Any]:
     response = _text(row, answer)
     references = row.get("references") or [response]
     if not isinstance(references, list) or not all(isinstance(item, str) for item in references):
         raise BadRow("references must be a list of strings")
-    category = row.get("category")
+    references = [response, *(reference for reference in references if reference != response)]
+    return _described(row, _text(row, question), _optional(row, context) if context else "", response, references)
+
+
+def _described(
+    row: Mapping[str, Any], instruction: str, context: str, response: str, references: list[str]
+) -> dict[str, Any]:
     return {
-        "instruction": _text(row, question),
-        "context": _optional(row, context) if context else "",
+        "instruction": instruction,
+        "context": context,
         "response": response,
-        "category": "" if category is None else str(category),
-        "references": [response, *(reference for reference in references if reference != response)],
-        "history": [],
+        "category": str(row.get("category", "")),
+        "references": references,
+        "messages": [],
+        "tools": [],
         "verbatim": False,
     }
 
 
-def _chat(row: Mapping[Any, Any]) -> dict[str, Any]:
-    messages = row["messages"]
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise BadRow("messages must be a list of at least two turns")
-    turns: list[tuple[str, str]] = []
-    for message in messages:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise BadRow("every message needs a role and a content")
-        role = message["role"]
-        if role not in ("system", "user", "assistant"):
-            raise BadRow("a message's role must be system, user or assistant")
-        turns.append((role, _text(message, "content")))
-    if turns[-1][0] != "assistant" or turns[-2][0] != "user":
-        raise BadRow("the last message must be the assistant's, and the one before it the user's")
-    category = row.get("category")
-    return {
-        "instruction": turns[-2][1],
-        "context": "",
-        "response": turns[-1][1],
-        "category": "" if category is None else str(category),
-        "references": [turns[-1][1]],
-        "history": [list(turn) for turn in turns[:-2]],
-        "verbatim": False,
-    }
-
-
-def _text(row: Mapping[Any, Any], key: str) -> str:
+def _text(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        raise BadRow(f"{key} must be text, this is {_kind(value)}")
+        raise BadRow(f"{key} must be text, this is {kind_of(value)}")
     if not value.strip():
         raise BadRow(f"{key} is empty")
     return value
 
 
-def _optional(row: Mapping[Any, Any], key: str) -> str:
+def _optional(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise BadRow(f"{key} must be text, this is {_kind(value)}")
+        raise BadRow(f"{key} must be text, this is {kind_of(value)}")
     return value
-
-
-def _kind(value: object) -> str:
-    names = {
-        type(None): "missing",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), "text" if isinstance(value, str) else type(value).__name__)

@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import IO, Any, Self, cast
 
 from fedhds.errors import DataError
-from fedhds_client.data.row_formats import BadRow, Row, is_task_file, normalized, task_rows
+from fedhds_client.data.bad_row import BadRow
+from fedhds_client.data.row_formats import Row, is_task_file, recognized, task_rows
 
 _MAX_REASONS = 10
 _ENDINGS = ".jsonl, .jsonl.gz, .json, .json.gz, .parquet"
@@ -109,7 +110,7 @@ class Shard:
 
     def _fill(self, skip_bad_rows: bool) -> None:
         digest = hashlib.sha256()
-        for line, content in read_rows(self.path):
+        for line, _, content in read_rows(self.path):
             if isinstance(content, BadRow):
                 if not skip_bad_rows:
                     raise DataError(
@@ -123,6 +124,8 @@ class Shard:
             self._offsets.append(self._offsets[-1] + len(stored))
         self._spool.flush()
         self.digest = digest.hexdigest()
+        if not len(self) and not self.skipped:
+            raise DataError(self.path, "the file is empty; a shard needs at least one row")
         if not len(self):
             reason = self.skipped_reasons[0][1]
             raise DataError(self.path, f"none of its {self.skipped} rows can be used; the first: {reason}")
@@ -148,24 +151,28 @@ def _restored(number: int, stored: bytes) -> tuple[int, Row]:
     return int(line), Row.from_content(number, json.loads(content))
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """All rows of a file with their line (of a list or table: their number, from 1): the content, or why there is none.
+def read_rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any] | BadRow]]:
+    """All rows of a file: line (of a list or table: number, from 1), format, and the content, or why there is none.
 
-    Raises OSError, and DataError for a file that cannot be read as rows, or has none.
+    Raises DataError for a file that cannot be read as rows.
     """
     if path.is_dir():
         raise DataError(path, "is a folder; name a file in it")
     if not path.exists():
         raise DataError(path, "there is no such file")
-    line = 0
-    for line, raw in _raw_rows(path):
-        try:
-            content: dict[str, Any] | BadRow = normalized(raw() if callable(raw) else raw)
-        except BadRow as fault:
-            content = fault
-        yield line, content
-    if not line:
-        raise DataError(path, "the file is empty; a shard needs at least one row")
+    try:
+        for line, raw in _raw_rows(path):
+            form, content = _recognized(raw)
+            yield line, form, content
+    except OSError as error:
+        raise DataError(path, f"cannot be read: {error.strerror or error}") from error
+
+
+def _recognized(raw: Any) -> tuple[str, dict[str, Any] | BadRow]:
+    try:
+        return recognized(raw() if callable(raw) else raw)
+    except BadRow as fault:
+        return "", fault
 
 
 def _raw_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -261,7 +268,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _table_rows(batch: Any) -> list[Any]:
     try:
-        rows: list[Any] = batch.to_pylist()
+        rows: list[Any] = _without_nulls(batch.to_pylist())
     except UnicodeDecodeError:
         # Parquet does not check its strings; one by one, so that only the rows at fault are bad.
         return [partial(_decoded, batch.slice(index, 1)) for index in range(batch.num_rows)]
@@ -270,6 +277,13 @@ def _table_rows(batch: Any) -> list[Any]:
 
 def _decoded(row: Any) -> Any:
     try:
-        return row.to_pylist()[0]
+        return _without_nulls(row.to_pylist()[0])
     except UnicodeDecodeError:
         raise BadRow("it is not valid UTF-8") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Objects in a table's column have the keys of all rows' objects; a null stands for a key that is absent."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

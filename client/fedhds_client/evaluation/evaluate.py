@@ -42,7 +42,7 @@ def evaluate(
                 raise Cancelled("the evaluation was stopped")
             rows = [shard[row] for row in order[begin : begin + batch_size]]
             with torch.inference_mode():
-                total, tokens = loss_of([prompter.encode(row) for row in rows])
+                total, tokens = loss_of([prompter.encode(row).last_answer() for row in rows])
                 answers = generate(model, prompter, rows, max_new_tokens)
             if not math.isfinite(float(total)):
                 raise TaskError("the loss on the held-out rows is not finite under this adapter")

@@ -24,7 +24,7 @@ def generate(model: InferenceModel, prompter: Prompter, rows: Sequence[Row], max
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     inner = model.base.model
     own = inner.generation_config
-    ends = {model.tokenizer.eos_token_id}
+    ends = set(prompter.stop_ids)
     if own is not None and own.eos_token_id is not None:
         ends |= set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id])
     # A prompt takes what the answer leaves, but at least a quarter of the longest row.

@@ -40,8 +40,9 @@ class ResponseLoss:
             length = len(row.input_ids)
             ids[i, :length] = torch.tensor(row.input_ids)
             mask[i, :length] = 1
-            # The first token of all has nothing before it that could predict it.
-            targeted[i, max(row.response_start, 1) : length] = True
+            targeted[i, :length] = torch.tensor(row.loss)
+        # The first token of all has nothing before it that could predict it.
+        targeted[:, 0] = False
         ids, mask, targeted = ids.to(self._device), mask.to(self._device), targeted.to(self._device)
         # Position t predicts token t + 1.
         before = targeted.roll(-1, dims=1)

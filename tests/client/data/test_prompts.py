@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from fedhds.errors import ModelError
+from fedhds_client.data.bad_row import BadRow
 from fedhds_client.data.prompts import Encoded, Prompter
 from fedhds_client.data.row_formats import Row
 from tests.support.shared import shared
@@ -27,7 +28,22 @@ CHAT = (
 )
 ROW = Row(0, "Name a cat.", "Tom is a cat.", "It is Tom.")
 BARE = Row(0, "Name a cat.", "", "It is Tom.")
-TALK = Row(0, "And a dog?", "", "Rex.", history=(("system", "Be brief."), ("user", "A cat?"), ("assistant", "Tom.")))
+TALK = Row(
+    0,
+    "",
+    "",
+    "Rex.",
+    messages=tuple(
+        {"role": role, "content": text}
+        for role, text in (
+            ("system", "Be brief."),
+            ("user", "A cat?"),
+            ("assistant", "Tom."),
+            ("user", "And a dog?"),
+            ("assistant", "Rex."),
+        )
+    ),
+)
 VERBATIM = Row(0, "Q: a cat?\nA:", "", " Tom", verbatim=True)
 ALPACA_ROW = (
     "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
@@ -66,7 +82,7 @@ def chatting(tokenizer: Any) -> Any:
 
 def _texts(tokenizer: Any, encoded: Encoded) -> tuple[str, str]:
     """Prompt and response as the model sees them."""
-    start = encoded.response_start
+    start = encoded.answer_start
     return tokenizer.decode(encoded.input_ids[:start]), tokenizer.decode(encoded.input_ids[start:])
 
 
@@ -111,7 +127,11 @@ def test_earlier_turns_come_before_the_question(chatting: Any) -> None:
     )
     assert response == "Rex.</s>"
     prompt, response = _whole(chatting, TALK, prompt_format="alpaca")
-    assert prompt == ALPACA_BARE.replace("Name a cat.", "System: Be brief.\nUser: A cat?\nAssistant: Tom.\nAnd a dog?")
+    assert prompt == (
+        ALPACA_BARE.partition("###")[0]
+        + "### System:\nBe brief.\n\n### Instruction:\nA cat?\n\n### Response:\nTom.</s>"
+        "\n\n### Instruction:\nAnd a dog?\n\n### Response:\n"
+    )
     assert response == "Rex.</s>"
 
 
@@ -137,7 +157,7 @@ def test_the_response_is_its_own_tokens_and_the_end_and_nothing_else(chatting: A
         for row in (ROW, BARE, TALK, VERBATIM):
             encoded = Prompter(chatting, max_length=LONG, prompt_format=prompt_format).encode(row)
             own = chatting(row.response, add_special_tokens=False)["input_ids"]
-            assert encoded.input_ids[encoded.response_start :] == [*own, EOS]
+            assert encoded.input_ids[encoded.answer_start :] == [*own, EOS]
 
 
 def test_what_the_chat_template_puts_behind_an_answer_belongs_to_the_response(chatting: Any) -> None:
@@ -147,24 +167,30 @@ def test_what_the_chat_template_puts_behind_an_answer_belongs_to_the_response(ch
     assert response == "It is Tom.</s>\n"
 
 
-def test_an_answer_stands_behind_the_prompt_that_is_asked_even_if_the_template_rewrites_it(chatting: Any) -> None:
+def test_a_thought_that_only_the_question_opens_is_not_trained_and_the_log_says_so(
+    chatting: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     # As reasoning models have it: the open tag is in the prompt, but not in a conversation that was answered.
     chatting.chat_template = CHAT.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
     prompt, response = _whole(chatting, BARE)
-    assert prompt == "<s>user\nName a cat.</s><s>assistant\n<think>"
+    assert prompt == "<s>user\nName a cat.</s><s>assistant\n"
     assert response == "It is Tom.</s>"
+    (message,) = caplog.messages
+    assert "asks for an answer with '<think>', which it does not write before a given answer" in message
 
 
-def test_a_template_that_refuses_a_rows_turns_is_an_error_without_the_rows_text(chatting: Any) -> None:
+def test_a_template_that_refuses_a_rows_turns_makes_it_a_bad_row_without_the_rows_text(chatting: Any) -> None:
     chatting.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no ' + messages[0]['content']) }}{% endif %}"
         + CHAT
     )
     prompter = Prompter(chatting, max_length=LONG)
     assert _texts(chatting, prompter.encode(BARE))[1] == "It is Tom.</s>"
-    with pytest.raises(ModelError, match="set --prompt-format alpaca") as caught:
-        prompter.encode(TALK)
-    assert "Be brief" not in str(caught.value)
+    for judged in (prompter.check, prompter.encode):
+        with pytest.raises(BadRow, match="refuses its turns") as caught:
+            judged(TALK)
+        assert "Be brief" not in str(caught.value)
+    assert "(system, user, assistant, user, assistant)" in str(caught.value)
 
 
 def _with_special_tokens(tokenizer: Any, template: str) -> Any:
@@ -184,7 +210,7 @@ def test_the_tokenizers_own_special_tokens_stand_at_the_front_alone(
     assert [token for token in encoded.input_ids if token in (BOS, EOS)] == ([BOS] if first else []) + [EOS]
     assert (encoded.input_ids[0] == BOS) is (first is not None)
     assert encoded.input_ids[-1] == EOS
-    assert prompter.encode_prompt(row, 0).input_ids == encoded.input_ids[: encoded.response_start]
+    assert prompter.encode_prompt(row, 0).input_ids == encoded.input_ids[: encoded.answer_start]
 
 
 def test_a_chat_template_writes_its_own_special_tokens(chatting: Any) -> None:
@@ -211,7 +237,8 @@ def test_asking_and_training_share_the_prompt(chatting: Any) -> None:
         prompter = Prompter(chatting, max_length=LONG, prompt_format=prompt_format)
         for row in (ROW, BARE, TALK, VERBATIM):
             trained, asked = prompter.encode(row), prompter.encode_prompt(row, 64)
-            assert asked == Encoded(trained.input_ids[: trained.response_start], trained.response_start, False)
+            start = trained.answer_start
+            assert asked == Encoded(trained.input_ids[:start], [False] * start, start, None, truncated=False)
 
 
 # Rows that are too long.
@@ -266,7 +293,7 @@ def test_no_row_is_longer_than_the_longest_and_a_cut_is_always_told(
     assert len(encoded.input_ids) == min(max_length, prompt + response)
     assert encoded.truncated is (prompt + response > max_length)
     ids = byte_level(row.response + "</s>", add_special_tokens=False)["input_ids"]
-    kept = encoded.input_ids[encoded.response_start :]
+    kept = encoded.input_ids[encoded.answer_start :]
     assert kept == ids[: len(kept)]
     assert len(kept) >= min(response, max_length - max_length // 2)
     assert (EOS in kept) is (len(kept) == response)
@@ -292,7 +319,7 @@ def test_a_prompt_leaves_room_for_the_answer_but_keeps_a_quarter(
     head, tail = left // 2, left - left // 2
     expected = row.instruction if left == prompt else row.instruction[:head] + row.instruction[-tail:]
     assert tokenizer.decode(encoded.input_ids) == expected
-    assert encoded.response_start == left
+    assert encoded.answer_start == left
     assert encoded.truncated is (left < prompt)
 
 
@@ -317,7 +344,7 @@ def test_the_fingerprint_is_that_of_the_template_in_effect(folder: Path) -> None
 def test_the_shared_models_prompts_decode_to_the_template() -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(shared("models/nano-llama"))
     encoded = Prompter(tokenizer, max_length=LONG, prompt_format="alpaca").encode(ROW)
-    start = encoded.response_start
+    start = encoded.answer_start
     assert tokenizer.decode(encoded.input_ids[:start], skip_special_tokens=True) == ALPACA_ROW
     assert tokenizer.decode(encoded.input_ids[start:], skip_special_tokens=True) == ROW.response
     assert encoded.input_ids[-1] == tokenizer.eos_token_id

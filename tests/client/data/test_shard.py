@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedhds.errors import DataError
-from fedhds_client.data.row_formats import BadRow, Row, normalized, task_rows
+from fedhds_client.data.bad_row import BadRow
+from fedhds_client.data.row_formats import Row, normalized, task_rows
 from fedhds_client.data.shard import Shard
 from tests.support.shared import shared
 
@@ -37,19 +38,70 @@ CHAT = {
 FORMATS: dict[str, tuple[dict[str, Any], Row]] = {
     "Dolly": (DOLLY, Row(0, "Name a cat.", "Tom is a cat.", "Tom", "qa", ("Tom",))),
     "Alpaca": (ALPACA, Row(0, "Add.", "1 and 2", "3", "", ("3",))),
-    "prompt/completion": (COMPLETION, Row(0, "Q: why?\nA:", "", " because", "", (" because",), (), True)),
+    "prompt/completion": (COMPLETION, Row(0, "Q: why?\nA:", "", " because", "", (" because",), (), (), True)),
     "chat": (
         CHAT,
-        Row(
-            0,
-            "Bye?",
-            "",
-            "Bye!",
-            "",
-            ("Bye!",),
-            (("system", "Be brief."), ("user", "Hi."), ("assistant", "Hello.")),
-        ),
+        Row(0, "", "", "Bye!", "", ("Bye!",), tuple(CHAT["messages"])),
     ),
+}
+CONVERSATIONS: dict[str, dict[str, Any]] = {
+    "messages": {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Add."},
+            {"role": "assistant", "content": "3"},
+        ]
+    },
+    "ShareGPT": {
+        "id": "7",
+        "conversations": [
+            {"from": "system", "value": "Be brief."},
+            {"from": "human", "value": "Add."},
+            {"from": "gpt", "value": "3"},
+        ],
+    },
+    "ShareGPT with a system column": {
+        "system": "Be brief.",
+        "conversations": [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "3"}],
+    },
+    "conversations with roles": {
+        "conversations": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "human", "content": "Add."},
+            {"role": "model", "content": "3"},
+        ],
+    },
+    "parts": {
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+            {"role": "user", "content": [{"type": "text", "text": "Ad"}, {"type": "text", "text": "d."}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "3"}]},
+        ]
+    },
+    "prompt/completion": {
+        "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Add."}],
+        "completion": [{"role": "assistant", "content": "3"}],
+    },
+}
+TOOLS: dict[str, Any] = {
+    "messages": [
+        {"role": "user", "content": "Does it rain?"},
+        {
+            "role": "assistant",
+            "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"place": "Brno"}}}],
+        },
+        {"role": "tool", "content": "rain", "name": "weather"},
+        {"role": "assistant", "content": "It rains."},
+    ],
+    "tools": [
+        {
+            "type": "function",
+            "function": {
+                "name": "weather",
+                "parameters": {"type": "object", "properties": {"place": {"type": "string"}}},
+            },
+        }
+    ],
 }
 TASK: dict[str, Any] = {
     "Definition": ["Translate to French.", "Answer with one word."],
@@ -70,7 +122,8 @@ def _lines(rows: list[Any]) -> bytes:
 
 
 def _parquet(path: Path, rows: list[Any]) -> None:
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    columns = dict.fromkeys(key for row in rows for key in row)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([dict.fromkeys(columns) | row for row in rows]), path)
 
 
 WRITERS: dict[str, Callable[[Path, list[Any]], object]] = {
@@ -114,6 +167,59 @@ def test_every_format_is_read_from_every_kind_of_file(tmp_path: Path, form: str,
     rows = _rows(tmp_path / file)
     assert [row.id for row in rows] == [0, 1, 2]
     assert [row.content() for row in rows] == [expected.content()] * 3
+
+
+@pytest.mark.parametrize("file", WRITERS)
+@pytest.mark.parametrize("form", CONVERSATIONS)
+def test_every_form_of_a_conversation_gives_the_same_messages(tmp_path: Path, form: str, file: str) -> None:
+    source = CONVERSATIONS[form]
+    WRITERS[file](tmp_path / file, [source, DOLLY])
+    talk, plain = _rows(tmp_path / file)
+    assert list(talk.messages) == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Add."},
+        {"role": "assistant", "content": "3"},
+    ]
+    assert (talk.instruction, talk.response, talk.references, talk.verbatim) == ("", "3", ("3",), False)
+    assert plain.content() == FORMATS["Dolly"][1].content()
+
+
+@pytest.mark.parametrize("file", WRITERS)
+def test_calls_of_tools_and_what_they_return_are_kept(tmp_path: Path, file: str) -> None:
+    WRITERS[file](tmp_path / file, [TOOLS, ALPACA])
+    row = _rows(tmp_path / file)[0]
+    assert list(row.messages) == TOOLS["messages"]
+    assert list(row.tools) == TOOLS["tools"]
+    assert row.response == "It rains."
+    content = normalized(TOOLS | {"tools": json.dumps(TOOLS["tools"])})
+    assert content == row.content()
+    ends_in_call = normalized({"messages": TOOLS["messages"][:2], "tools": TOOLS["tools"]})
+    assert json.loads(ends_in_call["response"]) == TOOLS["messages"][1]["tool_calls"]
+
+
+def test_a_null_stands_for_a_key_that_is_absent() -> None:
+    nothing = dict.fromkeys(("messages", "conversations", "tools", "prompt", "completion", "category", "references"))
+    assert normalized(nothing | ALPACA) == normalized(ALPACA)
+    assert normalized(nothing | {"instruction": None, "output": None} | CHAT) == normalized(CHAT)
+    nulls = [turn | {"name": None, "tool_calls": None} for turn in CHAT["messages"]]
+    assert normalized({"messages": nulls}) == normalized(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("case", "turns"),
+    [
+        ("union.jsonl", [0, 2]),
+        ("sharegpt.json", [2]),
+        ("content-parts.jsonl", [2]),
+        ("trl-conversational.jsonl", [2]),
+        ("tool-role.jsonl", [4]),
+        ("multi.jsonl", [4]),
+        ("two-users.jsonl", [3]),
+        ("assistant-first.jsonl", [3]),
+    ],
+)
+def test_the_shared_cases_are_read(case: str, turns: list[int]) -> None:
+    assert [len(row.messages) for row in _rows(shared("cases") / case)] == turns
 
 
 def test_a_document_of_a_single_row_is_a_shard_of_one(tmp_path: Path) -> None:
@@ -215,15 +321,38 @@ def test_text_keeps_every_character(tmp_path: Path) -> None:
         (ALPACA | {"output": None}, "output must be text, this is missing"),
         (COMPLETION | {"completion": []}, "completion must be text, this is a list"),
         (COMPLETION | {"prompt": None}, "prompt must be text, this is missing"),
-        ({"messages": None}, "messages must be a list of at least two turns"),
-        ({"messages": CHAT["messages"][1:2]}, "messages must be a list of at least two turns"),
-        ({"messages": CHAT["messages"][:4]}, "the last message must be the assistant's"),
-        ({"messages": CHAT["messages"][2:3] * 2}, "the one before it the user's"),
-        ({"messages": ["Hi.", "Hello."]}, "every message needs a role and a content"),
-        ({"messages": [{"role": "user"}, *CHAT["messages"][2:3]]}, "every message needs a role and a content"),
-        ({"messages": [{"role": "human", "content": "a"}, *CHAT["messages"][2:3]]}, "role must be system, user or"),
-        ({"messages": [{"role": ["user"], "content": "a"}, *CHAT["messages"][2:3]]}, "role must be system, user or"),
-        ({"messages": [*CHAT["messages"][1:2], {"role": "assistant", "content": None}]}, "content must be text"),
+        ({"messages": None}, "messages must be a list of messages, this is missing"),
+        ({"messages": []}, "messages must be a list of messages, this is empty"),
+        ({"messages": CHAT["messages"][1:2]}, "the last message is not the assistant's"),
+        ({"messages": CHAT["messages"][:4]}, "the last message is not the assistant's"),
+        ({"messages": CHAT["messages"][2:3]}, "no message before the assistant's answer"),
+        ({"messages": ["Hi.", "Hello."]}, "every message in messages must be an object, this is text"),
+        ({"messages": [{"role": "user"}, *CHAT["messages"][2:3]]}, "every message needs content"),
+        ({"messages": [{"role": "user", "content": " "}, *CHAT["messages"][2:3]]}, "content is empty"),
+        ({"messages": [{"role": "asistant", "content": "a"}, *CHAT["messages"][2:3]]}, "role must be one of assistant"),
+        ({"messages": [{"role": ["user"], "content": "a"}, *CHAT["messages"][2:3]]}, "role must be one of assistant"),
+        ({"messages": [*CHAT["messages"][1:2], {"role": "assistant", "content": None}]}, "every message needs content"),
+        (
+            {"messages": [{"role": "user", "content": 7}, *CHAT["messages"][2:3]]},
+            "content must be text, this is a number",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, CHAT["messages"][2]]},
+            "a part of the user's content is of the type image_url; only text is read",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}, CHAT["messages"][2]]},
+            "a part of the user's content is not text",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}, CHAT["messages"][2]]},
+            "only the assistant calls tools",
+        ),
+        ({"messages": CHAT["messages"], "tools": "[{"}, "tools is not valid JSON"),
+        ({"messages": CHAT["messages"], "tools": ["f"]}, "tools must be a list of objects"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "the last message is not the assistant's"),
+        ({"conversations": [{"from": "narrator", "value": "a"}]}, "a message's from must be one of"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, "completion must be a list of messages"),
         (DOLLY | {"response": "\ud83d"}, "half a surrogate pair"),
         (DOLLY | {"category": "\udc00"}, "half a surrogate pair"),
     ],
@@ -503,18 +632,26 @@ def test_a_rows_digest_depends_on_its_content_alone() -> None:
         "response": "x",
         "category": "x",
         "references": ["x"],
-        "history": [["user", "x"]],
+        "messages": [{"role": "assistant", "content": "x"}],
+        "tools": [{"type": "function"}],
         "verbatim": True,
     }
     assert set(changed) == set(row.content())
     digests = {Row.from_content(0, row.content() | {key: value}).digest for key, value in changed.items()}
-    assert len(digests | {row.digest}) == 8
+    assert len(digests | {row.digest}) == 9
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 SAID = TEXT.filter(lambda text: bool(text.strip()))
 EXTRAS = st.fixed_dictionaries({}, optional={"category": TEXT, "references": st.lists(TEXT, max_size=3)})
-TURNS = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), SAID), max_size=3)
+TURNS = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "developer", "user", "assistant", "tool"]), "content": SAID},
+        optional={"name": TEXT},
+    ),
+    min_size=1,
+    max_size=4,
+)
 SOURCES: st.SearchStrategy[dict[str, Any]] = st.builds(
     lambda row, more: row | more,
     st.one_of(
@@ -522,15 +659,13 @@ SOURCES: st.SearchStrategy[dict[str, Any]] = st.builds(
         st.fixed_dictionaries({"instruction": SAID, "output": SAID}, optional={"input": TEXT}),
         st.fixed_dictionaries({"prompt": SAID, "completion": SAID}),
         st.builds(
-            lambda turns, question, answer: {
-                "messages": [
-                    {"role": role, "content": text}
-                    for role, text in [*turns, ("user", question), ("assistant", answer)]
-                ]
+            lambda turns, answer, tools: {
+                "messages": [*turns, {"role": "assistant", "content": answer}],
+                **({"tools": tools} if tools else {}),
             },
             TURNS,
             SAID,
-            SAID,
+            st.lists(st.fixed_dictionaries({"type": st.just("function"), "function": st.dictionaries(TEXT, TEXT)})),
         ),
     ),
     EXTRAS,

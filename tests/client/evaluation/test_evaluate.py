@@ -84,7 +84,7 @@ def test_batches_padding_and_order_change_nothing(any_model: Path, shard: Shard,
     alone = evaluate(model, shard, prompter, batch_size=1, **options)
     assert (alone.rows, model.tokenizer.padding_side) == (7, side)
     encoded = [prompter.encode(row) for row in shard]
-    tokens = sum(len(row.input_ids) - row.response_start for row in encoded)
+    tokens = sum(len(row.input_ids) - row.answer_start for row in encoded)
     weights = {name: weight for name, (_, weight) in alone.metrics.items()}
     assert weights == {"loss": tokens, "rouge_l": 7}
     for size in (3, 16):

@@ -91,10 +91,10 @@ def _plain_loss(model: Any, rows: Sequence[Encoded]) -> float:
     """Row by row and through all logits, as transformers computes it from labels."""
     total = 0.0
     for row in rows:
-        labels = [-100] * row.response_start + row.input_ids[row.response_start :]
+        labels = [-100] * row.answer_start + row.input_ids[row.answer_start :]
         with torch.no_grad():
             loss = model(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([labels])).loss
-        total += float(loss) * (len(row.input_ids) - row.response_start)
+        total += float(loss) * (len(row.input_ids) - row.answer_start)
     return total
 
 
@@ -104,7 +104,7 @@ def test_the_loss_of_a_padded_batch_is_that_of_labels_row_by_row(any_model: Path
     assert len({len(row.input_ids) for row in rows}) > 1
     with torch.no_grad():
         total, tokens = ResponseLoss(adapter)(rows)
-    assert tokens == sum(len(row.input_ids) - row.response_start for row in rows)
+    assert tokens == sum(len(row.input_ids) - row.answer_start for row in rows)
     assert float(total) == pytest.approx(_plain_loss(adapter.module, rows), rel=1e-5)
 
 
@@ -114,7 +114,7 @@ def test_prompt_tokens_give_no_loss_of_their_own(llama: Path, shard: Shard) -> N
     embedding = adapter.base.model.get_input_embeddings().weight
     # Were prompt tokens targets too, the head's rows of tokens that only prompts hold would get a pull upwards: a
     # loss over responses alone can only push them down.
-    prompt_only = sorted(set(row.input_ids[: row.response_start]) - set(row.input_ids[row.response_start :]))
+    prompt_only = sorted(set(row.input_ids[: row.answer_start]) - set(row.input_ids[row.answer_start :]))
     tokens, hidden = embedding.shape
     head = torch.nn.Linear(hidden, tokens, bias=False)
     head.weight.data.copy_(embedding.data)
@@ -122,7 +122,7 @@ def test_prompt_tokens_give_no_loss_of_their_own(llama: Path, shard: Shard) -> N
     torch.autograd.backward(ResponseLoss(adapter)([row])[0])
     assert head.weight.grad is not None
     states = adapter.base.model.model(input_ids=torch.tensor([row.input_ids])).last_hidden_state[0]
-    before = states[row.response_start - 1 : -1].detach()
+    before = states[row.answer_start - 1 : -1].detach()
     probabilities = torch.softmax(head(before), dim=-1)[:, prompt_only]
     assert torch.allclose(head.weight.grad[prompt_only], probabilities.T @ before, atol=1e-5)
 
@@ -137,7 +137,7 @@ def test_training_lowers_the_loss_and_reports_it(llama: Path, shard: Shard) -> N
     after = _plain_loss(adapter.module, rows)
     # Its head is frozen at small random weights, so there is not much to win.
     assert after < 0.97 * before
-    tokens = sum(len(row.input_ids) - row.response_start for row in rows)
+    tokens = sum(len(row.input_ids) - row.answer_start for row in rows)
     # The mean of the last epoch, in which the model changes and dropout acts.
     assert after / tokens - 0.3 < first.loss < before / tokens
     assert (first.samples, first.steps, first.truncated_rows) == (8, 16, 0)
@@ -149,7 +149,7 @@ def test_the_loss_is_weighted_by_tokens_not_by_batches(llama: Path, shard: Shard
     spec = _spec(learning_rate=1e-12, lora_dropout=0.0, batch_size=3)
     adapter = _adapter(llama, spec)
     rows = [_prompter(adapter).encode(shard[row]) for row in range(7)]
-    tokens = sum(len(row.input_ids) - row.response_start for row in rows)
+    tokens = sum(len(row.input_ids) - row.answer_start for row in rows)
     outcome = _train(adapter, shard, range(7), spec)
     assert outcome.steps == 3
     assert outcome.loss == pytest.approx(_plain_loss(adapter.module, rows) / tokens, rel=1e-4)

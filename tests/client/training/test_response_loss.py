@@ -19,8 +19,8 @@ from fedhds_client.training.response_loss import ResponseLoss
 from tests.support.tiny import make_model
 
 ROWS = [
-    Encoded(input_ids=[5, 9, 40, 77, 12], response_start=2, truncated=False),
-    Encoded(input_ids=[7, 8, 33], response_start=0, truncated=False),
+    Encoded([5, 9, 40, 77, 12], [False, False, True, True, True], answer_start=2, end=None, truncated=False),
+    Encoded([7, 8, 33], [True, True, True], answer_start=0, end=None, truncated=False),
 ]
 
 
@@ -43,7 +43,7 @@ def test_the_loss_under_a_prompt_is_that_of_pefts_wrapper(prompted: InferenceMod
     with torch.no_grad():
         for row in ROWS:
             logits = prompted.module(input_ids=torch.tensor([row.input_ids])).logits[0, 4:]
-            start = max(row.response_start, 1)
+            start = max(row.answer_start, 1)
             targets = torch.tensor(row.input_ids[start:])
             expected += float(functional.cross_entropy(logits[start - 1 : -1], targets, reduction="sum"))
         total, tokens = ResponseLoss(prompted)(ROWS)
