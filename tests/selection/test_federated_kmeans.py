@@ -114,11 +114,20 @@ def test_who_drops_out_is_left_out_of_later_sums_and_picks(tmp_path: Path, leave
     assert len(outcome.rows) == wanted
 
 
-def test_equally_near_rows_go_to_the_first_site_and_row(tmp_path: Path) -> None:
+def test_of_equally_near_rows_the_seed_decides_and_no_name_wins_every_time(tmp_path: Path) -> None:
     row = np.full((1, 16), 0.25, dtype=np.float32)
     shards = {name: np.tile(row, (3, 1)) for name in "cab"}
-    outcome = select(shards, tmp_path, "federated-kmeans", selection_budget="1")
-    assert outcome.rows == [("a", 0)]
+    winners = set()
+    for seed in range(8):
+        one, again = (
+            select(shards, tmp_path / f"{seed}-{n}", "federated-kmeans", selection_budget="1", seed=seed)
+            for n in range(2)
+        )
+        assert one.rows == again.rows
+        ((site, first),) = one.rows
+        assert first == 0
+        winners.add(site)
+    assert len(winners) > 1
 
 
 NOISE: dict[str, Any] = {
@@ -211,7 +220,7 @@ def test_a_task_that_comes_again_gets_the_same_bytes(tmp_path: Path) -> None:
 # What the coordinator refuses.
 
 STD = 0.7 * math.sqrt(2)
-GIVEN = selection_pb2.KMeansCenters(dimension=2, values=[0, 0, 1, 1], target_count=2)
+GIVEN = selection_pb2.KMeansCenters(dimension=2, values=[0, 0, 1, 1], target_count=2, last=True)
 
 
 def report_of(
@@ -235,14 +244,31 @@ def report_of(
         (report_of((0, 3, [0, 0]), noise_std=1.0), "does not ask for"),
         (report_of((0, 3, [4 * SUM_UNIT, 0])), "larger than its rows"),
         (report_of((0, 3, [-(2**63), 0])), "larger than its rows"),
-        (report_of((0, 3, [0, 0]), nearest=-1.0), "negative"),
-        (report_of((0, 3, [0, 0]), nearest=math.nan), "not finite"),
+        # Each value could be, but no three rows of length 1 have a sum of that length.
+        (report_of((0, 3, [3 * SUM_UNIT, 3 * SUM_UNIT])), "larger than its rows"),
+        (report_of((0, 3, [0, 0])), "lacks the distance"),
+        (report_of((0, 3, [0, 0]), nearest=-1.0), "does not fit"),
+        (report_of((0, 3, [0, 0]), nearest=math.nan), "does not fit"),
+        (report_of((0, 3, [0, 0]), nearest=0.0), "does not fit"),
+        # Of one row, the distance follows from its sum; the nearest of several is no farther than their mean.
+        (report_of((0, 2, [0, 0]), (1, 1, [0, SUM_UNIT]), nearest=0.9), "does not fit"),
+        (report_of((1, 3, [3 * SUM_UNIT, 0]), nearest=1.1), "does not fit"),
     ],
 )
 def test_a_report_that_cannot_be_right_is_refused(bad: selection_pb2.KMeansStats, words: str) -> None:
     spec = RunSpec.of(model="m", rounds=1, selection_strategy="federated-kmeans", feature_dimension=2)
     assert words in fault_of(bad, spec, centers=GIVEN, rows=3)
-    assert fault_of(report_of((0, 3, [SUM_UNIT, -SUM_UNIT]), nearest=0.5), spec, centers=GIVEN, rows=3) == ""
+    for good in (report_of((0, 3, [SUM_UNIT, -SUM_UNIT]), nearest=1), report_of((1, 3, [3 * SUM_UNIT, 0]), nearest=1)):
+        assert fault_of(good, spec, centers=GIVEN, rows=3) == ""
+
+
+def test_distances_that_were_not_asked_for_are_refused() -> None:
+    spec = RunSpec.of(model="m", rounds=1, selection_strategy="federated-kmeans", feature_dimension=2)
+    earlier = selection_pb2.KMeansCenters(dimension=2, values=[0, 0, 1, 1], target_count=2)
+    report = report_of((0, 3, [0, 0]), nearest=1)
+    assert "not asked for" in fault_of(report, spec, centers=earlier, rows=3)
+    report.clusters[0].ClearField("nearest")
+    assert fault_of(report, spec, centers=earlier, rows=3) == ""
 
 
 @pytest.mark.parametrize(
@@ -255,6 +281,8 @@ def test_a_report_that_cannot_be_right_is_refused(bad: selection_pb2.KMeansStats
         (report_of((0, 3, [0, 0]), noise_std=STD), "every cluster"),
         (report_of((0, 3, [0, 0]), (1, 0, [0, 0]), noise_std=STD, nearest=0.5), "lacks the noise"),
         (report_of((0, 300, [0, 0]), (1, 0, [0, 0]), noise_std=STD), "count is larger"),
+        (report_of((0, 14, [0, 0]), (1, 14, [0, 0]), noise_std=STD), "too far from the 3 rows"),
+        (report_of((0, 3, [40 * SUM_UNIT, 0]), (1, 0, [0, 0]), noise_std=STD), "a sum is larger"),
         (report_of((0, 3, [0, 0]), (1, 0, [0, 0]), noise_std=math.inf), "lacks the noise"),
     ],
 )

@@ -48,8 +48,8 @@ def select(strategy: str, context: SelectionContext, reports: Mapping[str, Repor
     return selection
 
 
-def fedhds(reports: Mapping[str, Report], budget: int | None = None) -> Selection:
-    return select("fedhds", context(rows_of(reports), budget), reports)
+def fedhds(reports: Mapping[str, Report], budget: int | None = None, **fields: Any) -> Selection:
+    return select("fedhds", context(rows_of(reports), budget, fields), reports)
 
 
 def picked(selection: Selection) -> dict[tuple[str, int | None], int]:
@@ -118,13 +118,18 @@ def test_the_papers_rule_takes_one_row_of_each_group_and_drops_the_loner() -> No
         "b": report("b", [(near[1], 0), (10 + near[1], 10)]),
         "c": report("c", [(near[2], 0), (10 + near[2], 10)]),
     }
-    selection = fedhds(reports)
+    selection = fedhds(reports, max_weight_share=1.0)
     assert [group.members for group in selection.groups] == [
         (("a", 0), ("b", 0), ("c", 0)),
         (("a", 1), ("b", 1), ("c", 1)),
     ]
     assert picked(selection) == {("b", 0): 1, ("b", 1): 1}
     assert "1 are like no other" in selection.notes[-1]
+    # By default no site gives more than half of the rows: the next nearest takes its place.
+    bounded = fedhds(reports)
+    assert bounded.groups[0] == selection.groups[0]
+    ((site, cluster),) = bounded.groups[1].winners
+    assert (site != "b", cluster) == (True, 1)
 
 
 def test_clusters_of_which_no_two_are_alike_are_all_kept() -> None:
@@ -144,6 +149,56 @@ def test_a_budget_merges_the_likest_clusters_first_and_keeps_the_loner() -> None
 def test_a_budget_beyond_the_clusters_takes_more_of_each_in_proportion_and_of_the_noise() -> None:
     reports = {"a": report("a", [(0, 0), (9, 9)], (61, 21), unclustered=20)}
     assert picked(fedhds(reports, 12)) == {("a", 0): 1 + 6, ("a", 1): 1 + 2, ("a", None): 2}
+
+
+# What one site says of its rows does not give it the selection.
+
+SHARED = {"feature_dimension": 2, "selection_strategy": "federated-kmeans"}
+
+
+def last_step(clusters: Mapping[str, Sequence[tuple[int, int, float]]], budget: int) -> Selection:
+    """The decision on (cluster, count, nearest) of every site after the last step of federated k-means."""
+    spec = RunSpec.of(model="m", rounds=1, **SHARED)
+    reports, rows = {}, {}
+    for site, triples in clusters.items():
+        stats = selection_pb2.KMeansStats(dimension=2)
+        for number, count, nearest in triples:
+            stats.clusters.add(cluster_id=number, count=count, nearest=nearest)
+        reports[site] = Report(f"select/0/{site}", stats)
+        rows[site] = sum(count for _, count, _ in triples)
+    centers = selection_pb2.KMeansCenters(dimension=2, values=[0.5] * 12, last=True, target_count=budget)
+    strategy = STRATEGIES["federated-kmeans"]
+    selection = strategy.select(SelectionContext(spec, 0, rows, budget, 9, centers), reports)
+    assert isinstance(selection, Selection)
+    return selection
+
+
+def rows_by_site(selection: Selection) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for (site, _), count in picked(selection).items():
+        counts[site] = counts.get(site, 0) + count
+    return counts
+
+
+def test_a_site_that_claims_to_be_nearest_everywhere_does_not_take_every_pick() -> None:
+    honest = [(number, 800 // 6 + 1, 0.3) for number in range(6)]
+    liar = [(number, 2 if number < 2 else 1, 0.0) for number in range(6)]
+    assert rows_by_site(last_step({"honest": honest, "liar": liar}, 6)) == {"honest": 3, "liar": 3}
+    # Names of one certificate share its bound.
+    names = {f"liar/{name}": liar for name in "xyz"}
+    counts = rows_by_site(last_step({"honest": honest, **names}, 6))
+    assert counts.pop("honest") == 3
+    assert sum(counts.values()) == 3
+    # Where the others have no rows left, the budget is met all the same.
+    assert rows_by_site(last_step({"few": [(0, 1, 0.3)], "liar": liar}, 6)) == {"few": 1, "liar": 5}
+
+
+def test_centroids_along_one_line_do_not_shut_the_others_out() -> None:
+    values = np.linspace(-1, 1, 20)
+    liar = report("liar", [(value, 0) for value in values], [2] * 20)
+    honest = report("honest", [(0.01 * number, 0.5) for number in range(20)], [40] * 20)
+    selection = select("fedhds-aligned", context({"honest": 800, "liar": 40}, 10), {"honest": honest, "liar": liar})
+    assert rows_by_site(selection) == {"honest": 5, "liar": 5}
 
 
 @st.composite
@@ -175,7 +230,7 @@ def test_the_order_in_which_sites_answer_does_not_matter(reports: dict[str, Repo
 
 
 def test_under_noise_a_budget_is_an_upper_bound_and_no_count_is_asked_for() -> None:
-    noised = {"selection_clip_norm": 1.0, "selection_noise_multiplier": 1.0}
+    noised = {"selection_clip_norm": 1.0, "selection_noise_multiplier": 1.0, "max_weight_share": 1.0}
     reports = {"a": report("a", [(0, 0), (9, 9)], (0, 0)), "b": report("b", [(0, 1)], (0,))}
     for budget, rows in ((2, 2), (50, 3)):
         assert sum(picked(select("fedhds", context({"a": 8, "b": 8}, budget, noised), reports)).values()) == rows
@@ -183,6 +238,9 @@ def test_under_noise_a_budget_is_an_upper_bound_and_no_count_is_asked_for() -> N
 
 NARROW = selection_pb2.ClusterReport(dimension=2, centroids=[selection_pb2.Centroid(values=[1], size=4)])
 TWICE = selection_pb2.ClusterReport(dimension=2, centroids=2 * [selection_pb2.Centroid(values=[1, 2], size=2)])
+LATER = selection_pb2.ClusterReport(
+    dimension=2, centroids=[selection_pb2.Centroid(cluster_id=1, values=[0, 1], size=4)]
+)
 MANY = report("z", 17 * [(0, 0)], 17 * [1]).message
 PLAIN: dict[str, Any] = {}
 NOISED: dict[str, Any] = {
@@ -212,6 +270,12 @@ def noised_report(*, centroids: int = 2, noise_std: float = STD, size: int = 0, 
         (report("z", [(0, 0)], (4,)).message, 0, PLAIN, "do not add up to the 0 rows"),
         (TWICE, 4, PLAIN, "twice"),
         (MANY, 16, PLAIN, "more clusters than rows"),
+        (LATER, 4, PLAIN, "not numbered from 0"),
+        (report("z", [(0, 0), (1, 0)], (4, 1)).message, 5, PLAIN, "fewer than 2 rows"),
+        (report("z", [(0, 0), (1, 0)], (4, 0)).message, 4, PLAIN, "fewer than 2 rows"),
+        (noised_report(), 4, PLAIN, "noise that the run does not ask for"),
+        (report("z", [(9, 0)], (4,)).message, 4, {"selection_clip_norm": 1.0}, "longer than a mean"),
+        (report("z", [(1e30, 0), (0, 0)], (0, 0)).message, 4, NOISED, "longer than a mean"),
         (report("z", [(0, 0)], (4,)).message, 4, NOISED, "which the noise does not cover"),
         (noised_report(unclustered=4), 4, NOISED, "which the noise does not cover"),
         (noised_report(noise_std=0), 4, NOISED, "lacks the noise"),
@@ -239,7 +303,7 @@ def test_a_report_that_can_be_right_is_taken() -> None:
 def test_centroids_have_the_dimension_of_their_space(strategy: str, dimension: int) -> None:
     spec = spec_of(strategy, feature_dimension=7)
     for number in (2, 7):
-        fault = STRATEGIES[strategy].check(spec, None, report("z", [number * (1,)], (4,)).message, rows=4)
+        fault = STRATEGIES[strategy].check(spec, None, report("z", [number * (0.3,)], (4,)).message, rows=4)
         assert (fault == "") == (number == dimension)
 
 

@@ -1,20 +1,75 @@
-"""Allocates a budget to the rows of sites, as coresets."""
+"""Allocates a budget to the rows of sites, as coresets; no party gets more than its bound."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from fedhds.v2 import selection_pb2
-from fedhds_server.selection.base import Report
+from fedhds_server.run.parties import parties, party_of
+from fedhds_server.selection.base import Report, SelectionContext
 
 Pool = tuple[str, int | None]
 """Rows of one site: of a cluster, or (None) of no cluster."""
+
+
+class Allocation:
+    """Rows that are given out of a budget, pool by pool.
+
+    The sites of one party together get no more than `--max-weight-share` of the budget while others have rows left, and
+    at least its part if all parties had the same: what a site says of its rows cannot be checked.
+    """
+
+    def __init__(self, context: SelectionContext, budget: int) -> None:
+        trainers = [site for site, rows in context.rows.items() if rows]
+        share = max(context.spec.aggregation.max_weight_share, 1 / max(1, len(parties(trainers))))
+        # A hair below, so that a third of 6 is 2 despite binary floats.
+        self._limit = math.ceil(budget * share - 1e-9)
+        self._by_party: Counter[str] = Counter()
+        self._rank = context.rank
+        self.counts: Counter[Pool] = Counter()
+        """Rows given so far."""
+
+    def first(self, clusters: Iterable[tuple[str, int]]) -> tuple[str, int] | None:
+        """Takes one row of the first of `clusters` whose party is below its bound; None when there is none."""
+        cluster = next((cluster for cluster in clusters if self._room(cluster[0])), None)
+        if cluster is not None:
+            self._give(cluster, 1)
+        return cluster
+
+    def divide(self, pools: Mapping[Pool, int], count: int, *, exactly: bool) -> None:
+        """Gives `count` rows to `pools` in proportion to the rows that they have left.
+
+        What a bounded party would get goes to the others; with `exactly`, what these cannot give comes from it after
+        all.
+        """
+        left = {pool: rows for pool, rows in pools.items() if rows > 0}
+        while count > 0 and (free := {pool: rows for pool, rows in left.items() if rows and self._room(pool[0])}):
+            for pool, rows in in_proportion(free, count, rank=self._rank).items():
+                taken = min(rows, self._room(pool[0]))
+                self._give(pool, taken)
+                left[pool] -= taken
+                count -= taken
+        if exactly and count > 0:
+            for pool, rows in in_proportion(left, count, rank=self._rank).items():
+                self._give(pool, rows)
+
+    def _room(self, site: str) -> int:
+        return self._limit - self._by_party[party_of(site)]
+
+    def _give(self, pool: Pool, rows: int) -> None:
+        self.counts[pool] += rows
+        self._by_party[party_of(pool[0])] += rows
 
 
 def coresets(counts: Mapping[Pool, int], reports: Mapping[str, Report]) -> dict[str, selection_pb2.Coreset]:
     """The picks of every site that gives rows; `reports` names the tasks by which sites know their clusters."""
     coresets: dict[str, selection_pb2.Coreset] = {}
     for (site, cluster), count in sorted(counts.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
+        if not count:
+            continue
         picks = coresets.setdefault(site, selection_pb2.Coreset()).picks
         picks.select_task_id = reports[site].task_id
         if cluster is None:
@@ -24,11 +79,11 @@ def coresets(counts: Mapping[Pool, int], reports: Mapping[str, Report]) -> dict[
     return coresets
 
 
-def in_proportion(pools: Mapping[Pool, int], count: int) -> dict[Pool, int]:
-    """`count` rows (or all) divided by what each pool holds: largest remainders, equal ones by name."""
+def in_proportion(pools: Mapping[Pool, int], count: int, *, rank: Callable[[str], Any] = str) -> dict[Pool, int]:
+    """`count` rows (or all) divided by what each pool holds: largest remainders, equal ones by the `rank` of sites."""
     total = sum(pools.values())
     count = min(count, total)
     shares = {pool: divmod(count * size, total) for pool, size in pools.items() if size}
     short = count - sum(whole for whole, _ in shares.values())
-    order = sorted(shares, key=lambda pool: (-shares[pool][1], pool[0], -1 if pool[1] is None else pool[1]))
-    return {pool: rows for rank, pool in enumerate(order) if (rows := shares[pool][0] + (rank < short))}
+    order = sorted(shares, key=lambda pool: (-shares[pool][1], rank(pool[0]), -1 if pool[1] is None else pool[1]))
+    return {pool: rows for place, pool in enumerate(order) if (rows := shares[pool][0] + (place < short))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,11 @@ from google.protobuf.message import Message
 
 from fedhds.spec import RunSpec
 from fedhds.v2 import selection_pb2
+
+# What a site adds may exceed what its rows can give by this many standard deviations of its noise.
+NOISE_TAIL = 12.0
+# Features have a known length, but 16-bit models and float32 round.
+LENGTH_SLACK = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,10 @@ class SelectionContext:
     """The message of type `request_type` that the sites answered; None in the first step."""
     totals: Any = None
     """What the sites' reports add up to, where the strategy adds them up."""
+
+    def rank(self, site: str) -> bytes:
+        """Decides between sites that are equal otherwise: nobody can choose a name that wins every time."""
+        return hashlib.sha256(f"{self.spec.seed}/{self.round_number}/{site}".encode()).digest()
 
 
 @dataclass(frozen=True, slots=True)

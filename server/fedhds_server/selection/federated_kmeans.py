@@ -9,21 +9,20 @@ follows from sums and counts as well. Surplus centers are then merged by Ward's 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.spatial.distance import cdist
 
 from fedhds.kmeans import OVERSPLIT, SUM_UNIT, splitting_passes
 from fedhds.spec import FederatedKMeansSpec, RunSpec
 from fedhds.v2.selection_pb2 import ClusterStats, KMeansCenters, KMeansStats
-from fedhds_server.selection.allocation import Pool, coresets, in_proportion
+from fedhds_server.selection.allocation import Allocation, Pool, coresets
 from fedhds_server.selection.base import Group, InterClientSelection, Report, Selection, SelectionContext
 from fedhds_server.selection.kmeans_stats import added, fault_of, without_sums
 from fedhds_server.selection.pca_2d import pca_2d
+from fedhds_server.selection.ward import ward_labels
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -55,9 +54,10 @@ class Clusters:
 class FederatedKMeans(InterClientSelection):
     """As many centers as rows are allowed, over all sites' rows; the row nearest to each trains.
 
-    Without noise the winner of a cluster is the nearest of all rows (equally near ones: the first site by name, then
-    the first row). Clusters that stay empty, and a budget beyond the clusters, are made up for by the next nearest
-    rows, in proportion to the rows of the clusters at each site. Under noise there are `released_centroids` centers, no
+    Without noise the winner of a cluster is the nearest of all rows (of equally near ones that of the first site by
+    `SelectionContext.rank`, then the first row) whose party has not got its part of the budget. Clusters that stay
+    without a winner, and a budget beyond the clusters, are made up for by the next nearest rows, in proportion to the
+    rows of the clusters at each site. Under noise there are `released_centroids` centers, no
     distances, and the budget is divided by noised counts; each site then picks rows of its clusters that are far apart.
     """
 
@@ -116,26 +116,12 @@ def _nudge(clusters: Clusters, index: int, seed: int) -> FloatArray:
 
 
 def merge(clusters: Clusters, target: int) -> FloatArray:
-    """`target` centers out of more: the two whose union adds least to the rows' squared distances, again and again.
-
-    That is Ward's linkage with every mean weighted by its rows.
-    """
-    means, counts = clusters.means.copy(), clusters.counts.copy()
-    costs = cdist(means, means, "sqeuclidean") * (counts[:, None] * counts) / (counts[:, None] + counts)
-    np.fill_diagonal(costs, np.inf)
-    alive = np.ones(len(counts), dtype=bool)
-    for _ in range(len(counts) - target):
-        first, second = sorted(divmod(int(costs.argmin()), len(counts)))
-        together = counts[first] + counts[second]
-        means[first] = (counts[first] * means[first] + counts[second] * means[second]) / together
-        counts[first] = together
-        alive[second] = False
-        others = alive.copy()
-        others[first] = False
-        squares = ((means[others] - means[first]) ** 2).sum(axis=1)
-        costs[first, others] = costs[others, first] = squares * together * counts[others] / (together + counts[others])
-        costs[second, :] = costs[:, second] = np.inf
-    return means[alive]
+    """`target` centers out of more: the two whose union adds least to the rows' squared distances, again and again."""
+    labels = ward_labels(clusters.means, clusters.counts, target)
+    counts = np.bincount(labels, weights=clusters.counts)
+    means = np.zeros((len(counts), clusters.means.shape[1]))
+    np.add.at(means, labels, clusters.means * clusters.counts[:, None])
+    return means / counts[:, None]
 
 
 def _picks(context: SelectionContext, centers: KMeansCenters, reports: Mapping[str, Report]) -> Selection:
@@ -147,26 +133,27 @@ def _picks(context: SelectionContext, centers: KMeansCenters, reports: Mapping[s
             if cluster.count > 0:
                 at.setdefault(cluster.cluster_id, {})[site] = cluster
     heaviest = sorted(at, key=lambda number: (-sum(cluster.count for cluster in at[number].values()), number))
-    counts: Counter[Pool] = Counter()
+    allocation = Allocation(context, budget)
     winners: dict[int, tuple[tuple[str, int], ...]] = {}
     if context.spec.privacy.selection.noised:
         # Every cluster gives alike, as far as its counts reach; within it sites give by the rows that they have.
         for rank, number in enumerate(heaviest):
             share = budget // len(heaviest) + (rank < budget % len(heaviest))
             rows: dict[Pool, int] = {(site, number): cluster.count for site, cluster in at[number].items()}
-            counts.update(in_proportion(rows, share))
-            winners[number] = tuple((site, number) for site in at[number] if counts[site, number])
+            allocation.divide(rows, share, exactly=False)
+            winners[number] = tuple((site, number) for site in at[number] if allocation.counts[site, number])
     else:
         for number in heaviest[:budget]:
-            winner = min(at[number], key=lambda site: (at[number][site].nearest, site))
-            counts[winner, number] = 1
-            winners[number] = ((winner, number),)
+            nearest = sorted(at[number], key=lambda site: (at[number][site].nearest, context.rank(site)))
+            if winner := allocation.first((site, number) for site in nearest):
+                winners[number] = ((winner[0], number),)
         left: dict[Pool, int] = {
-            (site, number): cluster.count - counts[site, number]
+            (site, number): cluster.count - allocation.counts[site, number]
             for number in at
             for site, cluster in at[number].items()
         }
-        counts.update(in_proportion(left, budget - counts.total()))
+        allocation.divide(left, budget - allocation.counts.total(), exactly=True)
+    counts = allocation.counts
     groups = tuple(
         Group(tuple((site, number) for site in sorted(at[number])), winners.get(number, ())) for number in sorted(at)
     )

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 
 import hdbscan
 import numpy as np
-from scipy.cluster.hierarchy import fcluster, ward
-from scipy.spatial.distance import pdist
 
 from fedhds.privacy.mechanisms import centroid_sensitivity
 from fedhds.spec import ClusteringSpec, RunSpec
 from fedhds.v2.selection_pb2 import ClusterReport
-from fedhds_server.selection.allocation import Pool, coresets, in_proportion
-from fedhds_server.selection.base import Group, InterClientSelection, Report, Selection, SelectionContext
+from fedhds_server.selection.allocation import Allocation, Pool, coresets
+from fedhds_server.selection.base import (
+    LENGTH_SLACK,
+    NOISE_TAIL,
+    Group,
+    InterClientSelection,
+    Report,
+    Selection,
+    SelectionContext,
+)
 from fedhds_server.selection.pca_2d import pca_2d
+from fedhds_server.selection.ward import ward_labels
 
 # The paper's: two sites that have the same group are redundancy enough.
 _MIN_CLUSTER_SIZE = 2
@@ -37,24 +43,34 @@ class FedHds(InterClientSelection):
     def check(self, spec: RunSpec, request: None, report: ClusterReport, *, rows: int) -> str:
         strategy, privacy = spec.selection.strategy, spec.privacy.selection
         assert isinstance(strategy, ClusteringSpec)
-        dimension = strategy.centroid_dimension(spec)
-        sizes = [report.unclustered, *(centroid.size for centroid in report.centroids)]
+        dimension, released = strategy.centroid_dimension(spec), privacy.released_centroids
         if report.dimension != dimension or any(len(each.values) != dimension for each in report.centroids):
             return f"its centroids do not have the {dimension} values that the run's features give"
-        if len(report.centroids) > max(rows, privacy.released_centroids):
+        if len(report.centroids) > max(rows, released):
             return "it has more clusters than rows"
-        if len({centroid.cluster_id for centroid in report.centroids}) < len(report.centroids):
+        numbers = [centroid.cluster_id for centroid in report.centroids]
+        if len(set(numbers)) < len(numbers):
             return "a cluster is reported twice"
-        if not all(np.isfinite(centroid.values).all() for centroid in report.centroids):
-            return "a centroid holds values that are not finite"
-        if not privacy.noised:
-            return "" if sum(sizes) == rows else f"its clusters do not add up to the {rows} rows that it declared"
-        if any(sizes):
-            return "it counts rows, which the noise does not cover"
-        released = privacy.released_centroids
+        if numbers and max(numbers) >= len(numbers):
+            return "its clusters are not numbered from 0 on"
         std = privacy.noise_multiplier * centroid_sensitivity(clip_norm=privacy.clip_norm, released=released)
-        if len(report.centroids) != released or not math.isclose(report.noise_std, std, rel_tol=1e-6):
-            return f"it lacks the noise that the run asks for, on exactly {released} centroids"
+        if fault := _length_fault(spec, report, noise_std=std):
+            return fault
+        sizes = [centroid.size for centroid in report.centroids]
+        if privacy.noised:
+            if any(sizes) or report.unclustered:
+                return "it counts rows, which the noise does not cover"
+            if len(report.centroids) != released or not math.isclose(report.noise_std, std, rel_tol=1e-6):
+                return f"it lacks the noise that the run asks for, on exactly {released} centroids"
+            return ""
+        if report.noise_std:
+            return "it has noise that the run does not ask for"
+        if sum(sizes) + report.unclustered != rows:
+            return f"its clusters do not add up to the {rows} rows that it declared"
+        # Where there are too few rows to cluster, each may be a cluster of its own.
+        smallest = strategy.min_cluster_size if rows >= 2 * strategy.min_cluster_size else 1
+        if any(size < smallest for size in sizes):
+            return f"it has a cluster of fewer than {smallest} rows"
         return ""
 
     def select(self, context: SelectionContext, reports: Mapping[str, Report]) -> Selection:
@@ -63,7 +79,8 @@ class FedHds(InterClientSelection):
         keys: list[tuple[str, int]] = []
         points: list[list[float]] = []
         pools: dict[Pool, int] = {}
-        for site in sorted(reports):
+        # In this order the first of equals is not the first by name.
+        for site in sorted(reports, key=context.rank):
             report: ClusterReport = reports[site].message
             pools[site, None] = report.unclustered
             for centroid in sorted(report.centroids, key=lambda item: item.cluster_id):
@@ -71,11 +88,17 @@ class FedHds(InterClientSelection):
                 points.append(list(centroid.values))
                 pools[site, centroid.cluster_id] = centroid.size
         centroids = np.array(points, dtype=np.float64).reshape(len(keys), strategy.centroid_dimension(context.spec))
-        groups = _groups(keys, centroids) if context.budget is None else _ward_groups(keys, centroids, context.budget)
-        counts: Counter[Pool] = Counter(winner for group in groups for winner in group.winners)
-        if context.budget is not None and context.budget > len(groups):
-            left = {pool: max(0, size - counts[pool]) for pool, size in pools.items()}
-            counts.update(in_proportion(left, context.budget - len(groups)))
+        if context.budget is None:
+            labels = _paper_labels(centroids)
+        else:
+            labels = ward_labels(centroids, np.ones(len(keys)), context.budget)
+        budget = labels.max(initial=-1) + 1 if context.budget is None else context.budget
+        allocation = Allocation(context, int(budget))
+        groups = _groups(keys, centroids, labels, allocation)
+        if context.budget is not None:
+            left = {pool: size - allocation.counts[pool] for pool, size in pools.items()}
+            allocation.divide(left, context.budget - allocation.counts.total(), exactly=True)
+        counts = allocation.counts
         kept = sum(len(group.members) for group in groups)
         alone = sum(len(group.members) == 1 for group in groups)
         note = (
@@ -86,27 +109,39 @@ class FedHds(InterClientSelection):
         return Selection(coresets(counts, reports), groups, (note,), places)
 
 
-def _groups(keys: list[tuple[str, int]], points: np.ndarray) -> tuple[Group, ...]:
-    """The paper's groups."""
-    labels = np.full(len(keys), -1)
-    if len(keys) >= _MIN_POINTS:
+def _length_fault(spec: RunSpec, report: ClusterReport, *, noise_std: float) -> str:
+    """Why the centroids cannot be means of the run's features, whose length is known in a shared space."""
+    values = np.array([centroid.values for centroid in report.centroids], dtype=np.float64)
+    if not np.isfinite(values).all():
+        return "a centroid holds values that are not finite"
+    bounds = [privacy.clip_norm] if (privacy := spec.privacy.selection).clip_norm else []
+    bounds += [1.0] * spec.selection.strategy.shared_space
+    if not bounds or not len(values):
+        return ""
+    # Noise has about the length std * sqrt(d), and is never longer by 12 std.
+    room = min(bounds) * (1 + LENGTH_SLACK) + noise_std * (math.sqrt(report.dimension) + NOISE_TAIL)
+    if np.linalg.norm(values, axis=1).max() > room:
+        return "a centroid is longer than a mean of the run's features can be"
+    return ""
+
+
+def _paper_labels(points: np.ndarray) -> np.ndarray:
+    """The paper's groups (n,); -1: none."""
+    labels = np.full(len(points), -1)
+    if len(points) >= _MIN_POINTS:
         labels = hdbscan.HDBSCAN(min_cluster_size=_MIN_CLUSTER_SIZE).fit(points).labels_
-    return _with_winners(keys, points, labels if labels.max(initial=-1) >= 0 else np.arange(len(keys)))
+    return labels if labels.max(initial=-1) >= 0 else np.arange(len(points))
 
 
-def _ward_groups(keys: list[tuple[str, int]], points: np.ndarray, count: int) -> tuple[Group, ...]:
-    """`count` groups, or as many as there are centroids."""
-    if count >= len(keys):
-        return _with_winners(keys, points, np.arange(len(keys)))
-    return _with_winners(keys, points, fcluster(ward(pdist(points)), count, criterion="maxclust") - 1)
-
-
-def _with_winners(keys: list[tuple[str, int]], points: np.ndarray, labels: np.ndarray) -> tuple[Group, ...]:
+def _groups(
+    keys: list[tuple[str, int]], points: np.ndarray, labels: np.ndarray, allocation: Allocation
+) -> tuple[Group, ...]:
+    """The groups, the largest first; each gives a row of the cluster nearest to its center whose party has room."""
     groups = []
-    for label in range(labels.max(initial=-1) + 1):
-        members = np.flatnonzero(labels == label)
-        distances = np.linalg.norm(points[members] - points[members].mean(axis=0), axis=1)
-        # argmin takes the first of equals: the smallest (site, cluster_id).
-        winner = keys[members[int(distances.argmin())]]
-        groups.append(Group(tuple(keys[index] for index in members), (winner,)))
-    return tuple(sorted(groups, key=lambda group: (-len(group.members), group.members)))
+    members = [np.flatnonzero(labels == label) for label in range(labels.max(initial=-1) + 1)]
+    for group in sorted(members, key=lambda group: (-len(group), group[0])):
+        distances = np.linalg.norm(points[group] - points[group].mean(axis=0), axis=1)
+        nearest = (keys[index] for index in group[np.argsort(distances, kind="stable")])
+        winner = allocation.first(nearest)
+        groups.append(Group(tuple(sorted(keys[index] for index in group)), (winner,) if winner else ()))
+    return tuple(groups)
