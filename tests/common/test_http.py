@@ -56,6 +56,19 @@ async def test_a_connection_on_which_no_request_begins_is_closed(monkeypatch: py
         assert await gone(reader)
         assert asyncio.get_running_loop().time() - began > 0.4
         writer.close()
+        # Nor does one begin whose headers never end.
+        reader, writer = await connect(url)
+        writer.write(b"GET /healthz HTTP/1.1\r\n")
+        dripping = asyncio.create_task(drip(writer))
+        assert await gone(reader)
+        dripping.cancel()
+        writer.close()
+
+
+async def drip(writer: asyncio.StreamWriter) -> None:
+    while True:
+        writer.write(b"x")
+        await asyncio.sleep(0.05)
 
 
 async def test_an_answer_that_nobody_takes_is_given_up_and_a_slow_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,7 +235,7 @@ async def test_headers_keep_everything_foreign_out(host: Host, sqlite: Place) ->
             assert headers["x-content-type-options"] == "nosniff"
         # A name that somebody pointed at the loopback address.
         port = urlsplit(url).port
-        for path in ("/", "/events", "/selection.json"):
+        for path in ("/", "/events", "/selection.json", "/metrics"):
             for name in (
                 "evil.example.org",
                 "{.evil.example.org",

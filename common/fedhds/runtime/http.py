@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -19,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedhds.errors import SettingsError
 from fedhds.runtime.metrics import exposition
+from fedhds.settings import is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ _LAST_ANSWERS_S = 1
 # Browsers open connections ahead of their requests, and slow links take seconds for an answer; a connection on which
 # nothing at all moves for this long is of no use to anybody.
 _UNUSED_S = 10.0
+_HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[a-zA-Z0-9.-]+)(:[0-9]+)?")
 
 # Read on the event loop, where the state is whole; cheap.
 Families = Callable[[], Sequence[Metric]]
@@ -44,8 +47,11 @@ async def served(
     /healthz is answered by the loop itself: no answer within the prober's timeout means that it stands still.
     Raises SettingsError when the address cannot be had.
     """
+    host = address.rpartition(":")[0]
 
     async def metrics(request: Request) -> Response:
+        if refusal := misdirected(request, loopback=is_loopback(host)):
+            return refusal
         read = families()
         # The process's own figures are files to read.
         content, media_type = await asyncio.to_thread(exposition, read, request.headers.get("accept", ""))
@@ -73,7 +79,7 @@ async def served(
         timeout_graceful_shutdown=_LAST_ANSWERS_S,
     )
     listener = _bound(address)
-    host, port = address.rpartition(":")[0], listener.getsockname()[1]
+    port = listener.getsockname()[1]
     server = _Server(config)
     serving = asyncio.create_task(server.serve([listener]))
     logger.info("metrics at http://%s:%d/metrics", host, port)
@@ -82,6 +88,18 @@ async def served(
     finally:
         server.should_exit = True
         await serving
+
+
+def misdirected(request: Request, *, loopback: bool) -> Response | None:
+    """On loopback, the answer to a request that names another host; None for all others.
+
+    A site in a browser on this machine could otherwise point its own name at 127.0.0.1 and read what is here.
+    """
+    # The header itself: a URL made of it falls back to the socket's own address where it is odd.
+    named = _HOST.fullmatch(request.headers.get("host", ""))
+    if not loopback or (named and is_loopback(named[1].strip("[]"))):
+        return None
+    return PlainTextResponse("ask for 127.0.0.1 or localhost\n", status_code=421)
 
 
 class _Connection(H11Protocol):

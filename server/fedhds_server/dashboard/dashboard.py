@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import math
-import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.resources import files
@@ -19,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from fedhds import __version__
 from fedhds.errors import StorageError
-from fedhds.settings import is_loopback
+from fedhds.runtime.http import misdirected
 from fedhds.status import status_dict
 from fedhds_server.leadership.gate import LeaderGate
 from fedhds_server.leadership.leadership import Leadership
@@ -37,7 +36,6 @@ _EVERY_S = 1.0
 # take events for it for many minutes before anybody noticed.
 _STREAM_S = 120.0
 _RETRY_S = 2
-_HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[a-zA-Z0-9.-]+)(:[0-9]+)?")
 _FILES = {"/": "index.html"} | {f"/{name}": name for name in ("page.css", "page.js", "drawing.js", "icon.svg")}
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _HEADERS = {
@@ -57,8 +55,7 @@ _HEADERS = {
 class Dashboard:
     """Read-only. The status is taken at most once a second, however many look, and not at all while nobody does.
 
-    On loopback (`loopback`) only requests to a loopback name are answered: a site in the operator's browser could
-    otherwise point its own name at 127.0.0.1 and read the page.
+    On loopback (`loopback`) only requests to a loopback name are answered.
     """
 
     def __init__(self, gate: LeaderGate, leadership: Leadership, *, loopback: bool) -> None:
@@ -90,10 +87,8 @@ class Dashboard:
 
     def _guarded(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def guarded(request: Request) -> Response:
-            # The header itself: a URL made of it falls back to the socket's own address where it is odd.
-            named = _HOST.fullmatch(request.headers.get("host", ""))
-            if self._loopback and not (named and is_loopback(named[1].strip("[]"))):
-                return PlainTextResponse("ask for 127.0.0.1 or localhost\n", status_code=421)
+            if refusal := misdirected(request, loopback=self._loopback):
+                return refusal
             response = await endpoint(request)
             response.headers.update(_HEADERS)
             return response
