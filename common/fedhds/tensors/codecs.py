@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.manifest import AdapterManifest, FloatArray, TensorSpec
-from fedhds.tensors.safetensors import AdapterDtype, write_adapter, write_difference
+from fedhds.tensors.safetensors import AdapterDtype, file_sizes, write_adapter, write_difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,10 @@ class Codec:
         if self.is_difference:
             return write_difference(path, manifest, tensor)
         return write_adapter(path, manifest, tensor, self.adapter_dtype)
+
+    def sizes(self, manifest: AdapterManifest) -> range:
+        """Sizes in bytes that the file of an update may have."""
+        return file_sizes(manifest, None if self.is_difference else self.adapter_dtype)
 
 
 CODECS: dict[str, Codec] = {

@@ -38,8 +38,8 @@ _NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "I8": np.dtype(np.int8),
 }
 _FLOATS = tuple(_STORED_NAMES.values())
-# A header lists names and offsets only; adapters of the largest models stay far below this.
-_MAX_HEADER_BYTES = 64 << 20
+# Of a header: what `__metadata__` may take, and one entry besides its name and shape, with spaces as others write it.
+_METADATA_BYTES, _ENTRY_BYTES, _DIMENSION_BYTES = 4096, 160, 24
 
 
 def largest_value(dtype: AdapterDtype) -> float:
@@ -180,7 +180,7 @@ class AdapterReader:
         # Read and not mapped: pages of a mapping count as the process's own, for every update of a round.
         self._file = path.open("rb", buffering=0)
         try:
-            self._start, header = _header(self._file)
+            self._start, header = _header(self._file, _max_header(manifest))
             self.is_difference = differences and manifest.tensors[0].scales_name in header
             payload = os.fstat(self._file.fileno()).st_size - self._start
             self._entries = _checked_entries(header, manifest, payload, self.is_difference)
@@ -224,14 +224,33 @@ class AdapterReader:
         return values
 
 
-def _header(file: FileIO) -> tuple[int, dict[str, Any]]:
+def file_sizes(manifest: AdapterManifest, dtype: AdapterDtype | None) -> range:
+    """Sizes in bytes that a file with the manifest's tensors may have; `dtype` None: with differences in int8."""
+    if dtype is None:
+        entries = [entry for spec in manifest.tensors for entry in _difference_entries(spec)]
+    else:
+        entries = [_Entry(spec.name, spec.shape, _STORED_NAMES[dtype]) for spec in manifest.tensors]
+    payload = 8 + sum(entry.size for entry in entries)
+    return range(payload, payload + _max_header(manifest) + 1)
+
+
+def _max_header(manifest: AdapterManifest) -> int:
+    """Bytes of the longest header that a file with the manifest's tensors, or with differences to them, may have."""
+    return _METADATA_BYTES + sum(
+        len(json.dumps(name)) + _ENTRY_BYTES + _DIMENSION_BYTES * len(spec.shape)
+        for spec in manifest.tensors
+        for name in (spec.name, spec.scales_name)
+    )
+
+
+def _header(file: FileIO, max_length: int) -> tuple[int, dict[str, Any]]:
     """Where the tensor bytes start, and the header's entries as they stand there."""
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise AdapterError("the adapter file is shorter than a safetensors header")
     (length,) = struct.unpack("<Q", file.read(8))
-    if length > min(_MAX_HEADER_BYTES, size - 8):
-        raise AdapterError("the adapter file's header is longer than the file or than any adapter needs")
+    if length > min(max_length, size - 8):
+        raise AdapterError("the adapter file's header is longer than the file or than the run's tensors need")
     try:
         header = json.loads(file.read(length))
     except (ValueError, RecursionError) as error:

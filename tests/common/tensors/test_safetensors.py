@@ -226,8 +226,8 @@ def test_every_truncated_file_is_refused(tmp_path: Path) -> None:
         (put_together(b"", b""), "not JSON"),
         (put_together(b'{"a":', b""), "not JSON"),
         (put_together(b'{"a": "\xff\xfe"}', b""), "not JSON"),
-        (put_together(b"[" * 1_000_000, b""), "not JSON"),
-        (put_together(b"9" * 10_000, b""), "not JSON"),
+        (put_together(b"[" * 4_500, b""), "not JSON"),
+        (put_together(b"9" * 4_500, b""), "not JSON"),
         (put_together(b"[]", b""), "not a JSON object"),
         (put_together(b"{}", b""), "2 of them; the first is 'q.lora_A.weight'"),
     ],
@@ -242,9 +242,9 @@ def test_a_file_without_a_safetensors_header_is_refused(tmp_path: Path, content:
 def test_a_header_longer_than_any_adapter_needs_is_refused_though_the_file_holds_it(tmp_path: Path) -> None:
     # A file of holes: it takes no room.
     with (tmp_path / "adapter").open("wb") as file:
-        file.write(struct.pack("<Q", (64 << 20) + 1))
-        file.truncate(65 << 20)
-    with pytest.raises(AdapterError, match="longer than the file or than any adapter needs"):
+        file.write(struct.pack("<Q", 1 << 20))
+        file.truncate(2 << 20)
+    with pytest.raises(AdapterError, match="longer than the file or than the run's tensors need"):
         opened(tmp_path / "adapter")
 
 
