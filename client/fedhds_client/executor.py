@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +70,7 @@ class TaskExecutor:
             features = ShardFeatures(self._settings, spec, model, prompter, self._group)
             proof = fingerprint(base, prompter.fingerprint)
             proof.feature_model = features.proof
-            self._proof = proof, model.manifest()
+            self._proof = proof, replace(model.manifest(), stop_tokens=prompter.stop_tokens)
             self._models = RunModels(spec, model, prompter, features)
             logger.info("the base model is on %s, rows of up to %d tokens", base.device, prompter.max_length)
         elif spec != self._models.spec:
@@ -100,6 +100,11 @@ class TaskExecutor:
                 except OSError as error:
                     raise StorageError(f"cannot keep the adapter in {self._adapters}: {error.strerror}") from error
         return path
+
+    @property
+    def generation_config(self) -> str:
+        """generation_config.json beside the run's adapters, after this site's own tokenizer and prompt format."""
+        return self._proof[1].generation_config
 
     def execute(self, site: Site, run_id: str, task: pb.Task, adapter: Path, control: Control) -> TaskResult:
         """Does a task of `site`; raises TaskError for a kind that this version does not know."""

@@ -263,7 +263,12 @@ class SiteLoop:
         if done.HasField("adapter"):
             adapter = await self._fetch("", done.adapter, 0)
             await asyncio.to_thread(
-                write_adapter_folder, self._settings.out, adapter, done.adapter_config, done.model_card
+                write_adapter_folder,
+                self._settings.out,
+                adapter,
+                done.adapter_config,
+                done.model_card,
+                self._executor.generation_config,
             )
             logger.info("%s: the final adapter is in %s", self._site.name, self._settings.out)
         request = pb.ConfirmDeliveryRequest(session=self._session)

@@ -142,5 +142,6 @@ def model_card_of(state: RunState) -> str:
         fingerprint=state.fingerprint,
         version=__version__,
         evaluations={number: means_of(sums) for number, sums in sorted(state.evaluations.items())},
+        stop_tokens=state.adapter_manifest.stop_tokens if state.manifest else (),
     )
     return model_card(state.spec, facts)

@@ -17,10 +17,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model_state_dict
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from fedhds.errors import StorageError
 from fedhds.spec import RunSpec
+from fedhds.tensors.manifest import StopToken
 from fedhds.tensors.safetensors import write_adapter
 from fedhds_client.models.adapter import AdapterModel
 from fedhds_client.models.loading import load_base_model
@@ -30,7 +31,7 @@ from tests.support.manifests import lora_manifest
 from tests.support.tiny import make_model
 
 MANIFEST = lora_manifest({"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)})
-FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "generation_config.json"]
 FACTS = CardFacts(
     rounds=3,
     sites=2,
@@ -50,7 +51,7 @@ def write(folder: Path, number: int) -> None:
     """Writes a checkpoint whose every file tells its number."""
     adapter = folder / "adapter"
     write_adapter(adapter, MANIFEST, lambda tensor: np.full(tensor.shape, number, np.float32), "float32")
-    write_checkpoint(folder, adapter, json.dumps({"r": number}), f"card {number}")
+    write_checkpoint(folder, adapter, json.dumps({"r": number}), f"card {number}", f"ends {number}")
 
 
 def number_of(folder: Path) -> int:
@@ -59,6 +60,7 @@ def number_of(folder: Path) -> int:
     assert sorted(path.name for path in checkpoint.iterdir()) == FILES
     number = int(json.loads((checkpoint / "adapter_config.json").read_text())["r"])
     assert (checkpoint / "README.md").read_text() == f"card {number}"
+    assert (checkpoint / "generation_config.json").read_text() == f"ends {number}"
     expected = folder / "expected"
     write_adapter(expected, MANIFEST, lambda tensor: np.full(tensor.shape, number, np.float32), "float32")
     assert (checkpoint / "adapter_model.safetensors").read_bytes() == expected.read_bytes()
@@ -224,6 +226,20 @@ def test_the_card_tells_how_the_adapter_was_made() -> None:
         "format `auto`",
     ):
         assert line in text
+
+
+def test_the_card_and_the_folder_say_what_ends_an_answer(tmp_path: Path) -> None:
+    manifest = replace(MANIFEST, stop_tokens=(StopToken(9, "<|im_end|>"), StopToken(2, "")))
+    card = model_card(spec(), replace(FACTS, stop_tokens=manifest.stop_tokens))
+    assert "end with the token `<|im_end|>` (9). Stop generation there, or at 2:" in card
+    assert "\nmodel.generation_config.eos_token_id = [9, 2]\n" in card
+    write_adapter(tmp_path / "a", MANIFEST, lambda tensor: np.zeros(tensor.shape, np.float32), "float32")
+    write_checkpoint(tmp_path, tmp_path / "a", "{}", card, manifest.generation_config)
+    assert GenerationConfig.from_pretrained(tmp_path / "checkpoint").eos_token_id == [9, 2]
+    # Sites of an earlier version do not say it.
+    assert "end with the token" not in model_card(spec(), FACTS)
+    write_checkpoint(tmp_path, tmp_path / "a", "{}", card)
+    assert not (tmp_path / "checkpoint" / "generation_config.json").exists()
 
 
 def test_the_card_tells_what_was_measured() -> None:

@@ -6,7 +6,7 @@ import math
 
 from hypothesis import strategies as st
 
-from fedhds.tensors.manifest import AdapterManifest, Initial, TensorSpec
+from fedhds.tensors.manifest import AdapterManifest, Initial, StopToken, TensorSpec
 
 
 def lora_factor(name: str, shape: tuple[int, ...]) -> TensorSpec:
@@ -33,4 +33,9 @@ def manifests(draw: st.DrawFn) -> AdapterManifest:
         role = draw(st.from_regex("[A-Za-z0-9_]{1,32}", fullmatch=True))
         axis = draw(st.none() | st.integers(0, len(shape) - 1))
         tensors.append(TensorSpec(name, shape, role, draw(initials), axis))
-    return AdapterManifest(tuple(tensors), draw(st.sampled_from(("{}", '{"r": 8, "target_modules": ["q"]}\n'))))
+    shown = st.text(st.characters(codec="utf-8"), max_size=100).filter(
+        lambda text: text.isprintable() and "`" not in text
+    )
+    stops = draw(st.lists(st.builds(StopToken, st.integers(0, 2**32 - 1), shown), max_size=3))
+    config = draw(st.sampled_from(("{}", '{"r": 8, "target_modules": ["q"]}\n')))
+    return AdapterManifest(tuple(tensors), config, tuple(stops))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_GENERATION = "generation_config.json"
 
 
 def evaluate(
@@ -87,6 +88,7 @@ def export(
         # In float32, rounded once to the type that the base model is stored in.
         try:
             whole = InferenceModel.with_adapter(base, adapter).module.merge_and_unload().to(base.stored_dtype)
+            _set_ends(whole, adapter / _GENERATION)
         except (AttributeError, NotImplementedError) as error:
             raise UsageError("--merged: PEFT cannot merge this kind of adapter; export it without --merged") from error
     try:
@@ -95,12 +97,30 @@ def export(
             whole.save_pretrained(out)
             base.tokenizer.save_pretrained(out)
         else:
-            for name in (*_ADAPTER_FILES, "README.md"):
+            for name in (*_ADAPTER_FILES, _GENERATION, "README.md"):
                 if (adapter / name).exists():
                     shutil.copyfile(adapter / name, out / name)
     except OSError as error:
         raise UsageError(f"--out: cannot write to {out}: {error.strerror or error}") from error
     typer.echo(f"{'merged model' if merged else 'adapter'}: {out}")
+
+
+def _set_ends(model: Any, file: Path) -> None:
+    """Generation with a merged model also stops where the adapter's answers end. Raises UsageError for a bad file."""
+    import json
+
+    from fedhds.errors import UsageError
+
+    if not file.exists():
+        return
+    try:
+        own = json.loads(file.read_text(encoding="utf-8"))["eos_token_id"]
+        ends = [int(token) for token in (own if isinstance(own, list) else [own])]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--adapter: {file} does not say what ends an answer; write it again or remove it") from error
+    earlier = model.generation_config.eos_token_id
+    earlier = earlier if isinstance(earlier, list) else [] if earlier is None else [earlier]
+    model.generation_config.eos_token_id = list(dict.fromkeys([*ends, *earlier]))
 
 
 def _check_adapter(folder: Path) -> None:

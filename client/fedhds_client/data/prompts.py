@@ -9,6 +9,7 @@ from typing import Any
 
 from fedhds.errors import ModelError
 from fedhds.spec import PromptFormat
+from fedhds.tensors.manifest import StopToken
 from fedhds_client.data.bad_row import BadRow
 from fedhds_client.data.chat_template import ChatTemplate
 from fedhds_client.data.row_formats import Row
@@ -72,11 +73,29 @@ class Prompter:
         self.stop_ids: tuple[int, ...] = tuple(
             dict.fromkeys(token for token in (self.end_id, tokenizer.eos_token_id) if token is not None)
         )
-        """Tokens at which generation stops."""
+        """Tokens at which generation stops, the one that training puts behind an answer first."""
+
+    @property
+    def stop_tokens(self) -> tuple[StopToken, ...]:
+        """The same as a run's manifest has them."""
+        return tuple(StopToken.of(token, str(self._tokenizer.convert_ids_to_tokens(token))) for token in self.stop_ids)
 
     def check(self, row: Row) -> None:
         """Raises BadRow, without any of the row's text, when the row cannot be rendered."""
-        self._whole(row)
+        # Tokens take five times as long, and can fail on special marks only.
+        if self._chat and not row.verbatim:
+            marked = self._chat.render(*_conversation(row)).private
+        else:
+            marked = any(self._tokens.holds_marks(text) for text, _ in self._alpaca(row))
+        if marked:
+            self._whole(row)
+
+    def other_format(self, row: Row) -> str:
+        """The prompt format that takes a row which this one refuses: alpaca, or "" where there is none."""
+        try:
+            return "alpaca" if self._chat and self._alpaca(row) else ""
+        except BadRow:
+            return ""
 
     def encode(self, row: Row) -> Encoded:
         """Prompt and answer in at most max_length tokens; raises BadRow.

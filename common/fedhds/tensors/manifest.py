@@ -29,6 +29,8 @@ _BLOCK = 1 << 20
 # Far above any useful start, and float16 holds it.
 MAX_BOUND = 1000.0
 MAX_CONFIG_BYTES = 64 << 10
+MAX_STOP_TOKENS = 16
+MAX_STOP_TEXT = 100
 # The header of a safetensors file keeps this name for itself.
 _RESERVED_NAME = "__metadata__"
 # The key of adapter_config.json in which sites may differ.
@@ -157,11 +159,43 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class StopToken:
+    """A token at which generation stops; `text` is how people read it, empty when they cannot."""
+
+    id: int
+    text: str
+
+    @classmethod
+    def of(cls, token: int, text: str) -> Self:
+        """With the text if it has a form that a model card can show."""
+        return cls(token, text if _showable(text) else "")
+
+    @classmethod
+    def from_proto(cls, message: pb.StopToken) -> Self:
+        """Reads a wire message; raises AdapterError for a text that is not fit to be shown."""
+        if not _showable(message.text):
+            raise AdapterError(f"the manifest gives stop token {message.id} a text that a model card cannot show")
+        return cls(message.id, message.text)
+
+
+def _showable(text: str) -> bool:
+    return len(text) <= MAX_STOP_TEXT and text.isprintable() and "`" not in text
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterManifest:
-    """All tensors of a run's adapter, sorted by name, and the text of its adapter_config.json."""
+    """All tensors of a run's adapter, sorted by name, the text of its adapter_config.json, and what ends an answer."""
 
     tensors: tuple[TensorSpec, ...]
     config: str
+    stop_tokens: tuple[StopToken, ...] = ()
+
+    @property
+    def generation_config(self) -> str:
+        """generation_config.json as transformers reads it; empty when it is not known what ends an answer."""
+        if not self.stop_tokens:
+            return ""
+        return json.dumps({"eos_token_id": [token.id for token in self.stop_tokens]}, indent=2) + "\n"
 
     @property
     def size(self) -> int:
@@ -184,13 +218,17 @@ class AdapterManifest:
         return config
 
     def agrees_with(self, other: AdapterManifest) -> bool:
-        """Whether tensors are equal, and configurations are, as JSON and apart from `peft_version`."""
+        """Whether tensors and stop tokens are equal, and configurations are, as JSON and apart from `peft_version`."""
         ours, theirs = ({**manifest.parsed_config(), _VERSION_KEY: None} for manifest in (self, other))
-        return self.tensors == other.tensors and ours == theirs
+        return (self.tensors, self.stop_tokens, ours) == (other.tensors, other.stop_tokens, theirs)
 
     def to_proto(self) -> pb.AdapterManifest:
         """The same manifest as a wire message."""
-        return pb.AdapterManifest(tensors=[tensor.to_proto() for tensor in self.tensors], config=self.config)
+        return pb.AdapterManifest(
+            tensors=[tensor.to_proto() for tensor in self.tensors],
+            config=self.config,
+            stop_tokens=[pb.StopToken(id=token.id, text=token.text) for token in self.stop_tokens],
+        )
 
     @classmethod
     def from_proto(cls, message: pb.AdapterManifest) -> Self:
@@ -198,7 +236,12 @@ class AdapterManifest:
         names = [tensor.name for tensor in message.tensors]
         if not names or names != sorted(set(names)):
             raise AdapterError("the manifest must name at least one tensor, each once, sorted by name")
-        manifest = cls(tuple(TensorSpec.from_proto(tensor) for tensor in message.tensors), message.config)
+        if len(message.stop_tokens) > MAX_STOP_TOKENS:
+            raise AdapterError(
+                f"the manifest names {len(message.stop_tokens)} stop tokens, more than {MAX_STOP_TOKENS}"
+            )
+        stops = tuple(StopToken.from_proto(token) for token in message.stop_tokens)
+        manifest = cls(tuple(TensorSpec.from_proto(tensor) for tensor in message.tensors), message.config, stops)
         if taken := {tensor.scales_name for tensor in manifest.tensors} & set(names):
             raise AdapterError(f"the manifest names a tensor {min(taken)!r}, the name of another tensor's scales")
         if len(manifest.config.encode()) > MAX_CONFIG_BYTES:

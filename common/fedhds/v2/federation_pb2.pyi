@@ -217,28 +217,62 @@ class TensorSpec(_message.Message):
 Global___TensorSpec: _TypeAlias = TensorSpec  # noqa: Y015
 
 @_typing.final
+class StopToken(_message.Message):
+    """A token at which generation stops."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Its id in the run's tokenizer."""
+    text: _builtins.str
+    """How the model card shows it: at most 100 printable characters without a backtick; empty when it has no such form."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopToken: _TypeAlias = StopToken  # noqa: Y015
+
+@_typing.final
 class AdapterManifest(_message.Message):
-    """The tensors of an adapter and its configuration, equal at every site."""
+    """The tensors of an adapter, its configuration and what ends an answer, equal at every site."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TENSORS_FIELD_NUMBER: _builtins.int
     CONFIG_FIELD_NUMBER: _builtins.int
+    STOP_TOKENS_FIELD_NUMBER: _builtins.int
     config: _builtins.str
     """adapter_config.json as PEFT writes it: a JSON object of at most 64 KiB. Sites may differ in peft_version."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
         """All tensors, sorted by name, in the order in which they are stored."""
 
+    @_builtins.property
+    def stop_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___StopToken]:
+        """What ends an answer under the run's prompt format, at most 16, the one that training puts there first. It goes into
+        the checkpoint's generation_config.json and its model card.
+        """
+
     def __init__(
         self,
         *,
         tensors: _abc.Iterable[Global___TensorSpec] | None = ...,
         config: _builtins.str = ...,
+        stop_tokens: _abc.Iterable[Global___StopToken] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "stop_tokens", b"stop_tokens", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

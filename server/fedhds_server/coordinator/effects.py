@@ -15,6 +15,7 @@ from fedhds.errors import DamagedArtifact, FedhdsError, StorageError
 from fedhds.runtime.files import replace_file
 from fedhds.status import status_dict
 from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.manifest import AdapterManifest
 from fedhds.tensors.safetensors import write_adapter
 from fedhds.v2 import status_pb2
 from fedhds_server.aggregation import AGGREGATORS, Update, aggregate
@@ -114,8 +115,8 @@ class Effects:
                 await asyncio.to_thread(self._artifacts.delete, artifact)
             case WriteCheckpoint() if state.adapters:
                 # Read here and not in the thread, as sites come and go meanwhile.
-                config, card = state.adapter_manifest.config, model_card_of(state)
-                await asyncio.to_thread(self._write_checkpoint, state.adapter, config, card)
+                manifest, card = state.adapter_manifest, model_card_of(state)
+                await asyncio.to_thread(self._write_checkpoint, state.adapter, manifest, card)
                 report = status_of(self._coordinator.state, self._coordinator.checkpoint)
                 await asyncio.to_thread(self._write_report, report)
                 await self._sweep()
@@ -195,8 +196,9 @@ class Effects:
         self._artifacts.adopt(path, artifact)
         return artifact
 
-    def _write_checkpoint(self, adapter: Artifact, config: str, card: str) -> None:
-        write_checkpoint(self._folder, self._artifacts.verified(adapter), config, card)
+    def _write_checkpoint(self, adapter: Artifact, manifest: AdapterManifest, card: str) -> None:
+        path = self._artifacts.verified(adapter)
+        write_checkpoint(self._folder, path, manifest.config, card, manifest.generation_config)
 
     def _write_report(self, report: status_pb2.GetStatusResponse) -> None:
         replace_file(self._folder / "report.json", json.dumps(status_dict(report), indent=2))

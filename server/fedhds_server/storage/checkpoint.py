@@ -10,8 +10,10 @@ from fedhds.errors import StorageError
 from fedhds.runtime.files import sync
 
 
-def write_checkpoint(folder: Path, adapter: Path, config: str, card: str) -> None:
+def write_checkpoint(folder: Path, adapter: Path, config: str, card: str, generation_config: str = "") -> None:
     """Makes `folder/checkpoint` a link to a new complete folder and removes the one before; raises StorageError.
+
+    An empty `generation_config` is not written.
 
     The link is swapped by a rename, so that a reader, or a crash at any instant, finds one whole version.
     """
@@ -25,6 +27,8 @@ def write_checkpoint(folder: Path, adapter: Path, config: str, card: str) -> Non
         version.mkdir()
         (version / "adapter_config.json").write_text(config, encoding="utf-8")
         (version / "README.md").write_text(card, encoding="utf-8")
+        if generation_config:
+            (version / "generation_config.json").write_text(generation_config, encoding="utf-8")
         shutil.copyfile(adapter, version / "adapter_model.safetensors")
         for file in version.iterdir():
             sync(file)

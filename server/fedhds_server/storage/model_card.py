@@ -11,6 +11,7 @@ import yaml
 from fedhds.evaluation import label_of
 from fedhds.settings import settings_of
 from fedhds.spec import RunSpec
+from fedhds.tensors.manifest import StopToken
 from fedhds_server.aggregation import AGGREGATORS
 
 # No dot first: ../model is a path.
@@ -29,6 +30,8 @@ class CardFacts:
     version: str
     evaluations: Mapping[int, tuple[int, Mapping[str, float]]]
     """By round (0: before the first): rows, and means by metric."""
+    stop_tokens: tuple[StopToken, ...] = ()
+    """What ends an answer, the one that training puts there first."""
 
 
 def model_card(spec: RunSpec, facts: CardFacts) -> str:
@@ -96,10 +99,12 @@ def model_card(spec: RunSpec, facts: CardFacts) -> str:
             "from transformers import AutoModelForCausalLM",
             "",
             f"model = AutoModelForCausalLM.from_pretrained({model.name!r})",
+            *_stop_lines(facts),
             'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
             "```",
             "",
             f"Prompts were built with the format `{model.prompt_format}`; use the same one.",
+            *_ends(facts),
             "",
         ]
     )
@@ -115,6 +120,22 @@ def _method(spec: RunSpec) -> str:
             text = ", ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else value
             parts.append(f"{name} {text}")
     return ", ".join(parts)
+
+
+def _stop_lines(facts: CardFacts) -> list[str]:
+    ids = [token.id for token in facts.stop_tokens]
+    return [f"model.generation_config.eos_token_id = {ids}"] if ids else []
+
+
+def _ends(facts: CardFacts) -> list[str]:
+    if not facts.stop_tokens:
+        return []
+    first, *others = (f"`{token.text}` ({token.id})" if token.text else str(token.id) for token in facts.stop_tokens)
+    more = f", or at {', '.join(others)}" if others else ""
+    return [
+        f"Every answer was trained to end with the token {first}. Stop generation there{more}:",
+        "`generation_config.json` says so, but PEFT does not read it from this folder.",
+    ]
 
 
 def _evaluation_lines(facts: CardFacts) -> list[str]:

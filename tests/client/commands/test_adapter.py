@@ -55,6 +55,7 @@ def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "adapter_config.json").write_text(manifest.config)
     (folder / "README.md").write_text("# A model card\n")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [9, 2]}')
     (folder / "notes.txt").write_text("not the adapter's")
     return folder
 
@@ -81,7 +82,7 @@ def test_evaluate_compares_base_and_adapter(llama: Path, adapter: Path, rows: Pa
 def test_export_copies_the_adapter_and_nothing_else(adapter: Path, tmp_path: Path) -> None:
     _fedhds("export", "--adapter", adapter, "--out", tmp_path / "new" / "copy")
     copied = {file.name: file.read_bytes() for file in (tmp_path / "new" / "copy").iterdir()}
-    assert set(copied) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert set(copied) == {"adapter_config.json", "adapter_model.safetensors", "generation_config.json", "README.md"}
     assert all((adapter / name).read_bytes() == content for name, content in copied.items())
 
 
@@ -107,6 +108,8 @@ def test_export_merges_into_the_type_that_the_base_model_is_stored_in(
     # Off by no more than the rounding of the merged weights.
     assert (got - tuned).abs().max() < 0.1 * (plain - tuned).abs().max()
     assert AutoTokenizer.from_pretrained(out).eos_token == "</s>"
+    # Generation with it stops where the adapter's answers end.
+    assert merged.generation_config.eos_token_id == [9, 2]
 
 
 def test_an_adapter_that_cannot_be_merged_is_named_as_such(llama: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The delivered folder: three whole files and nothing else, whatever breaks and however many deliver at once."""
+"""The delivered folder: four whole files and nothing else, whatever breaks and however many deliver at once."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fedhds.errors import StorageError
 from fedhds_client.updates.delivery import write_adapter_folder
 
 TENSORS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+ENDS = "generation_config.json"
 
 
 def _adapter(folder: Path, seed: int, size: int = 300_000) -> Path:
@@ -41,7 +42,8 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def _deliver(out: Path, adapter: Path) -> None:
-    write_adapter_folder(out, adapter, f'{{"of": "{adapter.name}"}}', f"# Größe of {adapter.name} 🐈\n")
+    config, ends = f'{{"of": "{adapter.name}"}}', f'{{"ends": "{adapter.name}"}}'
+    write_adapter_folder(out, adapter, config, f"# Größe of {adapter.name} 🐈\n", ends)
 
 
 def _delivered(adapter: Path) -> dict[str, bytes]:
@@ -49,10 +51,11 @@ def _delivered(adapter: Path) -> dict[str, bytes]:
         TENSORS: adapter.read_bytes(),
         CONFIG: f'{{"of": "{adapter.name}"}}'.encode(),
         CARD: f"# Größe of {adapter.name} 🐈\n".encode(),
+        ENDS: f'{{"ends": "{adapter.name}"}}'.encode(),
     }
 
 
-def test_a_delivery_is_three_files_that_others_can_read(out: Path, adapter: Path) -> None:
+def test_a_delivery_is_four_files_that_others_can_read(out: Path, adapter: Path) -> None:
     _deliver(out, adapter)
     assert _files(out) == _delivered(adapter)
     assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
@@ -74,7 +77,7 @@ def test_a_delivery_replaces_an_earlier_one_and_leaves_other_files_alone(
     assert _files(out) == _delivered(adapter) | {"notes.txt": b"mine"}
 
 
-@pytest.mark.parametrize("files", range(3))
+@pytest.mark.parametrize("files", range(4))
 @pytest.mark.parametrize("earlier", [True, False])
 def test_a_delivery_that_is_stopped_midway_is_made_whole_by_the_next_start(
     tmp_path: Path, out: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, files: int, earlier: bool
@@ -125,12 +128,12 @@ def test_a_full_disk_is_an_error_that_leaves_the_earlier_adapter_and_no_litter(
     assert _files(out) == _delivered(adapter)
 
 
-@pytest.mark.parametrize("name", [TENSORS, CONFIG, CARD])
+@pytest.mark.parametrize("name", [TENSORS, CONFIG, CARD, ENDS])
 def test_a_folder_in_a_files_place_is_an_error_without_litter(out: Path, adapter: Path, name: str) -> None:
     (out / name).mkdir(parents=True)
     with pytest.raises(StorageError, match=f"cannot write {out / name}: "):
         _deliver(out, adapter)
-    assert {path.name for path in out.iterdir()} <= {TENSORS, CONFIG, CARD}
+    assert {path.name for path in out.iterdir()} <= {TENSORS, CONFIG, CARD, ENDS}
     assert not any(path.name == TENSORS and path.is_file() for path in out.iterdir())
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 
 from fedhds.errors import AdapterError
-from fedhds.tensors.manifest import AdapterManifest, Initial, InitialKind, TensorSpec
+from fedhds.tensors.manifest import AdapterManifest, Initial, InitialKind, StopToken, TensorSpec
 from fedhds.v2 import federation_pb2 as pb
 from tests.support.manifests import lora_factor, lora_manifest, manifests
 
@@ -66,6 +66,30 @@ def test_a_manifest_survives_the_wire(manifest: AdapterManifest) -> None:
 def test_a_manifest_of_no_adapter_is_refused(tensors: tuple[TensorSpec, ...], words: str) -> None:
     with pytest.raises(AdapterError, match=words):
         AdapterManifest.from_proto(AdapterManifest(tensors, "{}").to_proto())
+
+
+def test_stop_tokens_that_a_model_card_cannot_show_or_too_many_of_them_are_refused() -> None:
+    def read(*tokens: StopToken) -> AdapterManifest:
+        return AdapterManifest.from_proto(replace(MANIFEST, stop_tokens=tokens).to_proto())
+
+    full = tuple(StopToken(index, "x" * 100) for index in range(16))
+    assert read(*full).stop_tokens == full
+    with pytest.raises(AdapterError, match="17 stop tokens, more than 16"):
+        read(*full, StopToken(16, ""))
+    for text in ("x" * 101, "a\nb", "`", "\x1b[2J"):
+        with pytest.raises(AdapterError, match="stop token 7 a text that a model card cannot show"):
+            read(StopToken(7, text))
+        assert StopToken.of(7, text) == StopToken(7, "")
+    assert StopToken.of(7, "<|im_end|>").text == "<|im_end|>"
+
+
+def test_the_generation_config_names_all_stop_tokens_and_sites_must_agree_on_them() -> None:
+    assert MANIFEST.generation_config == ""
+    ended = replace(MANIFEST, stop_tokens=(StopToken(9, "<|im_end|>"), StopToken(2, "</s>")))
+    assert json.loads(ended.generation_config) == {"eos_token_id": [9, 2]}
+    assert ended.agrees_with(ended)
+    assert not ended.agrees_with(MANIFEST)
+    assert not ended.agrees_with(replace(ended, stop_tokens=ended.stop_tokens[::-1]))
 
 
 @pytest.mark.parametrize("initial", [pb.INITIAL_KIND_UNSPECIFIED, 77])
