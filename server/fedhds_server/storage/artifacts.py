@@ -31,10 +31,14 @@ _TRUSTED_S = 60.0
 YOUNG_S = 3600.0
 # File systems end at 255 bytes.
 _MAX_NAME = 200
+# Free bytes that no upload takes, at most, and the share of a small disk: the state must be saved when it is full.
+_RESERVE, _RESERVE_SHARE = 256 << 20, 20
 
 
 class ArtifactStore:
-    """Files `<digest>` (complete, hashed, durable) and `<digest>.part` (an upload that has not ended).
+    """Files `<digest>` (complete, hashed, durable) and `<digest>-<owner>.part` (an upload that has not ended).
+
+    Every sender is an owner with parts of its own, so that nobody's bytes get among another's.
 
     This is the local folder. A store elsewhere overrides what concerns complete artifacts, and MUST keep to this: an
     artifact is complete (`has`) only when its bytes were hashed and are durable; every coordinator that opens the store
@@ -52,8 +56,8 @@ class ArtifactStore:
         self._trusted: dict[str, tuple[tuple[int, int, int], float]] = {}
         # Two coordinators that share a folder must not write the same file.
         self._process = secrets.token_hex(4)
-        # Of uploads in progress, by digest: the hash of their first bytes, and how many those are.
-        self._hashed: dict[str, tuple[hashlib._Hash, int]] = {}
+        # Of uploads in progress, by part: the hash of their first bytes, and how many those are.
+        self._hashed: dict[Path, tuple[hashlib._Hash, int]] = {}
         with self._guarded():
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -94,17 +98,29 @@ class ArtifactStore:
         """A path in the same file system for a file that `adopt` will take."""
         return self._folder / f"{name}-{self._process}.scratch"
 
-    def received(self, artifact: Artifact) -> int:
-        """Bytes held of an upload; the artifact's size when it is complete."""
+    def check_room(self, size: int) -> None:
+        """Raises StorageError when `size` bytes more would leave too little room for the run's state."""
+        with self._guarded():
+            disk = os.statvfs(self._folder)
+        free, total = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+        reserve = min(_RESERVE, total // _RESERVE_SHARE)
+        if free - size < reserve:
+            raise StorageError(
+                f"the disk of {self._folder} has {free >> 20} MiB left, of which the run's state needs "
+                f"{reserve >> 20}: an upload of {size >> 20} MiB has to wait; make room there"
+            )
+
+    def received(self, artifact: Artifact, owner: str = "") -> int:
+        """Bytes held of an owner's upload; the artifact's size when it is complete."""
         self._check(artifact)
         with self._lock(artifact), self._guarded():
             if self.has(artifact):
                 return artifact.size
-            part = self._part(artifact)
+            part = self._part(artifact, owner)
             return min(part.stat().st_size, artifact.size) if part.is_file() else 0
 
-    def append(self, artifact: Artifact, offset: int, chunk: bytes | memoryview) -> None:
-        """Writes `chunk` at `offset` of an upload and hashes it; bytes that are held already may come again."""
+    def append(self, artifact: Artifact, offset: int, chunk: bytes | memoryview, owner: str = "") -> None:
+        """Writes `chunk` at `offset` of an owner's upload and hashes it; bytes that are held already may come again."""
         self._check(artifact)
         if offset + len(chunk) > artifact.size:
             raise ArtifactError(f"the upload is longer than the {artifact.size} bytes that were announced")
@@ -112,8 +128,9 @@ class ArtifactStore:
             if self._here(artifact):
                 return
             # Gone while it is written, and for good where bytes are left out or come again: `finish` then reads them.
-            digest, hashed = self._hashed.pop(artifact.digest, (hashlib.sha256(), 0))
-            descriptor = os.open(self._part(artifact), os.O_WRONLY | os.O_CREAT, 0o600)
+            part = self._part(artifact, owner)
+            digest, hashed = self._hashed.pop(part, (hashlib.sha256(), 0))
+            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT, 0o600)
             try:
                 size = os.fstat(descriptor).st_size
                 if offset > size:
@@ -129,18 +146,18 @@ class ArtifactStore:
                 digest, hashed = hashlib.sha256(), 0
             if hashed == offset:
                 digest.update(chunk)
-                self._hashed[artifact.digest] = digest, offset + written
+                self._hashed[part] = digest, offset + written
 
-    def finish(self, artifact: Artifact) -> None:
-        """Checks an upload's size and digest and makes it durable; a wrong one is deleted."""
+    def finish(self, artifact: Artifact, owner: str = "") -> None:
+        """Checks the size of an owner's upload and digest and makes it durable; a wrong one is deleted."""
         self._check(artifact)
         with self._lock(artifact), self._guarded():
             if self.has(artifact):
                 return
-            part = self._part(artifact)
+            part = self._part(artifact, owner)
             if not part.is_file():
                 raise ArtifactError("nothing of this artifact has been uploaded")
-            digest, hashed = self._hashed.pop(artifact.digest, (None, 0))
+            digest, hashed = self._hashed.pop(part, (None, 0))
             size = part.stat().st_size
             uploaded = Artifact(digest.hexdigest(), size) if digest and hashed == size else Artifact.of_file(part)
             if uploaded.size < artifact.size:
@@ -179,28 +196,39 @@ class ArtifactStore:
             partial.unlink(missing_ok=True)
             sync(kept.parent)
 
-    def delete(self, artifact: Artifact) -> None:
-        """Removes an artifact and what is held of its upload; nothing happens when there is neither."""
+    def delete(self, artifact: Artifact, owner: str = "") -> None:
+        """Removes an artifact and what is held of its owner's upload; nothing happens when there is neither."""
         with self._lock(artifact), self._guarded():
             self._trusted.pop(artifact.digest, None)
-            self._hashed.pop(artifact.digest, None)
             self.path(artifact).unlink(missing_ok=True)
-            self._part(artifact).unlink(missing_ok=True)
+        self.delete_part(artifact, owner)
 
-    def sweep(self, keep: Collection[str], *, over: bool = False) -> None:
+    def delete_part(self, artifact: Artifact, owner: str) -> None:
+        """Removes what is held of an owner's upload that has not ended."""
+        with self._lock(artifact), self._guarded():
+            part = self._part(artifact, owner)
+            self._hashed.pop(part, None)
+            part.unlink(missing_ok=True)
+
+    def parts(self) -> dict[str, str]:
+        """Digests of the uploads that have not ended, by owner."""
+        with self._guarded():
+            return {owner: digest for digest, owner in map(_named, self._folder.glob("*.part"))}
+
+    def sweep(self, keep: Collection[str], owners: Collection[str] = (), *, over: bool = False) -> None:
         """Removes complete artifacts whose digests are not in `keep`, and scratch files, that are older than an hour.
 
-        Parts of uploads stay: their senders may go on. When the run is `over`, complete artifacts go whatever their
-        age, and parts that are older than an hour. What `keep_update` made stays. To be called by the coordinator that
-        leads, with the state that it leads from: to another, newer artifacts of the run are unknown.
+        Parts of uploads go unless their owner, one of `owners`, may go on. When the run is `over`, complete artifacts
+        go whatever their age. What `keep_update` made stays. To be called by the coordinator that leads, with the state
+        that it leads from: to another, newer artifacts of the run are unknown.
         """
         with self._guarded():
             for path in self._folder.iterdir():
                 part = path.suffix == ".part"
-                if path.name in keep or path.is_dir() or (part and not over):
+                if path.name in keep or path.is_dir() or (part and _named(path)[1] in owners):
                     continue
                 with suppress(FileNotFoundError):
-                    if (over and not part) or path.stat().st_mtime < time.time() - YOUNG_S:
+                    if over or part or path.stat().st_mtime < time.time() - YOUNG_S:
                         path.unlink()
 
     def _lock(self, artifact: Artifact) -> threading.Lock:
@@ -222,8 +250,8 @@ class ArtifactStore:
         """What people know the place of the complete artifact by."""
         return str(self.path(artifact))
 
-    def _part(self, artifact: Artifact) -> Path:
-        return self._folder / f"{artifact.digest}.part"
+    def _part(self, artifact: Artifact, owner: str) -> Path:
+        return self._folder / f"{artifact.digest}-{owner}.part"
 
     def _check(self, artifact: Artifact) -> None:
         if not 0 < artifact.size <= self._largest_upload:
@@ -246,6 +274,12 @@ class ArtifactStore:
         except OSError as error:
             advice = _ADVICE.get(error.errno or 0, error.strerror or str(error))
             raise StorageError(f"cannot use the artifact folder {self._folder}: {advice}") from error
+
+
+def _named(part: Path) -> tuple[str, str]:
+    """Digest and owner of an upload that has not ended."""
+    digest, _, owner = part.stem.partition("-")
+    return digest, owner
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

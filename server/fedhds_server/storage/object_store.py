@@ -82,13 +82,13 @@ class RemoteArtifacts(ArtifactStore):
         with self._remote():
             self._files.cp_file(self._object(artifact), f"{self._root}/{kept_name(number, site)}")
 
-    def delete(self, artifact: Artifact) -> None:
+    def delete(self, artifact: Artifact, owner: str = "") -> None:
         with self._remote(), suppress(FileNotFoundError):
             self._files.rm_file(self._object(artifact))
-        super().delete(artifact)
+        super().delete(artifact, owner)
 
-    def sweep(self, keep: Collection[str], *, over: bool = False) -> None:
-        super().sweep(keep, over=over)
+    def sweep(self, keep: Collection[str], owners: Collection[str] = (), *, over: bool = False) -> None:
+        super().sweep(keep, owners, over=over)
         with self._remote(), suppress(FileNotFoundError):
             for entry in self._files.ls(self._root, detail=True):
                 name = entry["name"].rpartition("/")[2]
