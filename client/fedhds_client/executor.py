@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedhds.errors import StorageError, TaskError
+from fedhds.errors import AdapterError, ModelError, StorageError, TaskError
 from fedhds.runtime.files import make_folder
 from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.safetensors import AdapterReader, file_sizes
 from fedhds_client.distributed.process_group import Prepare, ProcessGroup, Stop
 from fedhds_client.tasks import TaskContext, TaskResult, task_kind
 
@@ -54,9 +55,13 @@ class TaskExecutor:
         self._indices = {site.name: index for index, site in enumerate(sites)}
         self._models: RunModels | None = None
         self._proof: tuple[pb.ModelFingerprint, AdapterManifest]
+        self._sizes = range(0)
         # Below a folder that this process has locked: a fetch resumes the partial file that it finds.
         self._adapters = sites[0].folder / "adapters"
         self._fetching = asyncio.Lock()
+        # By session: the adapter that its site fetched last, which its task may still need.
+        self._needed: dict[str, Path] = {}
+        self._checked: set[Path] = set()
 
     def prepare(self, spec: RunSpec) -> tuple[pb.ModelFingerprint, AdapterManifest]:
         """Loads the run's base model, or takes the one that another site of this process loaded."""
@@ -65,12 +70,14 @@ class TaskExecutor:
         from fedhds_client.run_models import load_models
 
         if self._models is None:
+            _check_policy(self._settings, spec)
             self._group.broadcast(Prepare(spec.model_dump_json().encode()))
             base, model, prompter = load_models(self._settings, spec)
             features = ShardFeatures(self._settings, spec, model, prompter, self._group)
             proof = fingerprint(base, prompter.fingerprint)
             proof.feature_model = features.proof
             self._proof = proof, replace(model.manifest(), stop_tokens=prompter.stop_tokens)
+            self._sizes = file_sizes(model.manifest(), spec.aggregation.adapter_dtype)
             self._models = RunModels(spec, model, prompter, features)
             logger.info("the base model is on %s, rows of up to %d tokens", base.device, prompter.max_length)
         elif spec != self._models.spec:
@@ -89,17 +96,40 @@ class TaskExecutor:
         reference: transfer_pb2.ArtifactRef,
         progress: Callable[[float], None],
     ) -> Path:
-        """The global adapter on this machine's disk."""
+        """The global adapter on this machine's disk, checked against the site's own manifest; earlier ones go.
+
+        Raises AdapterError for one that does not fit it, before it is fetched if its size does not.
+        """
         artifact = Artifact.from_proto(reference)
+        (_, manifest), sizes = self._proof, self._sizes
+        if artifact.size not in sizes:
+            raise AdapterError(
+                f"the coordinator's adapter has {artifact.size} bytes; this run's have {sizes.start} or a little more"
+            )
         path = self._adapters / artifact.digest
         async with self._fetching:
-            if not path.exists():
-                try:
-                    make_folder(self._adapters)
+            try:
+                make_folder(self._adapters, private=True)
+                if not path.exists():
                     await client.download(session, artifact, path, progress)
-                except OSError as error:
-                    raise StorageError(f"cannot keep the adapter in {self._adapters}: {error.strerror}") from error
+                if path not in self._checked:
+                    await asyncio.to_thread(_check_adapter, path, manifest)
+                    self._checked.add(path)
+                self._needed[session] = path
+                for other in self._adapters.iterdir():
+                    if other not in self._needed.values():
+                        other.unlink()
+            except AdapterError:
+                path.unlink(missing_ok=True)
+                raise
+            except OSError as error:
+                raise StorageError(f"cannot keep the adapter in {self._adapters}: {error.strerror}") from error
         return path
+
+    @property
+    def adapter_config(self) -> str:
+        """adapter_config.json of the run's adapters, as this site's own PEFT writes it."""
+        return self._proof[1].config
 
     @property
     def generation_config(self) -> str:
@@ -113,3 +143,20 @@ class TaskExecutor:
         index = self._indices[site.name]
         context = TaskContext(task, run_id, site, index, self._settings, self._models, adapter, control)
         return task_kind(task.kind).run(context)
+
+
+def _check_policy(settings: ClientSettings, spec: RunSpec) -> None:
+    """Raises ModelError for a feature model that is neither the base model nor one that the site allows."""
+    name = spec.selection.features.model
+    if name and name not in (spec.model.name, *settings.allow_feature_model):
+        raise ModelError(
+            f"the run takes features with the model {name}, which the operator of the coordinator set; a site loads it "
+            f"only if it is started with --allow-feature-model {name}"
+        )
+
+
+def _check_adapter(path: Path, manifest: AdapterManifest) -> None:
+    """Raises AdapterError for a file that does not hold the manifest's tensors with finite values."""
+    with AdapterReader(path, manifest) as reader:
+        for spec in manifest.tensors:
+            reader.tensor(spec)

@@ -161,15 +161,23 @@ class CoordinatorClient:
                 digest = await asyncio.to_thread(_digest_of, partial)
                 request = transfer_pb2.DownloadRequest(session=session, artifact=artifact.to_proto(), offset=offset)
                 request.chunk_size = chunks.smaller(chunks.MAX_CHUNK, next(breaks))
-                taking = BackgroundStep()
+                taking, stream = BackgroundStep(), self.federation.Download(request)
                 try:
-                    async for message in self.federation.Download(request):
+                    async for message in stream:
+                        offset += len(message.chunk)
+                        if offset > artifact.size:
+                            break
                         # One chunk is written and hashed while the next one arrives.
                         await taking.start(_take, file, digest, message.chunk)
-                        offset += len(message.chunk)
                         progress(offset / max(artifact.size, 1))
                 finally:
+                    stream.cancel()
                     await taking.ended()
+                if offset > artifact.size:
+                    partial.unlink()
+                    raise ArtifactError(
+                        f"the coordinator sends more than the {artifact.size} bytes of {artifact.digest[:12]}"
+                    )
                 received = Artifact(digest.hexdigest(), file.tell())
             if received != artifact:
                 partial.unlink()

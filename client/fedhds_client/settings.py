@@ -97,6 +97,12 @@ class ClientSettings(BaseModel):
         "row's features.",
         json_schema_extra={"group": "Policy"},
     )
+    allow_feature_model: tuple[str, ...] = Field(
+        (),
+        description="Models that a run may have this site take features with (--feature-model of the coordinator), "
+        "besides the base model: hub ids or paths.",
+        json_schema_extra={"group": "Policy"},
+    )
     selection_max_epsilon: float | None = Field(
         None,
         gt=0,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
 from fedhds import PROTOCOL_VERSIONS, __version__
+from fedhds.encoding import printable
 from fedhds.errors import (
     ArtifactError,
     CoordinatorUnreachable,
@@ -23,9 +23,9 @@ from fedhds.errors import (
     StorageError,
 )
 from fedhds.runtime.logging import about
-from fedhds.spec import RunSpec
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import transfer_pb2
+from fedhds_client import incoming
 from fedhds_client.computation import Cancelled, ComputeThread, Control
 from fedhds_client.counters import ENDED, ENROLLING, TASK_FAILURES, TASK_SECONDS, WAITING
 from fedhds_client.executor import TaskExecutor
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _POLL_S = 25.0
+_MIN_POLL_S = 0.2
 # A process that ends tells the coordinator, but does not wait for one that is gone.
 _LEAVE_S = 2.0
 _STORAGE_RETRY_S = 5.0
@@ -110,17 +111,19 @@ class SiteLoop:
         # A poll that lasts longer than the heartbeat time-out would look like silence.
         wait_s = min(_POLL_S, self._heartbeat_timeout_s / 3)
         while True:
-            request = pb.NextTaskRequest(session=self._session, wait_s=wait_s)
+            request, asked_at = pb.NextTaskRequest(session=self._session, wait_s=wait_s), time.monotonic()
             answer = await self._client.call(self._client.federation.NextTask, request, wait_s=wait_s)
             match answer.WhichOneof("next"):
                 case "wait":
-                    if answer.wait.reason != reason:
-                        reason = answer.wait.reason
+                    if printable(answer.wait.reason) != reason:
+                        reason = printable(answer.wait.reason)
                         logger.info("%s: %s", self._site.name, reason or "waiting")
+                    # A coordinator that does not hold the call must not keep this process busy.
+                    await asyncio.sleep(max(0.0, asked_at + _MIN_POLL_S - time.monotonic()))
                 case "done":
                     return await self._finish(answer.done)
                 case "task":
-                    reason, task = "", answer.task
+                    reason, task = "", incoming.task(answer.task)
                     # Kinds that this version does not know share one label; they fail in `_result`.
                     self.activity, self._round_number = task.kind if task.kind in TASKS else WAITING, task.round_number
                     with TASK_SECONDS.labels(self.activity).time():
@@ -157,19 +160,10 @@ class SiteLoop:
             session=self._site.next_session(),
         )
         answer = await self._client.call(self._client.federation.Enroll, request)
-        self._session, self._run_id = answer.session, answer.run_id
-        self._heartbeat_timeout_s = answer.heartbeat_timeout_s
+        enrollment = incoming.enrollment(answer)
+        self._session, self._run_id, spec = enrollment.session, enrollment.run_id, enrollment.spec
+        self._heartbeat_timeout_s = enrollment.heartbeat_timeout_s
         self._site.keep_session()
-        try:
-            spec = RunSpec.model_validate_json(answer.spec)
-        except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            where = ".".join(map(str, problem["loc"]))
-            reason = problem["msg"].removeprefix("Value error, ")
-            raise EnrollmentRefused(
-                f"fedhds {__version__} cannot read the run's specification: {f'{where}: ' if where else ''}{reason}; "
-                "install the coordinator's version here"
-            ) from error
         logger.info(
             "%s: enrolled in run %s (%s, %d rounds of %s)",
             self._site.name,
@@ -218,10 +212,11 @@ class SiteLoop:
             if answer.accepted:
                 self._results[kind] += 1
             elif answer.rejected:
-                logger.error("%s: the coordinator rejected the result of round %d: %s", name, number, answer.reason)
-                self._count_failure(task, "ResultRejected", answer.reason)
+                reason = printable(answer.reason)
+                logger.error("%s: the coordinator rejected the result of round %d: %s", name, number, reason)
+                self._count_failure(task, "ResultRejected", reason)
             else:
-                logger.warning("%s: the coordinator did not take the result: %s", name, answer.reason)
+                logger.warning("%s: the coordinator did not take the result: %s", name, printable(answer.reason))
 
     async def _result(self, task: pb.Task) -> pb.CompleteTaskResponse:
         kind = task_kind(task.kind)
@@ -260,23 +255,16 @@ class SiteLoop:
         return answer
 
     async def _finish(self, done: pb.Done) -> bool:
+        outcome, message = incoming.outcome(done)
         if done.HasField("adapter"):
-            adapter = await self._fetch("", done.adapter, 0)
-            await asyncio.to_thread(
-                write_adapter_folder,
-                self._settings.out,
-                adapter,
-                done.adapter_config,
-                done.model_card,
-                self._executor.generation_config,
-            )
+            await self._deliver(done)
             logger.info("%s: the final adapter is in %s", self._site.name, self._settings.out)
         request = pb.ConfirmDeliveryRequest(session=self._session)
         await self._client.call(self._client.federation.ConfirmDelivery, request)
-        failed = done.outcome == "failed"
-        verb = "is stopped" if done.outcome == "stopped" else done.outcome
+        failed = outcome == "failed"
+        verb = "is stopped" if outcome == "stopped" else outcome
         level = logging.ERROR if failed else logging.INFO
-        logger.log(level, "%s: the run %s: %s", self._site.name, verb, done.message)
+        logger.log(level, "%s: the run %s: %s", self._site.name, verb, message)
         self._finished = True
         worked = bool(self._results)
         # A site that selects, but fails each time to train, gave nothing either. Kinds of later versions may fail.
@@ -292,6 +280,26 @@ class SiteLoop:
             )
             return False
         return not failed
+
+    async def _deliver(self, done: pb.Done) -> None:
+        """Writes the final adapter to --out; like a task, it waits for people who free a disk."""
+        begin, card = time.monotonic(), incoming.model_card(done.model_card)
+        while True:
+            try:
+                return await self._write(await self._fetch("", done.adapter, 0), card)
+            except StorageError as error:
+                if time.monotonic() - begin > self._settings.reconnect_timeout:
+                    raise
+                text = "%s: the final adapter is not written: %s; trying again in %.0f s"
+                logger.error(text, self._site.name, error, _STORAGE_RETRY_S)
+            await asyncio.sleep(min(_STORAGE_RETRY_S, self._heartbeat_timeout_s / 4))
+            await self._client.call(self._client.federation.Heartbeat, pb.HeartbeatRequest(session=self._session))
+
+    async def _write(self, adapter: Path, card: str) -> None:
+        config = self._executor.adapter_config
+        ends = self._executor.generation_config
+        writing = asyncio.to_thread(write_adapter_folder, self._settings.out, adapter, config, card, ends)
+        await self._transferred("", lambda _: writing, lambda _: None, 1.0, 0.0)
 
     async def _fail(self, task: pb.Task, error: Exception) -> None:
         name, reason = type(error).__name__, _public(error)

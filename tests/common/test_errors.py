@@ -87,7 +87,7 @@ async def test_an_error_that_crosses_the_wire_keeps_class_and_code() -> None:
                     await channel.unary_unary("/test.Test/Raise")(kind.__name__.encode())
                 error = error_of(caught.value)
                 assert type(error) is (None.__class__ if kind in LOCAL else kind)
-                assert error is None or str(error) == "in two\nlines"
+                assert error is None or str(error) == "in two lines"
     finally:
         await server.stop(None)
 

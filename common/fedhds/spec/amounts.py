@@ -8,8 +8,15 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-# Of rounds, rows, tokens: far more than any run has, and what every integer type on the way holds.
+# Of sites and rows: far more than any run has, and what every integer type on the way holds.
 MAX_COUNT = 2**31 - 1
+# What a site is asked for is bounded where its memory or time follow from it: a coordinator may mean harm.
+MAX_ROUNDS = 10**6
+MAX_EPOCHS = 10**4
+MAX_BATCH = 1 << 14
+MAX_TOKENS = 1 << 20
+# Characters of a path or a name.
+MAX_NAME = 1000
 
 _COUNT_OR_SHARE = re.compile(r"[1-9]\d{0,17}|(\d+(?:\.\d+)?)%", re.ASCII)
 

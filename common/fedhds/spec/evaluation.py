@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedhds.settings import Parameters, parameter
-from fedhds.spec.amounts import MAX_COUNT
+from fedhds.spec.amounts import MAX_COUNT, MAX_TOKENS
 
 
 class EvaluationSpec(Parameters):
@@ -16,4 +16,4 @@ class EvaluationSpec(Parameters):
         ge=0,
         le=MAX_COUNT,
     )
-    max_new_tokens: int = parameter(128, "Most tokens generated per row in an evaluation.", ge=1, le=MAX_COUNT)
+    max_new_tokens: int = parameter(128, "Most tokens generated per row in an evaluation.", ge=1, le=MAX_TOKENS)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator
 
 from fedhds.settings import Parameters, parameter
+from fedhds.spec.amounts import MAX_NAME
 
 FeaturePooling = Literal["auto", "last", "mean"]
 
@@ -26,6 +27,7 @@ class FeatureSpec(Parameters):
         "Layers whose hidden states are a row's features: all, last, or numbers such as 0,6,-1, where 0 is the output "
         "of the embeddings.",
         setting="feature_layers",
+        max_length=MAX_NAME,
     )
     pooling: FeaturePooling = parameter(
         "auto",
@@ -45,4 +47,5 @@ class FeatureSpec(Parameters):
         "Compute features with this model (hub id or path; any small causal model or encoder) instead of the model "
         "that is tuned.",
         setting="feature_model",
+        max_length=MAX_NAME,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fedhds.settings import Parameters, parameter
-from fedhds.spec.amounts import MAX_COUNT
+from fedhds.spec.amounts import MAX_NAME, MAX_TOKENS
 
 PromptFormat = Literal["auto", "chat", "alpaca"]
 
@@ -18,10 +18,11 @@ class ModelSpec(Parameters):
         "Base model: a hub id or a local path. Sites may load the same weights from elsewhere.",
         setting="model",
         min_length=1,
+        max_length=MAX_NAME,
     )
-    revision: str = parameter("", "Revision of a hub model (branch, tag or commit).", setting="model_revision")
-    license: str = parameter("not declared", "License of the base model, for the model card.", setting="model_license")
-    data_license: str = parameter("not declared", "License of the sites' data, for the model card.")
+    revision: str = parameter("", "Revision of a hub model (branch, tag or commit).", setting="model_revision", max_length=MAX_NAME)
+    license: str = parameter("not declared", "License of the base model, for the model card.", setting="model_license", max_length=MAX_NAME)
+    data_license: str = parameter("not declared", "License of the sites' data, for the model card.", max_length=MAX_NAME)
     prompt_format: PromptFormat = parameter(
         "auto",
         "How a row becomes a prompt: with the tokenizer's chat template, with the Alpaca template, or auto: the chat "
@@ -32,5 +33,5 @@ class ModelSpec(Parameters):
         "Longest row in tokens. Longer rows are truncated, counted and reported. The model's own limit applies if it "
         "is smaller.",
         ge=16,
-        le=MAX_COUNT,
+        le=MAX_TOKENS,
     )

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Twice the largest vocabulary, and far more features than any linear layer has.
 MAX_FEATURES = 1 << 20
+# No model has more kinds of linear layers.
+MAX_TARGETS = 256
 
 
 class PeftSpec(Parameters):
@@ -47,6 +49,7 @@ class LoraSpec(PeftSpec):
         "Modules that get an adapter, by the last part of their name, or all-linear.",
         setting="lora_targets",
         min_length=1,
+        max_length=MAX_TARGETS,
     )
 
     @field_validator("targets", mode="before")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from fedhds.settings import Parameters, parameter
-from fedhds.spec.amounts import MAX_COUNT, Quorum, budget_rows
+from fedhds.spec.amounts import MAX_COUNT, MAX_ROUNDS, Quorum, budget_rows
 
 
 class RoundsSpec(Parameters):
     """Rounds and cohorts."""
 
-    count: int = parameter(..., "Number of aggregation rounds.", setting="rounds", ge=1, le=MAX_COUNT)
+    count: int = parameter(..., "Number of aggregation rounds.", setting="rounds", ge=1, le=MAX_ROUNDS)
     cohort_fraction: float = parameter(
         1.0, "Share of the enrolled training sites drawn into each round (at least one).", gt=0, le=1
     )
