@@ -20,9 +20,15 @@ class ModelSpec(Parameters):
         min_length=1,
         max_length=MAX_NAME,
     )
-    revision: str = parameter("", "Revision of a hub model (branch, tag or commit).", setting="model_revision", max_length=MAX_NAME)
-    license: str = parameter("not declared", "License of the base model, for the model card.", setting="model_license", max_length=MAX_NAME)
-    data_license: str = parameter("not declared", "License of the sites' data, for the model card.", max_length=MAX_NAME)
+    revision: str = parameter(
+        "", "Revision of a hub model (branch, tag or commit).", setting="model_revision", max_length=MAX_NAME
+    )
+    license: str = parameter(
+        "not declared", "License of the base model, for the model card.", setting="model_license", max_length=MAX_NAME
+    )
+    data_license: str = parameter(
+        "not declared", "License of the sites' data, for the model card.", max_length=MAX_NAME
+    )
     prompt_format: PromptFormat = parameter(
         "auto",
         "How a row becomes a prompt: with the tokenizer's chat template, with the Alpaca template, or auto: the chat "
