@@ -83,14 +83,21 @@ def _names(settings: ClientSettings, tls: TlsFiles | None) -> list[str]:
     """One name per site: the certificate's or --name, followed by the shard's where there are several."""
     files = settings.data or ((settings.eval_data,) if settings.eval_data else ())
     stems = [file.name.split(".")[0] for file in files]
-    base = settings.name
+    base = settings.name[0] if settings.name else None
     if tls:
         base = own_identity(tls).name
-        if settings.name not in (None, base):
+        if settings.name not in ((), (base,)):
             raise SettingsError(
-                "--name", f"the certificate is {base!r}'s and gives no other name; drop --name {settings.name!r}"
+                "--name",
+                f"the certificate is {base!r}'s and gives no other name; drop --name {' '.join(settings.name)!r}",
             )
-    if base is None:
+    if len(settings.name) > 1:
+        if len(set(settings.name)) != len(stems):
+            raise SettingsError(
+                "--name", f"has {len(set(settings.name))} different names for {len(stems)} shards; give one for each"
+            )
+        names = list(settings.name)
+    elif base is None:
         names = [f"{socket.gethostname()}-{stem}" for stem in stems]
     else:
         names = [base] if len(stems) == 1 else [f"{base}/{stem}" for stem in stems]

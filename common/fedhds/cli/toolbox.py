@@ -184,7 +184,9 @@ def _command_from(entry_point: EntryPoint) -> Any:
     except (ImportError, AttributeError) as error:
         return _unavailable(entry_point, error)
     single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    single.command(entry_point.name)(_explain_missing_packages(entry_point, function))
+    # A command with settings of its own reads its flags itself.
+    options: dict[str, Any] = getattr(function, "command_options", {})
+    single.command(entry_point.name, **options)(_explain_missing_packages(entry_point, function))
     return typer.main.get_command(single)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
@@ -21,6 +22,14 @@ from fedhds.settings.kinds import choices, default_text, inner, is_many
 from fedhds.settings.names import ENVIRONMENT_PREFIX, flag, key, variable
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a person gave: values by the names of settings, and the flag, variable or line of each."""
+
+    values: dict[str, Any]
+    sources: dict[str, str]
 
 
 def load(
@@ -37,7 +46,24 @@ def load(
     that do not exist, as argparse does.
     """
     settings = settings_of(model)
-    flags = vars(_parser(settings, program, description).parse_args(list(arguments)))
+    given = read(settings, program=program, description=description, arguments=arguments, environment=environment)
+    return build(model, settings, given)
+
+
+def read(
+    settings: Sequence[Setting],
+    *,
+    program: str,
+    description: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    sweeps: bool = False,
+) -> Given:
+    """What is given for `settings`; raises SettingsError and exits as `load` does.
+
+    With `sweeps` a flag takes any text, also where its setting is one of a list: the text may stand for several values.
+    """
+    flags = vars(_parser(settings, program, description, sweeps).parse_args(list(arguments)))
     config = flags.pop("config", None) or environment.get(ENVIRONMENT_PREFIX + "CONFIG")
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -54,15 +80,22 @@ def load(
     for setting in settings:
         if _is_broken_text(setting, values.get(setting.name)):
             raise SettingsError(sources[setting.name], "it has bytes that are not UTF-8; write it in UTF-8")
+    return Given(values, sources)
+
+
+def build(model: type[Model], settings: Sequence[Setting], given: Given) -> Model:
+    """The model with what is given for `settings`, which are its own; raises SettingsError."""
     try:
-        return model.model_validate(nested(settings, values))
+        return model.model_validate(nested(settings, given.values))
     except VariantError as error:
-        raise SettingsError(sources[error.setting], error.reason) from None
+        raise SettingsError(given.sources[error.setting], error.reason) from None
     except ValidationError as error:
-        raise _explained(error, active(settings, values), sources) from None
+        raise _explained(error, active(settings, given.values), given.sources) from None
 
 
-def _parser(settings: Sequence[Setting], program: str, description: str) -> argparse.ArgumentParser:
+def _parser(
+    settings: Sequence[Setting], program: str, description: str, sweeps: bool = False
+) -> argparse.ArgumentParser:
     # allow_abbrev off: an abbreviation that is unique today breaks the script of tomorrow.
     parser = _Parser(
         prog=program,
@@ -85,7 +118,7 @@ def _parser(settings: Sequence[Setting], program: str, description: str) -> argp
             options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
         elif is_many(field):
             options |= {"nargs": "+", "action": "extend", "metavar": _metavar(setting)}
-        elif choices(field):
+        elif choices(field) and not sweeps:
             options["choices"] = choices(field)
         else:
             options["metavar"] = _metavar(setting)
