@@ -111,11 +111,20 @@ def _features(
         **options,
     )
     # Prompt methods put positions of their own in front.
-    states = tuple(state[:, -longest:] for state in output.hidden_states)
+    states = tuple(_of_streams(state, body)[:, -longest:] for state in output.hidden_states)
     values: npt.NDArray[np.float32] = space.features(states, lengths).cpu().numpy()
     if not np.isfinite(values).all():
         raise TaskError("the model's hidden states are not finite; the adapter has diverged or the dtype is too narrow")
     return values
+
+
+def _of_streams(state: torch.Tensor, body: Any) -> torch.Tensor:
+    """Hidden states (batch, tokens, hidden) of a layer that keeps several streams beside each other: their mean."""
+    if state.dim() == 3:
+        return state
+    # Gemma 3n has them in front of the batch, models with hyper-connections behind the tokens.
+    in_front = hasattr(body.config.get_text_config(decoder=True), "altup_num_inputs")
+    return state.mean(dim=0 if in_front else 2)
 
 
 def _body(model: nn.Module) -> nn.Module:

@@ -41,6 +41,11 @@ def fingerprint(base: BaseModel, template: str) -> pb.ModelFingerprint:
     )
 
 
+def digest_of(whole: pb.ModelFingerprint) -> str:
+    """One SHA-256 over the fingerprint of a feature model."""
+    return hashlib.sha256(whole.SerializeToString(deterministic=True)).hexdigest()
+
+
 def weights_digest(name: str, files: tuple[Path, ...], cache_dir: Path | None) -> str:
     """SHA-256 over all tensors in `files`, remembered in `cache_dir`; `name` is the model's, for messages.
 
@@ -96,11 +101,12 @@ def _pytorch_digests(file: Path) -> dict[str, str]:
     return digests
 
 
-def _lasting(config: dict[str, Any]) -> dict[str, Any]:
+def _lasting(config: dict[Any, Any]) -> dict[str, Any]:
+    """Without what is volatile or private; all keys are text, as in JSON, where a label's number is one, too."""
     return {
-        key: _lasting(value) if isinstance(value, dict) else value
+        str(key): _lasting(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if key not in _VOLATILE and not key.startswith("_")
+        if key not in _VOLATILE and not str(key).startswith("_")
     }
 
 

@@ -22,11 +22,16 @@ from transformers.utils.hub import cached_file
 
 from fedhds.errors import ModelError
 from fedhds_client.models.fingerprint import weights_digest
+from fedhds_client.models.packages import missing_package
+from fedhds_client.models.probing import check_causal
 
 logger = logging.getLogger(__name__)
 
 # In the order in which transformers looks for them.
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+# Where configurations say how many positions there are.
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+_UNLIMITED = 2**31 - 1
 
 
 @dataclass
@@ -66,30 +71,64 @@ def load_base_model(
 ) -> BaseModel:
     """Loads a causal LM and its tokenizer; a local path makes no network call and takes no revision.
 
-    With `body_only` it may be an encoder, too, and comes without a head: enough to take features.
+    With `body_only` it may be an encoder, too, also one under a classifier, and comes without a head: enough to take
+    features. Rows are padded with the tokenizer's padding token; one that the model has no embedding for is replaced.
 
     `device` is auto (a GPU when there is one), cpu or cuda. `dtype` is a floating type's name, or auto: bfloat16
     on a GPU that has it, else float32 (half precision is slow and coarse on a CPU). `cache_dir` remembers digests of
     weight files by path, size and time. Code that comes with a model is never run. Raises ModelError.
     """
-    _quieten()
-    local = Path(os.path.expanduser(name))
-    if not local.is_dir() and (name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
-        raise ModelError(f"there is no model folder {name}; give a folder with a model or a hub id like org/name")
-    source = str(local) if local.is_dir() else name
-    # Explicit, or transformers would ask at the terminal.
-    options: dict[str, Any] = {"trust_remote_code": False}
-    if revision and not local.is_dir():
-        options["revision"] = revision
+    source, options = _source(name, revision)
     where = _device(device)
     config = _config(name, source, options, body_only)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     tokenizer = _tokenizer(name, source, options, body_only)
     model = _model(name, source, options | {"config": config, "dtype": _dtype(dtype, where)}, where, body_only)
-    limits = (getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None))
+    _check_padding(name, tokenizer, model)
+    longest = min(_max_length(config, tokenizer), _table_length(model))
+    base = BaseModel(name, model.eval(), tokenizer, longest, stored, tuple(_weight_files(source, options)), cache_dir)
+    if not body_only:
+        check_causal(base)
+    return base
+
+
+def load_tokenizer(name: str, *, revision: str = "") -> tuple[Any, int]:
+    """The tokenizer of a causal LM and the model's longest row in tokens, without its weights; raises ModelError."""
+    source, options = _source(name, revision)
+    config = _config(name, source, options, False)
+    tokenizer = _tokenizer(name, source, options, False)
+    return tokenizer, _max_length(config, tokenizer)
+
+
+def _source(name: str, revision: str) -> tuple[str, dict[str, Any]]:
+    """What transformers is to load from, and how."""
+    _quieten()
+    local = Path(os.path.expanduser(name))
+    if not local.is_dir() and (name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
+        raise ModelError(f"there is no model folder {name}; give a folder with a model or a hub id like org/name")
+    # Explicit, or transformers would ask at the terminal.
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if revision and not local.is_dir():
+        options["revision"] = revision
+    return str(local) if local.is_dir() else name, options
+
+
+def _max_length(config: Any, tokenizer: Any) -> int:
+    """The longest row in tokens that configuration and tokenizer name."""
+    configs = config, config.get_text_config(decoder=True)
+    limits = [getattr(part, name, None) for part in configs for name in _LENGTHS]
     usable = [limit for limit in (*limits, tokenizer.model_max_length) if isinstance(limit, int) and 0 < limit < 10**9]
-    files = tuple(_weight_files(source, options))
-    return BaseModel(name, model.eval(), tokenizer, min(usable, default=2**31 - 1), stored, files, cache_dir)
+    return min(usable, default=_UNLIMITED)
+
+
+def _table_length(model: Any) -> int:
+    """The positions that the model's table has for tokens: RoBERTa's kind counts from behind the one for padding."""
+    limits = [
+        module.num_embeddings - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return min(limits, default=_UNLIMITED)
 
 
 def _quieten() -> None:
@@ -132,8 +171,13 @@ def _config(name: str, source: str, options: dict[str, Any], body_only: bool) ->
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        if "trust_remote_code" in str(error):
-            raise ModelError(f"{name} comes with code of its own, which is never run; use another model") from error
+        _refuse_own_code_or_missing_package(name, error)
+        unknown = re.search(r"has model type `(.+?)` but Transformers does not recognize", str(error))
+        if unknown:
+            raise ModelError(
+                f"{name} is a {unknown[1]} model, which transformers {transformers.__version__} does not know; install "
+                "a newer one or choose another model"
+            ) from error
         if folder.is_dir():
             raise ModelError(f"the model {name} has an unusable config.json: {first_line(error)}") from error
         raise ModelError(
@@ -147,6 +191,8 @@ def _config(name: str, source: str, options: dict[str, Any], body_only: bool) ->
     masked = any(kind.endswith("ForMaskedLM") for kind in config.architectures or ())
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or masked:
         raise ModelError(f"{name} is a {config.model_type} model, not a causal language model; choose one that is")
+    if config.is_encoder_decoder:
+        raise ModelError(f"{name} is an encoder-decoder ({config.model_type}); choose a causal language model")
     return config
 
 
@@ -155,18 +201,41 @@ def _tokenizer(name: str, source: str, options: dict[str, Any], body_only: bool)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
         # The Rust library behind it raises plain Exception for a damaged tokenizer.json.
+        _refuse_own_code_or_missing_package(name, error)
         raise ModelError(f"{name} has no usable tokenizer ({first_line(error)}); put its files there") from error
     if not len(tokenizer) or (tokenizer.eos_token_id is None and not body_only):
         raise ModelError(f"the tokenizer of {name} has no vocabulary or no end-of-text token; it cannot end an answer")
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.pad_token = tokenizer.eos_token
-        logger.info("the tokenizer of %s has no padding token; it pads with %s", name, tokenizer.eos_token)
     return tokenizer
+
+
+def _refuse_own_code_or_missing_package(name: str, error: Exception) -> None:
+    """Raises ModelError where that is what a library's error says."""
+    if "trust_remote_code" in str(error):
+        raise ModelError(f"{name} comes with code of its own, which is never run; use another model") from error
+    package = missing_package(error)
+    if package:
+        raise ModelError(f"{name} needs the Python package {package}; install it where this runs") from error
+
+
+def _check_padding(name: str, tokenizer: Any, model: Any) -> None:
+    """Makes the tokenizer pad with a token that the model has; padding is masked, so any will do."""
+    size = model.get_input_embeddings().weight.shape[0]
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if eos is not None and eos >= size:
+        raise ModelError(f"the end-of-text token of {name} has the id {eos}, but the model has only {size} embeddings")
+    if pad is None or pad >= size:
+        fault = "no padding token" if pad is None else f"the padding token {pad}, and the model has {size} embeddings"
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0) if eos is None else tokenizer.eos_token
+        logger.info("the tokenizer of %s has %s; it pads with %s", name, fault, tokenizer.pad_token)
 
 
 def _model(name: str, source: str, options: dict[str, Any], where: torch.device, body_only: bool) -> Any:
     damaged = f"the weight files of {name} are missing or damaged"
     auto: Any = AutoModel if body_only else AutoModelForCausalLM
+    quantized = getattr(options["config"], "quantization_config", None) is not None
+    if quantized:
+        # Its layers cannot be moved later.
+        options = options | {"device_map": {"": where}}
     try:
         model, report = auto.from_pretrained(source, output_loading_info=True, **options)
         # transformers fills gaps with random values.
@@ -174,16 +243,27 @@ def _model(name: str, source: str, options: dict[str, Any], where: torch.device,
         missing = sorted(key for key in report["missing_keys"] if not (body_only and "pooler" in key))
         if missing:
             raise ModelError(f"{damaged}: they hold no {missing[0]} ({len(missing)} lacking); download it again")
-        return model.to(where)
-    except (MemoryError, RuntimeError) as error:
+        return model if quantized else model.to(where)
+    except ModelError:
+        raise
+    except Exception as error:
+        # transformers, the code of its models and that of quantizers raise what they like.
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             advice = "use --device cpu" if where.type == "cuda" else "use a smaller one"
             raise ModelError(f"the model {name} does not fit into memory on {where}; free some or {advice}") from error
-        reason = "shapes differ from config.json" if "mismatched" in str(error) else first_line(error)
-        raise ModelError(f"{damaged}: {reason}; download it again") from error
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        # ImportError: a quantized model without the package that reads it; the text names the package.
-        raise ModelError(f"{damaged}: {first_line(error)}; download it again") from error
+        _refuse_own_code_or_missing_package(name, error)
+        if quantized:
+            raise ModelError(
+                f"{name} is quantized and cannot be loaded here: {first_line(error)}; use the model that it was made of"
+            ) from error
+        if isinstance(error, OSError | RuntimeError | ValueError | KeyError | SafetensorError):
+            reason = "shapes differ from config.json" if "mismatched" in str(error) else first_line(error)
+            raise ModelError(f"{damaged}: {reason}; download it again") from error
+        kind = options["config"].model_type
+        raise ModelError(
+            f"transformers {transformers.__version__} cannot make a model of {name}, which is of the type {kind}: "
+            f"{first_line(error)}; choose another"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

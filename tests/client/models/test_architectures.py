@@ -1,0 +1,139 @@
+"""Every architecture that transformers loads as a causal language model works, or is refused by a message of ours."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn import functional
+from transformers import AutoTokenizer
+
+from fedhds.errors import ModelError
+from fedhds.tensors.safetensors import write_adapter
+from fedhds_client.data.prompts import Encoded
+from fedhds_client.features.extraction import extract_features
+from fedhds_client.features.projection import FeatureSpace
+from fedhds_client.models.adapter import AdapterModel
+from fedhds_client.models.loading import BaseModel
+from fedhds_client.models.probing import check_causal
+from fedhds_client.training.response_loss import ResponseLoss
+from tests.support.architectures import ARCHITECTURES, tiny_config, tiny_model
+from tests.support.model_folders import spec_of
+from tests.support.tiny import make_model
+
+# What transformers cannot make here, by the exception that it raises.
+UNBUILDABLE = {
+    "gemma3n": "requires the timm library",
+    # They read the cache of the model that they draft for.
+    "gemma4_assistant": "The set of layer types producing a cache",
+    "gemma4_unified_assistant": "The set of layer types producing a cache",
+    "musicgen": "'MusicgenConfig' object has no attribute 'dropout'",
+    "musicgen_melody": "'MusicgenMelodyConfig' object has no attribute 'dropout'",
+}
+# What we refuse, by our message.
+REFUSED = {
+    # Both read rows in both directions, or a prompt of their own as a part of each.
+    "cpmant": "cpmant is not a causal language model",
+    "xlnet": "xlnet is not a causal language model",
+    # Its layers compute their gradients themselves, and only for their own weights.
+    "reformer": "LoRA can train no linear layer of reformer; the operator of the coordinator sets --model",
+}
+# Its relative positions depend on how long a row with its padding is.
+LOSS_TOLERANCE = {"prophetnet": 1e-3}
+
+ROWS = [[5, 9, 40, 77, 12, 33, 8, 64, 100, 7], [7, 8, 33, 20], [90, 91, 92, 93, 94, 95, 9]]
+STARTS = (4, 1, 3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One for all: it only has to have the models' vocabulary."""
+    return AutoTokenizer.from_pretrained(make_model(tmp_path_factory.mktemp("llama")))
+
+
+def test_the_exceptions_are_architectures() -> None:
+    assert set(UNBUILDABLE) | set(REFUSED) <= set(ARCHITECTURES)
+    assert len(ARCHITECTURES) > 150
+
+
+# BigBird-Pegasus never ties the two, though its configuration says so.
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied after merging")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_architecture(architecture: str, tokenizer: Any, tmp_path: Path) -> None:
+    if architecture in UNBUILDABLE:
+        with pytest.raises((ImportError, AttributeError, ValueError), match=UNBUILDABLE[architecture]):
+            tiny_model(tiny_config(architecture))
+        return
+    model = tiny_model(tiny_config(architecture))
+    plain = copy.deepcopy(model)
+    base = BaseModel(architecture, model, tokenizer, 256, torch.float32, ())
+    if architecture in REFUSED:
+        with pytest.raises(ModelError, match=REFUSED[architecture]):
+            _adapter_on(base)
+        return
+    adapter = _adapter_on(base)
+    file = tmp_path / "adapter_model.safetensors"
+    write_adapter(file, adapter.manifest(), lambda tensor: tensor.initial_value(3) + 0.05, "float32")
+    (tmp_path / "adapter_config.json").write_text(adapter.manifest().config)
+    adapter.load(file)
+    theirs: Any = PeftModel.from_pretrained(plain, str(tmp_path)).eval()
+    loss = _losses_agree(adapter, theirs, LOSS_TOLERANCE.get(architecture, 1e-4))
+    _all_of_it_trains(adapter, loss)
+    _features_do_not_depend_on_the_batch(adapter)
+    merged = _logits(theirs.merge_and_unload(), ROWS[0])
+    torch.testing.assert_close(merged, _logits(adapter.module, ROWS[0]), rtol=1e-4, atol=1e-4)
+
+
+def _adapter_on(base: BaseModel) -> AdapterModel:
+    """As when a site loads a model."""
+    check_causal(base)
+    return AdapterModel(base, spec_of(lora_rank=2))
+
+
+def _logits(module: Any, row: list[int]) -> torch.Tensor:
+    """Of one row without padding, (tokens, vocabulary)."""
+    ids = torch.tensor([row])
+    with torch.no_grad():
+        logits: torch.Tensor = module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    return logits
+
+
+def _losses_agree(adapter: AdapterModel, theirs: Any, tolerance: float) -> torch.Tensor:
+    """That of a batch is the sum of the rows' under transformers and PEFT alone; returned with its gradient."""
+    batch = [
+        Encoded(ids, [place >= start for place in range(len(ids))], start, None, False)
+        for ids, start in zip(ROWS, STARTS, strict=True)
+    ]
+    total, tokens = ResponseLoss(adapter)(batch)
+    assert tokens == sum(len(ids) - start for ids, start in zip(ROWS, STARTS, strict=True))
+    expected = 0.0
+    for ids, start in zip(ROWS, STARTS, strict=True):
+        logits = _logits(theirs, ids)[start - 1 : -1]
+        expected += float(functional.cross_entropy(logits.float(), torch.tensor(ids[start:]), reduction="sum"))
+    assert float(total.detach()) == pytest.approx(expected, rel=tolerance)
+    return total
+
+
+def _all_of_it_trains(adapter: AdapterModel, loss: torch.Tensor) -> None:
+    torch.autograd.backward(loss)
+    named = dict(adapter.module.named_parameters())
+    idle = [name for name, one in named.items() if one.requires_grad and (one.grad is None or not one.grad.any())]
+    assert not idle
+    assert all(one.grad is None for one in named.values() if not one.requires_grad)
+
+
+def _features_do_not_depend_on_the_batch(adapter: AdapterModel) -> None:
+    space = FeatureSpace(5, 16)
+
+    def features(batch_size: int) -> Any:
+        options: Any = {"pad_id": 0, "batch_size": batch_size}
+        return extract_features(adapter.module, ROWS.__getitem__, range(len(ROWS)), space, **options).values
+
+    alone, together = features(1), features(len(ROWS))
+    assert np.isfinite(alone).all()
+    np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-3 * np.abs(alone).max())
