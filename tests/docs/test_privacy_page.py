@@ -1,4 +1,4 @@
-"""The README against the wire contract: its list of what leaves a site. Tests of all pages: tests/docs."""
+"""docs/privacy.md against the wire contract: its list of what leaves a site."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedhds.spec import STRATEGY_SPECS, RunSpec
 from fedhds.v2 import federation_pb2 as pb
 from fedhds_client.tasks import TASKS
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "privacy.md").read_text(encoding="utf-8")
 
 
 def fields(message: Descriptor) -> set[str]:
@@ -38,7 +38,7 @@ def results() -> list[Descriptor]:
 def test_the_list_of_what_leaves_a_site_is_complete_and_says_no_more() -> None:
     service = pb.DESCRIPTOR.services_by_name["Federation"]
     sent = set().union(*(fields(message) for message in (*(each.input_type for each in service.methods), *results())))
-    section = README.partition("## What leaves a site")[2].partition("\n## ")[0]
+    section = PAGE.partition("## What leaves a site")[2].partition("\n## ")[0]
     table = "\n".join(line for line in section.splitlines() if line.startswith("|"))
     listed = set(re.findall(r"`([a-z_]+)`", table))
     assert sent == listed
