@@ -103,6 +103,13 @@ class ClientSettings(BaseModel):
         "besides the base model: hub ids or paths.",
         json_schema_extra={"group": "Policy"},
     )
+    min_cluster_rows: int = Field(
+        5,
+        ge=1,
+        description="Fewest rows behind anything that this site says of its rows: the clusters of fedhds and "
+        "fedhds-aligned, the training loss and the metrics of held-out rows. 1 consents to releases about single rows.",
+        json_schema_extra={"group": "Policy"},
+    )
     selection_max_epsilon: float | None = Field(
         None,
         gt=0,

@@ -332,6 +332,21 @@ def test_an_upload_whose_bytes_are_the_new_adapters_is_kept() -> None:
     assert work(aggregate(run, 1)) == [WriteCheckpoint(), Discard(artifact(8))]
 
 
+@pytest.mark.parametrize(("losses", "mean"), [((2.0, None), 2.0), ((None, 0.5), 0.5), ((None, None), None)])
+def test_sites_that_keep_their_loss_to_themselves_count_all_the_same(
+    losses: tuple[float | None, float | None], mean: float | None
+) -> None:
+    run = started()
+    update(run, "a", 7, samples=1, loss=losses[0])
+    update(run, "b", 8, samples=3, loss=losses[1])
+    instructions = aggregate(run, 1)
+    (closed,) = run.state.closed_rounds
+    assert (closed.contributions, closed.loss) == ({"a": 1, "b": 3}, mean)
+    said = f", training loss {mean:.4f}" if mean else ""
+    assert f"round 1 closed with 2 updates over 4 samples{said}" in notes(instructions)
+    assert RunState.model_validate_json(run.state.model_dump_json()) == run.state
+
+
 def test_a_damaged_update_does_not_count_and_is_discarded() -> None:
     run = started()
     update(run, "a", 7, samples=5)

@@ -84,8 +84,10 @@ def report(run: RunMachine, site: str, message: Message | None = None) -> list[I
     return received(run, stage_of(run).task_id(site), message or selection_pb2.ClusterReport())
 
 
-def update(run: RunMachine, site: str, number: int = 7, samples: int = 5) -> list[Instruction]:
-    result = pb.TrainResult(update=artifact(number).to_proto(), samples=samples, loss=1.0)
+def update(
+    run: RunMachine, site: str, number: int = 7, samples: int = 5, loss: float | None = 1.0
+) -> list[Instruction]:
+    result = pb.TrainResult(update=artifact(number).to_proto(), samples=samples, loss=loss)
     return received(run, f"train/{run.state.round_number}/{site}", result, artifact(number))
 
 

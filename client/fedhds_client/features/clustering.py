@@ -33,6 +33,7 @@ def cluster(
     points: npt.NDArray[np.float64],
     *,
     min_cluster_size: int,
+    min_rows: int = 1,
     places: npt.NDArray[np.floating] | None = None,
 ) -> Clusters:
     """Clusters the finite `points` (n, f) of the samples `ids` (n,); deterministic.
@@ -40,15 +41,24 @@ def cluster(
     Centroids and nearness to them are taken of `places` (n, d), or of the points themselves. Settings are the paper's:
     min_samples at its default, no single cluster. HDBSCAN finds no cluster where there is room for one only: then
     every row is a cluster of its own. When all is noise there is no cluster, and the site is not selected.
+
+    With `min_rows` above 1 no cluster has fewer rows, and none of its rows weighs more than 1/min_rows of its
+    centroid: a mean over fewer rows says what these are. Where there is room for one cluster only, it has all rows.
     """
     from scipy.spatial.distance import cdist
 
-    count = len(ids)
-    if count < 2 * min_cluster_size:
-        labels, weights = np.arange(count), np.ones(count)
-        note = f"too few rows to cluster ({count}): each is its own cluster" if count else "no rows to cluster"
+    count, smallest = len(ids), max(min_cluster_size, min_rows)
+    if count < 2 * smallest:
+        labels, weights = np.full(count, NOISE), np.ones(count)
+        note = f"too few rows to cluster ({count}), " if count else "no rows to cluster"
+        if count and min_rows == 1:
+            labels, note = np.arange(count), note + "each is its own cluster"
+        elif count >= smallest:
+            labels, note = np.zeros(count, dtype=np.int64), note + "all are one cluster"
+        elif count:
+            note += "none is in a cluster"
     else:
-        labels, weights = _hdbscan(points, min_cluster_size)
+        labels, weights = _hdbscan(points, smallest, min_samples=min_cluster_size)
         note = "" if (labels != NOISE).any() else f"no cluster among {count} rows: all are noise"
     places = points if places is None else places
     groups = [np.flatnonzero(labels == label) for label in range(int(labels.max(initial=NOISE)) + 1)]
@@ -58,7 +68,9 @@ def cluster(
     members = []
     for number, group in enumerate(groups):
         renumbered[group] = number
-        centroids[number] = np.average(places[group], axis=0, weights=weights[group])
+        shares = weights[group] / weights[group].sum()
+        even = shares.max() > 1 / min_rows
+        centroids[number] = np.average(places[group], axis=0, weights=None if even else shares)
         distances = np.linalg.norm(places[group] - centroids[number], axis=1)
         members.append(tuple(int(ids[row]) for row in group[np.lexsort((ids[group], distances))]))
     noise = np.flatnonzero(renumbered == NOISE)
@@ -68,12 +80,14 @@ def cluster(
 
 
 def _hdbscan(
-    points: npt.NDArray[np.float64], min_cluster_size: int
+    points: npt.NDArray[np.float64], min_cluster_size: int, *, min_samples: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Labels and probabilities of belonging, each (n,)."""
     import hdbscan
 
     # One job: worker processes cost more than the search on a shard, and each would import torch again.
-    model = hdbscan.HDBSCAN(min_cluster_size=min_cluster_size, allow_single_cluster=False, core_dist_n_jobs=1)
+    model = hdbscan.HDBSCAN(
+        min_cluster_size=min_cluster_size, min_samples=min_samples, allow_single_cluster=False, core_dist_n_jobs=1
+    )
     model.fit(points)
     return model.labels_.astype(np.int64), model.probabilities_

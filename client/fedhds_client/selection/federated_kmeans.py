@@ -14,7 +14,7 @@ from fedhds.v2.selection_pb2 import KMeansCenters, KMeansStats
 from fedhds_client.features.assignment import assign
 from fedhds_client.selection.base import IntraClientSelection, SelectionContext
 from fedhds_client.selection.coreset import save_clusters
-from fedhds_client.selection.private_reporter import PrivateReporter
+from fedhds_client.selection.private_reporter import MIN_NOISE_MULTIPLIER, PrivateReporter
 
 if TYPE_CHECKING:
     from fedhds_client.features.assignment import Assignment
@@ -24,10 +24,11 @@ class FederatedKMeans(IntraClientSelection):
     """Sums and counts per center; after the last iteration the site remembers which rows belong to which center."""
 
     def check_policy(self, reporter: PrivateReporter) -> None:
-        if not reporter.spec.privacy.selection.noised and not reporter.allow_exact_kmeans_sums:
+        if not reporter.hides_rows and not reporter.allow_exact_kmeans_sums:
             raise PrivacyError(
                 "federated k-means without noise sends sums that may be over a single row, and this site has not "
-                "agreed to that: start it with --allow-exact-kmeans-sums, or the run with noise"
+                "agreed to that: start it with --allow-exact-kmeans-sums, or the run with a noise multiplier of "
+                f"{MIN_NOISE_MULTIPLIER} at least"
             )
 
     def release(self, context: SelectionContext) -> KMeansStats:

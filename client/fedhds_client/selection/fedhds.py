@@ -32,7 +32,13 @@ class FedHds(IntraClientSelection):
         points, note = reduce(features.values, strategy.reduction, seed=spec.seed)
         context.progress(0.5)
         places = features.values if strategy.shared_space else None
-        clusters = cluster(features.ids, points, min_cluster_size=strategy.min_cluster_size, places=places)
+        clusters = cluster(
+            features.ids,
+            points,
+            min_cluster_size=strategy.min_cluster_size,
+            min_rows=context.reporter.min_cluster_rows,
+            places=places,
+        )
         context.progress(1.0)
         for text in filter(None, (note, clusters.note)):
             logger.info("%s: %s", context.reporter.site, text)

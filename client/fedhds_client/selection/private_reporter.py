@@ -18,6 +18,11 @@ logger = logging.getLogger(__name__)
 # The run's delta comes from the coordinator, and a large one would make every epsilon small; so the site judges its
 # budget at this delta or at the run's, whichever is smaller.
 MAX_DELTA = 1e-5
+# Fewest rows behind what a site says of its rows, unless its people choose otherwise.
+MIN_CLUSTER_ROWS = 5
+# Weaker noise hides no row, and counts as none. At this multiplier, the noise on a sum of features of norm 1 in the
+# default 256 dimensions is twice as long as one row's features (0.1 * sqrt(2) * 16).
+MIN_NOISE_MULTIPLIER = 0.1
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,18 @@ class PrivateReporter:
     """The site's own limit on epsilon over all runs, in each privacy unit; None: no limit."""
     allow_exact_kmeans_sums: bool = False
     """Whether the site agreed to release sums over clusters without noise."""
+    min_cluster_rows: int = MIN_CLUSTER_ROWS
+    """Fewest rows of a cluster whose centroid is released."""
 
     @property
     def unit(self) -> Unit:
         """The privacy unit of what the run's strategy releases."""
         return self.spec.selection.strategy.privacy_unit or "client"
+
+    @property
+    def hides_rows(self) -> bool:
+        """Whether the run's noise is strong enough to hide what a sum over a single row says."""
+        return self.spec.privacy.selection.noise_multiplier >= MIN_NOISE_MULTIPLIER
 
     def earlier(self, task_id: str) -> Message | None:
         """What this task released before, to be sent again as it was; raises StorageError."""

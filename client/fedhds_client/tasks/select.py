@@ -45,6 +45,7 @@ class SelectTask(SiteTask):
             spec,
             settings.selection_max_epsilon,
             settings.allow_exact_kmeans_sums,
+            settings.min_cluster_rows,
         )
         folder = report_folder(site.folder, context.run_id, task.id)
         report = STRATEGIES[strategy.name].report(

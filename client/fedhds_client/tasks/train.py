@@ -33,7 +33,13 @@ class TrainTask(SiteTask):
         roles = frozenset(request.trainable_roles)
         if finished := FinishedUpdate.load(path):
             logger.info("%s: the update of round %d is already here", site.name, task.round_number)
-            return TaskResult(finished.result(), finished)
+            return TaskResult(finished.result(min_rows=context.settings.min_cluster_rows), finished)
+        kind, expected = request.coreset.WhichOneof("rows"), spec.selection.strategy.coreset_kind
+        if kind != expected:
+            raise TaskError(
+                f"the task names its rows by {kind!r}, which the run's strategy {spec.selection.strategy.name} does "
+                f"not ({expected!r}): the coordinator breaks its own specification"
+            )
         rows = coreset_rows(request.coreset, rows=len(site.shard), run_id=context.run_id, folder=site.folder)
         if not rows:
             logger.info("%s: round %d picks no row of this site", site.name, task.round_number)
@@ -66,7 +72,7 @@ class TrainTask(SiteTask):
         )
         text = "%s: round %d trained in %.1f s, loss %.4f"
         logger.info(text, site.name, task.round_number, outcome.seconds, outcome.loss)
-        return TaskResult(update.result(), update)
+        return TaskResult(update.result(min_rows=context.settings.min_cluster_rows), update)
 
 
 def _write_report(context: TaskContext, select_task_id: str, rows: Sequence[int]) -> None:

@@ -61,12 +61,12 @@ class FinishedUpdate:
         """The update's bytes."""
         return Artifact(self.metadata.digest, self.metadata.size)
 
-    def result(self) -> pb.TrainResult:
-        """The wire message."""
+    def result(self, *, min_rows: int = 1) -> pb.TrainResult:
+        """The wire message; it leaves out a loss over fewer than `min_rows` rows."""
         return pb.TrainResult(
             update=self.artifact.to_proto(),
             samples=self.metadata.samples,
-            loss=self.metadata.loss,
+            loss=self.metadata.loss if self.metadata.samples >= min_rows else None,
             train_s=self.metadata.seconds,
             truncated_rows=self.metadata.truncated,
         )

@@ -64,7 +64,9 @@ class EnrollRequest(_message.Message):
     PREVIOUS_SESSION_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
     site: _builtins.str
-    """Name that the site asks for; with TLS it must be the certificate's name, or that name, "/" and a shard's name."""
+    """Name that the site asks for; with TLS it must be the certificate's name or, where the operator allows shards, that
+    name, "/" and a shard's name. All sites of one certificate count as one.
+    """
     fedhds_version: _builtins.str
     """The site's fedhds version, for people."""
     previous_session: _builtins.str
@@ -289,12 +291,15 @@ class RegisterRequest(_message.Message):
     MANIFEST_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     EVALUATES_FIELD_NUMBER: _builtins.int
+    EVALUATION_ROWS_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """The session of EnrollResponse."""
     rows: _builtins.int
     """Training rows at the site; bounds the weight of its updates. 0: a pure evaluator."""
     evaluates: _builtins.bool
     """Whether the site evaluates on held-out rows."""
+    evaluation_rows: _builtins.int
+    """Held-out rows at the site, above 0 if it evaluates and 0 if not; bounds the rows of its evaluations."""
     @_builtins.property
     def fingerprint(self) -> Global___ModelFingerprint:
         """Fingerprint of the base model at the site."""
@@ -311,10 +316,11 @@ class RegisterRequest(_message.Message):
         manifest: Global___AdapterManifest | None = ...,
         rows: _builtins.int = ...,
         evaluates: _builtins.bool = ...,
+        evaluation_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluates", b"evaluates", "fingerprint", b"fingerprint", "manifest", b"manifest", "rows", b"rows", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluates", b"evaluates", "evaluation_rows", b"evaluation_rows", "fingerprint", b"fingerprint", "manifest", b"manifest", "rows", b"rows", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -667,7 +673,7 @@ class TrainResult(_message.Message):
     samples: _builtins.int
     """Rows trained on; the update's weight, bounded by what the site declared. 0: no row of the site was picked."""
     loss: _builtins.float
-    """Mean training loss per response token, in nats."""
+    """Mean training loss per response token, in nats; absent where the site's policy keeps it, as for a few rows."""
     train_s: _builtins.float
     """Seconds spent training."""
     truncated_rows: _builtins.int
@@ -681,15 +687,17 @@ class TrainResult(_message.Message):
         *,
         update: _transfer_pb2.ArtifactRef | None = ...,
         samples: _builtins.int = ...,
-        loss: _builtins.float = ...,
+        loss: _builtins.float | None = ...,
         train_s: _builtins.float = ...,
         truncated_rows: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss", "samples", b"samples", "train_s", b"train_s", "truncated_rows", b"truncated_rows", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss", "samples", b"samples", "train_s", b"train_s", "truncated_rows", b"truncated_rows", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
+    _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___TrainResult: _TypeAlias = TrainResult  # noqa: Y015
 

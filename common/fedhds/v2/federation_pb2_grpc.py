@@ -102,7 +102,8 @@ class FederationServicer(object):
     def Enroll(self, request, context):
         """Reserves the site's name, negotiates the protocol version and hands out the run's specification. Errors:
         ALREADY_EXISTS (name in use), FAILED_PRECONDITION (no common protocol version, run over for new sites),
-        PERMISSION_DENIED (the certificate does not give this name).
+        PERMISSION_DENIED (the certificate does not give this name). Also FAILED_PRECONDITION when the operator's lists or
+        limits do not let the site in.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

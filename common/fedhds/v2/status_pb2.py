@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66\x65\x64hds/v2/status.proto\x12\tfedhds.v2\")\n\x10GetStatusRequest\x12\x15\n\rjournal_after\x18\x01 \x01(\x04\"\x1e\n\x0cPauseRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x0f\n\rPauseResponse\"\x1f\n\rResumeRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x10\n\x0eResumeResponse\"\x1d\n\x0bStopRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x0e\n\x0cStopResponse\",\n\x0c\x45victRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0f\n\rEvictResponse\"\x80\x05\n\x11GetStatusResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x14\n\x0cround_number\x18\x03 \x01(\r\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x0c\n\x04spec\x18\x05 \x01(\t\x12$\n\x05sites\x18\x06 \x03(\x0b\x32\x15.fedhds.v2.SiteStatus\x12-\n\rclosed_rounds\x18\x07 \x03(\x0b\x32\x16.fedhds.v2.RoundStatus\x12\x30\n\x0b\x65valuations\x18\x08 \x03(\x0b\x32\x1b.fedhds.v2.EvaluationStatus\x12\x11\n\trunning_s\x18\t \x01(\x01\x12\x16\n\x0e\x62ytes_received\x18\n \x01(\x04\x12\x12\n\ncheckpoint\x18\x0b \x01(\t\x12\x14\n\x0ctrained_rows\x18\x0c \x01(\x04\x12\x11\n\tpool_rows\x18\r \x01(\x04\x12\x13\n\x06paused\x18\x0e \x01(\tH\x00\x88\x01\x01\x12\'\n\x07journal\x18\x0f \x03(\x0b\x32\x16.fedhds.v2.JournalLine\x12\x0b\n\x03now\x18\x10 \x01(\x01\x12\x16\n\x0e\x66\x65\x64hds_version\x18\x11 \x01(\t\x12\x19\n\x11protocol_versions\x18\x12 \x03(\r\x12)\n\x06\x63ohort\x18\x13 \x01(\x0b\x32\x19.fedhds.v2.CohortProgress\x12\x41\n\x0bsite_states\x18\x14 \x03(\x0b\x32,.fedhds.v2.GetStatusResponse.SiteStatesEntry\x1a\x31\n\x0fSiteStatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x42\t\n\x07_paused\"\xaf\x01\n\x0e\x43ohortProgress\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x10\n\x08\x61nswered\x18\x02 \x01(\r\x12\x0f\n\x07working\x18\x03 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\r\x12\x14\n\x0c\x64isconnected\x18\x05 \x01(\r\x12\x0e\n\x06target\x18\x06 \x01(\r\x12\x0e\n\x06quorum\x18\x07 \x01(\r\x12\x17\n\ndeadline_s\x18\x08 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_deadline_s\"K\n\x0bJournalLine\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\n\n\x02\x61t\x18\x02 \x01(\x01\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0f\n\x07trouble\x18\x04 \x01(\x08\"\xab\x01\n\nSiteStatus\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0c\n\x04rows\x18\x03 \x01(\x04\x12\x11\n\tevaluates\x18\x04 \x01(\x08\x12\x0c\n\x04task\x18\x05 \x01(\t\x12\x12\n\nlast_error\x18\x06 \x01(\t\x12\x16\n\x0e\x62ytes_received\x18\x07 \x01(\x04\x12\x11\n\tdelivered\x18\x08 \x01(\x08\x12\x12\n\nrejections\x18\t \x01(\r\"\x84\x01\n\x0bRoundStatus\x12\x14\n\x0cround_number\x18\x01 \x01(\r\x12\x14\n\x0c\x63ontributors\x18\x02 \x03(\t\x12\x0f\n\x07samples\x18\x03 \x01(\x04\x12\x0c\n\x04loss\x18\x04 \x01(\x01\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x19\n\x11\x63ontributor_count\x18\x06 \x01(\r\"\xa1\x01\n\x10\x45valuationStatus\x12\x14\n\x0cround_number\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x01(\x04\x12\x39\n\x07metrics\x18\x03 \x03(\x0b\x32(.fedhds.v2.EvaluationStatus.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\xc4\x02\n\nOperations\x12\x46\n\tGetStatus\x12\x1b.fedhds.v2.GetStatusRequest\x1a\x1c.fedhds.v2.GetStatusResponse\x12:\n\x05Pause\x12\x17.fedhds.v2.PauseRequest\x1a\x18.fedhds.v2.PauseResponse\x12=\n\x06Resume\x12\x18.fedhds.v2.ResumeRequest\x1a\x19.fedhds.v2.ResumeResponse\x12\x37\n\x04Stop\x12\x16.fedhds.v2.StopRequest\x1a\x17.fedhds.v2.StopResponse\x12:\n\x05\x45vict\x12\x17.fedhds.v2.EvictRequest\x1a\x18.fedhds.v2.EvictResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66\x65\x64hds/v2/status.proto\x12\tfedhds.v2\")\n\x10GetStatusRequest\x12\x15\n\rjournal_after\x18\x01 \x01(\x04\"\x1e\n\x0cPauseRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x0f\n\rPauseResponse\"\x1f\n\rResumeRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x10\n\x0eResumeResponse\"\x1d\n\x0bStopRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x0e\n\x0cStopResponse\",\n\x0c\x45victRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0f\n\rEvictResponse\":\n\x13\x43onfirmModelRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x16\n\x14\x43onfirmModelResponse\"\xde\x05\n\x11GetStatusResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x14\n\x0cround_number\x18\x03 \x01(\r\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x0c\n\x04spec\x18\x05 \x01(\t\x12$\n\x05sites\x18\x06 \x03(\x0b\x32\x15.fedhds.v2.SiteStatus\x12-\n\rclosed_rounds\x18\x07 \x03(\x0b\x32\x16.fedhds.v2.RoundStatus\x12\x30\n\x0b\x65valuations\x18\x08 \x03(\x0b\x32\x1b.fedhds.v2.EvaluationStatus\x12\x11\n\trunning_s\x18\t \x01(\x01\x12\x16\n\x0e\x62ytes_received\x18\n \x01(\x04\x12\x12\n\ncheckpoint\x18\x0b \x01(\t\x12\x14\n\x0ctrained_rows\x18\x0c \x01(\x04\x12\x11\n\tpool_rows\x18\r \x01(\x04\x12\x13\n\x06paused\x18\x0e \x01(\tH\x00\x88\x01\x01\x12\'\n\x07journal\x18\x0f \x03(\x0b\x32\x16.fedhds.v2.JournalLine\x12\x0b\n\x03now\x18\x10 \x01(\x01\x12\x16\n\x0e\x66\x65\x64hds_version\x18\x11 \x01(\t\x12\x19\n\x11protocol_versions\x18\x12 \x03(\r\x12)\n\x06\x63ohort\x18\x13 \x01(\x0b\x32\x19.fedhds.v2.CohortProgress\x12\x41\n\x0bsite_states\x18\x14 \x03(\x0b\x32,.fedhds.v2.GetStatusResponse.SiteStatesEntry\x12\x19\n\x11model_fingerprint\x18\x15 \x01(\t\x12\x16\n\x0emodel_given_by\x18\x16 \x01(\t\x12\x17\n\x0fmodel_confirmed\x18\x17 \x01(\x08\x12\x10\n\x08warnings\x18\x18 \x03(\t\x1a\x31\n\x0fSiteStatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x42\t\n\x07_paused\"\xaf\x01\n\x0e\x43ohortProgress\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x10\n\x08\x61nswered\x18\x02 \x01(\r\x12\x0f\n\x07working\x18\x03 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\r\x12\x14\n\x0c\x64isconnected\x18\x05 \x01(\r\x12\x0e\n\x06target\x18\x06 \x01(\r\x12\x0e\n\x06quorum\x18\x07 \x01(\r\x12\x17\n\ndeadline_s\x18\x08 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_deadline_s\"K\n\x0bJournalLine\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\n\n\x02\x61t\x18\x02 \x01(\x01\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0f\n\x07trouble\x18\x04 \x01(\x08\"\xab\x01\n\nSiteStatus\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0c\n\x04rows\x18\x03 \x01(\x04\x12\x11\n\tevaluates\x18\x04 \x01(\x08\x12\x0c\n\x04task\x18\x05 \x01(\t\x12\x12\n\nlast_error\x18\x06 \x01(\t\x12\x16\n\x0e\x62ytes_received\x18\x07 \x01(\x04\x12\x11\n\tdelivered\x18\x08 \x01(\x08\x12\x12\n\nrejections\x18\t \x01(\r\"\x92\x01\n\x0bRoundStatus\x12\x14\n\x0cround_number\x18\x01 \x01(\r\x12\x14\n\x0c\x63ontributors\x18\x02 \x03(\t\x12\x0f\n\x07samples\x18\x03 \x01(\x04\x12\x11\n\x04loss\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x19\n\x11\x63ontributor_count\x18\x06 \x01(\rB\x07\n\x05_loss\"\xa0\x02\n\x10\x45valuationStatus\x12\x14\n\x0cround_number\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x01(\x04\x12\x39\n\x07metrics\x18\x03 \x03(\x0b\x32(.fedhds.v2.EvaluationStatus.MetricsEntry\x12\x39\n\x07medians\x18\x04 \x03(\x0b\x32(.fedhds.v2.EvaluationStatus.MediansEntry\x12\x12\n\nevaluators\x18\x05 \x01(\r\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a.\n\x0cMediansEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\x95\x03\n\nOperations\x12\x46\n\tGetStatus\x12\x1b.fedhds.v2.GetStatusRequest\x1a\x1c.fedhds.v2.GetStatusResponse\x12:\n\x05Pause\x12\x17.fedhds.v2.PauseRequest\x1a\x18.fedhds.v2.PauseResponse\x12=\n\x06Resume\x12\x18.fedhds.v2.ResumeRequest\x1a\x19.fedhds.v2.ResumeResponse\x12\x37\n\x04Stop\x12\x16.fedhds.v2.StopRequest\x1a\x17.fedhds.v2.StopResponse\x12:\n\x05\x45vict\x12\x17.fedhds.v2.EvictRequest\x1a\x18.fedhds.v2.EvictResponse\x12O\n\x0c\x43onfirmModel\x12\x1e.fedhds.v2.ConfirmModelRequest\x1a\x1f.fedhds.v2.ConfirmModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATUSRESPONSE_SITESTATESENTRY']._serialized_options = b'8\001'
   _globals['_EVALUATIONSTATUS_METRICSENTRY']._loaded_options = None
   _globals['_EVALUATIONSTATUS_METRICSENTRY']._serialized_options = b'8\001'
+  _globals['_EVALUATIONSTATUS_MEDIANSENTRY']._loaded_options = None
+  _globals['_EVALUATIONSTATUS_MEDIANSENTRY']._serialized_options = b'8\001'
   _globals['_GETSTATUSREQUEST']._serialized_start=37
   _globals['_GETSTATUSREQUEST']._serialized_end=78
   _globals['_PAUSEREQUEST']._serialized_start=80
@@ -53,22 +55,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVICTREQUEST']._serialized_end=271
   _globals['_EVICTRESPONSE']._serialized_start=273
   _globals['_EVICTRESPONSE']._serialized_end=288
-  _globals['_GETSTATUSRESPONSE']._serialized_start=291
-  _globals['_GETSTATUSRESPONSE']._serialized_end=931
-  _globals['_GETSTATUSRESPONSE_SITESTATESENTRY']._serialized_start=871
-  _globals['_GETSTATUSRESPONSE_SITESTATESENTRY']._serialized_end=920
-  _globals['_COHORTPROGRESS']._serialized_start=934
-  _globals['_COHORTPROGRESS']._serialized_end=1109
-  _globals['_JOURNALLINE']._serialized_start=1111
-  _globals['_JOURNALLINE']._serialized_end=1186
-  _globals['_SITESTATUS']._serialized_start=1189
-  _globals['_SITESTATUS']._serialized_end=1360
-  _globals['_ROUNDSTATUS']._serialized_start=1363
-  _globals['_ROUNDSTATUS']._serialized_end=1495
-  _globals['_EVALUATIONSTATUS']._serialized_start=1498
-  _globals['_EVALUATIONSTATUS']._serialized_end=1659
-  _globals['_EVALUATIONSTATUS_METRICSENTRY']._serialized_start=1613
-  _globals['_EVALUATIONSTATUS_METRICSENTRY']._serialized_end=1659
-  _globals['_OPERATIONS']._serialized_start=1662
-  _globals['_OPERATIONS']._serialized_end=1986
+  _globals['_CONFIRMMODELREQUEST']._serialized_start=290
+  _globals['_CONFIRMMODELREQUEST']._serialized_end=348
+  _globals['_CONFIRMMODELRESPONSE']._serialized_start=350
+  _globals['_CONFIRMMODELRESPONSE']._serialized_end=372
+  _globals['_GETSTATUSRESPONSE']._serialized_start=375
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1109
+  _globals['_GETSTATUSRESPONSE_SITESTATESENTRY']._serialized_start=1049
+  _globals['_GETSTATUSRESPONSE_SITESTATESENTRY']._serialized_end=1098
+  _globals['_COHORTPROGRESS']._serialized_start=1112
+  _globals['_COHORTPROGRESS']._serialized_end=1287
+  _globals['_JOURNALLINE']._serialized_start=1289
+  _globals['_JOURNALLINE']._serialized_end=1364
+  _globals['_SITESTATUS']._serialized_start=1367
+  _globals['_SITESTATUS']._serialized_end=1538
+  _globals['_ROUNDSTATUS']._serialized_start=1541
+  _globals['_ROUNDSTATUS']._serialized_end=1687
+  _globals['_EVALUATIONSTATUS']._serialized_start=1690
+  _globals['_EVALUATIONSTATUS']._serialized_end=1978
+  _globals['_EVALUATIONSTATUS_METRICSENTRY']._serialized_start=1884
+  _globals['_EVALUATIONSTATUS_METRICSENTRY']._serialized_end=1930
+  _globals['_EVALUATIONSTATUS_MEDIANSENTRY']._serialized_start=1932
+  _globals['_EVALUATIONSTATUS_MEDIANSENTRY']._serialized_end=1978
+  _globals['_OPERATIONS']._serialized_start=1981
+  _globals['_OPERATIONS']._serialized_end=2386
 # @@protoc_insertion_point(module_scope)

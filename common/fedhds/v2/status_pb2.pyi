@@ -166,7 +166,9 @@ class EvictRequest(_message.Message):
     SITE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     site: _builtins.str
-    """The site's name."""
+    """A name of one of its sites; or the SHA-256 of its public key (SubjectPublicKeyInfo) in 64 hexadecimal digits, also
+    before it has enrolled.
+    """
     reason: _builtins.str
     """Why, for the journal; not empty."""
     def __init__(
@@ -199,6 +201,49 @@ class EvictResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EvictResponse: _TypeAlias = EvictResponse  # noqa: Y015
+
+@_typing.final
+class ConfirmModelRequest(_message.Message):
+    """Confirms the run's base model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    fingerprint: _builtins.str
+    """Over all parts of ModelFingerprint, 64 hexadecimal digits, as `fedhds fingerprint` prints it."""
+    reason: _builtins.str
+    """Why, for the journal; not empty."""
+    def __init__(
+        self,
+        *,
+        fingerprint: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfirmModelRequest: _TypeAlias = ConfirmModelRequest  # noqa: Y015
+
+@_typing.final
+class ConfirmModelResponse(_message.Message):
+    """The base model is confirmed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfirmModelResponse: _TypeAlias = ConfirmModelResponse  # noqa: Y015
 
 @_typing.final
 class GetStatusResponse(_message.Message):
@@ -246,6 +291,10 @@ class GetStatusResponse(_message.Message):
     PROTOCOL_VERSIONS_FIELD_NUMBER: _builtins.int
     COHORT_FIELD_NUMBER: _builtins.int
     SITE_STATES_FIELD_NUMBER: _builtins.int
+    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    MODEL_GIVEN_BY_FIELD_NUMBER: _builtins.int
+    MODEL_CONFIRMED_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Identifies the run."""
     phase: _builtins.str
@@ -272,6 +321,12 @@ class GetStatusResponse(_message.Message):
     """Wall time of the coordinator's host as it answers, seconds since 1970."""
     fedhds_version: _builtins.str
     """The coordinator's fedhds version, for people."""
+    model_fingerprint: _builtins.str
+    """One SHA-256 over all parts of the base model's fingerprint, 64 hexadecimal digits; empty before a site registers."""
+    model_given_by: _builtins.str
+    """The site that registered first, and so gave the base model."""
+    model_confirmed: _builtins.bool
+    """Whether an operator has confirmed the base model."""
     @_builtins.property
     def sites(self) -> _containers.RepeatedCompositeFieldContainer[Global___SiteStatus]:
         """Every site that ever enrolled, by name."""
@@ -300,6 +355,10 @@ class GetStatusResponse(_message.Message):
     def site_states(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Sites by the `state` of their SiteStatus; all of them, also where `sites` is abridged for the dashboard."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the operator should mend while the run goes on, each in one line: a list that cannot be read, for example."""
+
     def __init__(
         self,
         *,
@@ -323,10 +382,14 @@ class GetStatusResponse(_message.Message):
         protocol_versions: _abc.Iterable[_builtins.int] | None = ...,
         cohort: Global___CohortProgress | None = ...,
         site_states: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        model_fingerprint: _builtins.str = ...,
+        model_given_by: _builtins.str = ...,
+        model_confirmed: _builtins.bool = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_paused", b"_paused", "cohort", b"cohort", "paused", b"paused"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_paused", b"_paused", "bytes_received", b"bytes_received", "checkpoint", b"checkpoint", "closed_rounds", b"closed_rounds", "cohort", b"cohort", "evaluations", b"evaluations", "fedhds_version", b"fedhds_version", "journal", b"journal", "message", b"message", "now", b"now", "paused", b"paused", "phase", b"phase", "pool_rows", b"pool_rows", "protocol_versions", b"protocol_versions", "round_number", b"round_number", "run_id", b"run_id", "running_s", b"running_s", "site_states", b"site_states", "sites", b"sites", "spec", b"spec", "trained_rows", b"trained_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_paused", b"_paused", "bytes_received", b"bytes_received", "checkpoint", b"checkpoint", "closed_rounds", b"closed_rounds", "cohort", b"cohort", "evaluations", b"evaluations", "fedhds_version", b"fedhds_version", "journal", b"journal", "message", b"message", "model_confirmed", b"model_confirmed", "model_fingerprint", b"model_fingerprint", "model_given_by", b"model_given_by", "now", b"now", "paused", b"paused", "phase", b"phase", "pool_rows", b"pool_rows", "protocol_versions", b"protocol_versions", "round_number", b"round_number", "run_id", b"run_id", "running_s", b"running_s", "site_states", b"site_states", "sites", b"sites", "spec", b"spec", "trained_rows", b"trained_rows", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__paused: _TypeAlias = _typing.Literal["paused"]  # noqa: Y015
     _WhichOneofArgType__paused: _TypeAlias = _typing.Literal["_paused", b"_paused"]  # noqa: Y015
@@ -491,7 +554,7 @@ class RoundStatus(_message.Message):
     samples: _builtins.int
     """Rows trained on, over all contributors."""
     loss: _builtins.float
-    """Mean training loss weighted by rows, over all contributors."""
+    """Mean training loss weighted by rows, over the contributors that say theirs; absent when none does."""
     seconds: _builtins.float
     """Seconds from opening to closing."""
     contributor_count: _builtins.int
@@ -506,15 +569,17 @@ class RoundStatus(_message.Message):
         round_number: _builtins.int = ...,
         contributors: _abc.Iterable[_builtins.str] | None = ...,
         samples: _builtins.int = ...,
-        loss: _builtins.float = ...,
+        loss: _builtins.float | None = ...,
         seconds: _builtins.float = ...,
         contributor_count: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributor_count", b"contributor_count", "contributors", b"contributors", "loss", b"loss", "round_number", b"round_number", "samples", b"samples", "seconds", b"seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "contributor_count", b"contributor_count", "contributors", b"contributors", "loss", b"loss", "round_number", b"round_number", "samples", b"samples", "seconds", b"seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
+    _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___RoundStatus: _TypeAlias = RoundStatus  # noqa: Y015
 
@@ -544,16 +609,44 @@ class EvaluationStatus(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class MediansEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ROUND_NUMBER_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    MEDIANS_FIELD_NUMBER: _builtins.int
+    EVALUATORS_FIELD_NUMBER: _builtins.int
     round_number: _builtins.int
     """0 is the base model."""
     rows: _builtins.int
     """Rows measured."""
+    evaluators: _builtins.int
+    """Certificates whose sites evaluated."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Means by metric: "loss" in nats per response token, "rouge_l" from 0 to 1, and what else the sites measure."""
+
+    @_builtins.property
+    def medians(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Medians by metric over the evaluators' own means, the sites of one certificate taken together."""
 
     def __init__(
         self,
@@ -561,10 +654,12 @@ class EvaluationStatus(_message.Message):
         round_number: _builtins.int = ...,
         rows: _builtins.int = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        medians: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        evaluators: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics", b"metrics", "round_number", b"round_number", "rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluators", b"evaluators", "medians", b"medians", "metrics", b"metrics", "round_number", b"round_number", "rows", b"rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

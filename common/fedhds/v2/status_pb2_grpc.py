@@ -61,6 +61,11 @@ class OperationsStub(object):
                 request_serializer=fedhds_dot_v2_dot_status__pb2.EvictRequest.SerializeToString,
                 response_deserializer=fedhds_dot_v2_dot_status__pb2.EvictResponse.FromString,
                 _registered_method=True)
+        self.ConfirmModel = channel.unary_unary(
+                '/fedhds.v2.Operations/ConfirmModel',
+                request_serializer=fedhds_dot_v2_dot_status__pb2.ConfirmModelRequest.SerializeToString,
+                response_deserializer=fedhds_dot_v2_dot_status__pb2.ConfirmModelResponse.FromString,
+                _registered_method=True)
 
 
 class OperationsServicer(object):
@@ -98,8 +103,17 @@ class OperationsServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Evict(self, request, context):
-        """Excludes a site for good: its open task and its update of the open round are dropped, its session ends.
+        """Excludes all sites of a certificate for good, whatever names they have: their open tasks and their updates of the
+        open round are dropped, their sessions end. Before the run begins, a base model that only they had no longer counts.
         Errors: NOT_FOUND when no such site ever enrolled, FAILED_PRECONDITION when the run is over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ConfirmModel(self, request, context):
+        """Says which base model is the run's. Before the run begins, sites that registered with another one are refused.
+        Errors: INVALID_ARGUMENT for what is no fingerprint, FAILED_PRECONDITION when the run has begun with another.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -132,6 +146,11 @@ def add_OperationsServicer_to_server(servicer, server):
                     servicer.Evict,
                     request_deserializer=fedhds_dot_v2_dot_status__pb2.EvictRequest.FromString,
                     response_serializer=fedhds_dot_v2_dot_status__pb2.EvictResponse.SerializeToString,
+            ),
+            'ConfirmModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfirmModel,
+                    request_deserializer=fedhds_dot_v2_dot_status__pb2.ConfirmModelRequest.FromString,
+                    response_serializer=fedhds_dot_v2_dot_status__pb2.ConfirmModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -271,6 +290,33 @@ class Operations(object):
             '/fedhds.v2.Operations/Evict',
             fedhds_dot_v2_dot_status__pb2.EvictRequest.SerializeToString,
             fedhds_dot_v2_dot_status__pb2.EvictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfirmModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedhds.v2.Operations/ConfirmModel',
+            fedhds_dot_v2_dot_status__pb2.ConfirmModelRequest.SerializeToString,
+            fedhds_dot_v2_dot_status__pb2.ConfirmModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

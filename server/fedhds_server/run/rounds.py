@@ -224,12 +224,15 @@ def _round_closed(state: RunState, stage: Stage, outcome: AdapterUpdated, at: fl
         notes.append(Record(message, trouble=True))
     updates = contributions(stage)
     samples = sum(update.samples for update in updates.values())
-    loss = sum(update.samples * update.loss for update in updates.values())
+    # Sites keep the loss of a few rows to themselves.
+    said = [update for update in updates.values() if update.HasField("loss")]
+    weight = sum(update.samples for update in said)
+    loss = sum(update.samples * update.loss for update in said) / weight if weight else None
     closed = ClosedRound(
         round_number=state.round_number,
         cohort=stage.cohort,
         contributions={site: update.samples for site, update in updates.items()},
-        loss=loss / samples if samples else 0.0,
+        loss=loss,
         seconds=at - state.round_opened_at,
     )
     state.closed_rounds.append(closed)
@@ -242,7 +245,7 @@ def _round_closed(state: RunState, stage: Stage, outcome: AdapterUpdated, at: fl
     notes.append(
         Record(
             f"round {state.round_number} closed with {len(updates)} updates over {samples} samples"
-            + (f", training loss {closed.loss:.4f}" if samples else "")
+            + (f", training loss {loss:.4f}" if loss is not None else "")
         )
     )
     notes += [WriteCheckpoint(), *_after_round(state, stage, at)]

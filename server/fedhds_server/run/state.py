@@ -149,7 +149,7 @@ class ClosedRound(_Record):
     round_number: int
     cohort: list[str]
     contributions: dict[str, int]  # site -> rows trained on
-    loss: float
+    loss: float | None  # None: no contributor said its own
     seconds: float
 
     @property

@@ -56,7 +56,7 @@ class TrainingWorkflow(Workflow):
         if not 0 < trained.samples <= limit:
             claim = f"the update claims {trained.samples} samples, the site was asked to train on at most {limit} rows"
             return "samples", claim
-        if not abs(trained.loss) <= MAX_LOSS:
+        if trained.HasField("loss") and not abs(trained.loss) <= MAX_LOSS:
             return "loss", f"the training loss is {trained.loss:g}, which no model gives"
         if not trained.HasField("update"):
             return "adapter", "the result names no update"
@@ -69,8 +69,8 @@ class TrainingWorkflow(Workflow):
         trained = read(event.result)
         empty = event.artifact is None
         # Nothing else that a site may have put into its message is kept.
-        kept = packed(pb.TrainResult(samples=trained.samples, loss=trained.loss))
-        stage.replies[task.site] = Reply(task_id=task.id, message=kept, artifact=event.artifact, empty=empty)
+        kept = pb.TrainResult(samples=trained.samples, loss=trained.loss if trained.HasField("loss") else None)
+        stage.replies[task.site] = Reply(task_id=task.id, message=packed(kept), artifact=event.artifact, empty=empty)
         if not empty:
             return []
         return [Record(f"site {task.site} has nothing to train on in round {task.round_number}: no row was picked")]

@@ -113,6 +113,33 @@ def test_the_centroid_leans_to_sure_members() -> None:
     assert found.centroids[number][1] < plain[1]
 
 
+def test_no_cluster_is_smaller_than_the_floor_and_no_row_weighs_more_than_its_part() -> None:
+    rng = np.random.default_rng(1)
+    # Five to a place, two of them equal: they are far surer members than the others.
+    centers = np.repeat(rng.normal(size=(8, 2)) * 50, 5, axis=0)
+    points = centers + rng.normal(size=centers.shape)
+    points[1::5] = points[0::5] + 1e-9
+    found = cluster(np.arange(len(points)), points, min_cluster_size=2, min_rows=5)
+    assert found.members
+    assert all(len(members) >= 5 for members in found.members)
+    for members, centroid in zip(found.members, found.centroids, strict=True):
+        if len(members) == 5:
+            np.testing.assert_allclose(centroid, points[list(members)].mean(axis=0))
+    small = cluster(np.arange(len(points)), points, min_cluster_size=2)
+    assert min(len(members) for members in small.members) < 5
+
+
+@pytest.mark.parametrize(
+    ("rows", "members", "note"), [(4, 0, "none is in a cluster"), (5, 5, "all are one cluster"), (9, 9, "all are one")]
+)
+def test_too_few_rows_for_two_clusters_are_one_or_none(rows: int, members: int, note: str) -> None:
+    points = np.random.default_rng(0).normal(size=(rows, 2))
+    found = cluster(np.arange(rows), points, min_cluster_size=2, min_rows=5)
+    assert sum(map(len, found.members)) == members
+    assert len(found.members) == (members > 0)
+    assert note in found.note
+
+
 def test_features_without_reduction_can_be_clustered() -> None:
     rng = np.random.default_rng(0)
     labels = np.arange(30) % 3

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +151,12 @@ def context(
     features: Callable[[], Features] = planted_features,
     max_epsilon: float | None = None,
     task_id: str = TASK,
+    min_cluster_rows: int = 5,
     **settings: Any,
 ) -> SelectionContext:
     spec = RunSpec.of(**{"model": "m", "rounds": 1, "selection_strategy": "fedhds", "reduction": "pca"} | settings)
     reporter = PrivateReporter("ward", folder, Ledger(folder / "ledger.jsonl"), "run", spec, max_epsilon)
+    reporter = replace(reporter, min_cluster_rows=min_cluster_rows)
     return SelectionContext(task_id, spec, ROWS, features, reporter)
 
 
@@ -287,11 +291,39 @@ def test_the_budget_counts_earlier_tasks(tmp_path: Path) -> None:
         report(context(tmp_path, task_id="select/9/ward", **options))
 
 
-@pytest.mark.parametrize("rows", range(6))
-def test_the_smallest_shards_have_reports_too(tmp_path: Path, rows: int) -> None:
-    values = np.random.default_rng(0).normal(size=(rows, 64)).astype(np.float32)
-    at = context(tmp_path, features=lambda: Features(np.arange(rows), values))
-    at = replace(at, spec=at.spec.replace(reduction="tsne"), rows=rows)
-    sent = report(at)
-    assert len(sent.centroids) == (rows if rows < 4 else 0)
-    assert sent.dimension == 2
+@pytest.mark.parametrize(("floor", "clusters"), [(1, [0, 1, 2, 3, 0, 0, 0]), (5, [0, 0, 0, 0, 0, 1, 1])])
+def test_the_smallest_shards_have_reports_too(tmp_path: Path, floor: int, clusters: list[int]) -> None:
+    """Only a site that consents to releases about single rows makes each row a cluster."""
+    for rows, count in enumerate(clusters):
+        values = np.random.default_rng(0).normal(size=(rows, 64)).astype(np.float32)
+        features = Features(np.arange(rows), values)
+        at = context(tmp_path / str(rows), features=partial(lambda given: given, features), min_cluster_rows=floor)
+        (tmp_path / str(rows)).mkdir()
+        at = replace(at, spec=at.spec.replace(reduction="tsne"), rows=rows)
+        sent = report(at)
+        assert len(sent.centroids) == count
+        assert sum(centroid.size for centroid in sent.centroids) + sent.unclustered == rows
+        assert sent.dimension == 2
+
+
+@pytest.mark.parametrize("strategy", ["fedhds", "fedhds-aligned"])
+@pytest.mark.parametrize("noise", [0.0, 1e-9])
+def test_no_centroid_is_one_rows_features_unless_the_site_consents(tmp_path: Path, strategy: str, noise: float) -> None:
+    """Rows in pairs, which HDBSCAN finds: without the floor a centroid is what two equal rows are."""
+    rng = np.random.default_rng(0)
+    values = np.repeat(rng.normal(size=(30, 16)), 2, axis=0)
+    values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    features = Features(np.arange(len(values)), values)
+
+    def closest(folder: Path, floor: int) -> float:
+        folder.mkdir()
+        options: dict[str, Any] = {"selection_strategy": strategy, "reduction": "none", "feature_dimension": 16}
+        options |= {"selection_noise_multiplier": noise, "selection_clip_norm": float(noise > 0)}
+        at = context(folder, features=lambda: features, min_cluster_rows=floor, **options)
+        sent = report(replace(at, rows=len(values)))
+        centroids = np.array([centroid.values for centroid in sent.centroids]).reshape(-1, 16)
+        distances = np.linalg.norm(centroids[:, None] - values[None], axis=2)
+        return float(distances.min(initial=math.inf))
+
+    assert closest(tmp_path / "open", 1) < 1e-3
+    assert closest(tmp_path / "default", 5) > 0.1

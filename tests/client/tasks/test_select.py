@@ -25,7 +25,7 @@ def context(folder: Path, strategy: str, *, shard: Any = "rows", **settings: Any
     site = SimpleNamespace(name="ward", folder=folder, shard=shard, ledger=Ledger(folder / "ledger.jsonl"))
     spec = RunSpec.of(model="m", rounds=1, selection_strategy=strategy, **settings)
     features = SimpleNamespace(of=lambda *_: pytest.fail("features were taken"))
-    policy = SimpleNamespace(selection_max_epsilon=None, allow_exact_kmeans_sums=False)
+    policy = SimpleNamespace(selection_max_epsilon=None, allow_exact_kmeans_sums=False, min_cluster_rows=5)
     models = SimpleNamespace(spec=spec, features=features)
     task = pb.Task(id="select/0/ward", kind="select")
     parts: Any = (site, 0, policy, models, folder / "adapter", SimpleNamespace())
@@ -48,6 +48,12 @@ def test_exact_sums_need_the_sites_consent(tmp_path: Path) -> None:
     with pytest.raises(PrivacyError, match="--allow-exact-kmeans-sums"):
         TASKS["select"].run(context(tmp_path, "federated-kmeans"))
     assert not list(tmp_path.iterdir())
+
+
+def test_noise_that_hides_no_row_needs_the_same_consent(tmp_path: Path) -> None:
+    noise = {"selection_clip_norm": 1.0, "selection_noise_multiplier": 1e-9}
+    with pytest.raises(PrivacyError, match=r"or the run with a noise multiplier of 0\.1 at least"):
+        TASKS["select"].run(context(tmp_path, "federated-kmeans", **noise))
 
 
 def test_a_request_of_another_strategy_is_refused(tmp_path: Path) -> None:

@@ -81,6 +81,12 @@ def test_a_finished_update_is_found_again_and_goes_with_the_next(
     result = first.result()
     assert (result.samples, result.loss, result.truncated_rows) == (5, 1.5, 1)
     assert result.update.digest == first.artifact.digest
+    # A loss over fewer rows than the site's floor stays at home; all else is the same.
+    quiet = first.result(min_rows=6)
+    assert not quiet.HasField("loss")
+    assert first.result(min_rows=5) == result
+    quiet.loss = 1.5
+    assert quiet == result
     second = kept(tmp_path, adapter, 2, dtype)
     assert FinishedUpdate.load(first.path) is None
     assert FinishedUpdate.load(second.path) == second

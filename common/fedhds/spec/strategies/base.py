@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 AUTO_BUDGET = "1.5%"
 
 PrivacyUnit = Literal["client", "example"]
+CoresetKind = Literal["all", "random", "picks"]
 
 
 class StrategySpec(Parameters):
@@ -32,6 +33,8 @@ class StrategySpec(Parameters):
     """What noise on a site's release hides: the site's whole shard, or one row. None: sites release nothing."""
     released: ClassVar[str] = ""
     """What a site sends for selection, for the model card; empty: nothing."""
+    coreset_kind: ClassVar[CoresetKind] = "picks"
+    """How coresets name their rows, the field of fedhds.v2.Coreset; sites train on no others."""
     clipped_and_noised: ClassVar[str] = "Released centroids were clipped to L2 norm {clip_norm:g} and noised"
     """The model card's words for what clipping and noise did."""
     name: str = parameter(..., "Which rows train.", setting="selection_strategy")

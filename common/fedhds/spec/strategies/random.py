@@ -13,5 +13,6 @@ class RandomSpec(StrategySpec):
     summary = "a uniform draw from the rows of all sites"
     shared_space = False
     privacy_unit = None
+    coreset_kind = "random"
 
     name: Literal["random"] = "random"
