@@ -134,7 +134,8 @@ class ChatTemplate:
 
     def _with_end(self, text: str, end: int, finish: Finish) -> int:
         """`end` moved behind what the template writes there to end an answer."""
-        for tail in (self._tail, self._tail.rstrip(), self._mark):
+        spaced = self._tail[: len(self._tail) - len(self._tail[len(self._mark) :].lstrip())]
+        for tail in (self._tail, spaced, self._mark, self._tail.rstrip()):
             if tail and text.startswith(finish(tail), end):
                 return end + len(finish(tail))
         return end
