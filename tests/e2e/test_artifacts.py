@@ -157,8 +157,8 @@ async def test_an_artifact_of_three_gib_goes_both_ways_in_bounded_memory(federat
     sparse.rename(folder / "artifacts" / adapter.digest)
     manifest = lora_manifest({"q.lora_B.weight": (4, 2)})
     spec = RunSpec.of(model=str(federation.model), rounds=1, max_length=256, max_new_tokens=4, lora_rank=2)
-    fingerprint = pb.ModelFingerprint(weights="w", config="c", tokenizer="t", template="p")
-    known = {"weights": "w", "config": "c", "tokenizer": "t", "template": "p", "feature_model": ""}
+    known = dict.fromkeys(("weights", "config", "tokenizer", "template"), "ab" * 32) | {"feature_model": ""}
+    fingerprint = pb.ModelFingerprint(**known)
     state = RunState(run_id="r", spec=spec, fingerprint=known, manifest=packed(manifest.to_proto()))
     state.adapters[0] = adapter
     store = SqlStore.in_folder(folder)
@@ -166,6 +166,8 @@ async def test_an_artifact_of_three_gib_goes_both_ways_in_bounded_memory(federat
     store.save(state)
     store.release()
     store.close()
+    # A fork would begin with the memory of all programs.
+    federation.installed = True
     server = federation.server("--rounds=1")
     pattern = os.urandom(CHUNK)
     digest = hashlib.sha256()

@@ -6,11 +6,11 @@ import gzip
 import itertools
 import json
 import math
-import subprocess
 
 import pytest
 
-from tests.support.federation import BIN, Federation
+from tests.support import programs
+from tests.support.federation import Federation
 from tests.support.shared import shared
 
 pytestmark = pytest.mark.e2e
@@ -26,7 +26,7 @@ def test_sites_with_parts_of_dolly_tune_a_model_that_was_pretrained(federation: 
     with gzip.open(data, "rt", encoding="utf-8") as file:
         (folder / "dolly.jsonl").write_text("".join(itertools.islice(file, 0, None, STEP)), encoding="utf-8")
     options = ["--sites=4", "--alpha=0.5", "--unseen=summarization", "--unseen-rows=16", f"--out={folder / 'shards'}"]
-    subprocess.run([BIN / "fedhds", "split", folder / "dolly.jsonl", *options], check=True, stdout=subprocess.DEVNULL)
+    programs.run("fedhds", "split", folder / "dolly.jsonl", *options).check_returncode()
     server = federation.server(
         "--rounds=2",
         f"--selection-strategy={strategy}",

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.federation import BIN, Federation, file_system, free_port
+from tests.support import programs
+from tests.support.federation import Federation, file_system, free_port
+from tests.support.programs import BIN
 from tests.support.tiny import make_model, write_rows
 
 pytestmark = pytest.mark.e2e
@@ -96,7 +98,7 @@ def test_a_model_without_a_tokenizer_is_refused(federation: Federation, tmp_path
 
 
 def test_a_site_whose_model_lacks_the_targets_tells_the_operator_who_sets_them(federation: Federation) -> None:
-    server = federation.server("--rounds=1", "--min-sites=2", "--lora-targets", "q_proj,nope_proj")
+    server = federation.server("--rounds=1", "--min-sites=2", "--max-shards=2", "--lora-targets", "q_proj,nope_proj")
     # Two sites of one process end together.
     data = [str(shard(federation.folder, name)) for name in ("one", "two")]
     site = federation.client("a", "--data", *data)
@@ -104,12 +106,8 @@ def test_a_site_whose_model_lacks_the_targets_tells_the_operator_who_sets_them(f
     message = "ModelError: the model has no linear module 'nope_proj'"
     server.wait_for(f"site a/one left: {message}")
     server.wait_for(f"site a/two left: {message}")
-    answer = subprocess.run(
-        [BIN / "fedhds", "status", "--server", federation.address(), "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    answer = programs.run("fedhds", "status", "--server", federation.address(), "--json")
+    assert answer.returncode == 0, answer.stderr
     status = json.loads(answer.stdout)
     assert "--lora-targets is set by the operator of the coordinator" in status["message"]
     assert [told["state"] for told in status["sites"]] == ["left", "left"]

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from docs.generate import OPERATIONS, operations
-from tests.support.federation import BIN, Federation
+from tests.support import programs
+from tests.support.federation import Federation
 from tests.support.scrapes import FLAG, Scrape, scrape, until
 from tests.support.tiny import write_rows
 
@@ -52,10 +53,10 @@ def scraped(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[S
         held_out = write_rows(federation.folder / "held-out.jsonl", {"sun": 4})
         client = federation.client("a", f"--data={rows}", f"--eval-data={held_out}", FLAG)
         server.wait_for("after round 2, a measures")
-        toolbox, address = str(BIN / "fedhds"), f"--server={federation.address()}"
-        subprocess.run([toolbox, "pause", address, "--reason=to look"], check=True, capture_output=True)
+        address = f"--server={federation.address()}"
+        programs.run("fedhds", "pause", address, "--reason=to look").check_returncode()
         until(lambda: scrape(client)("fedhds_client_sites", activity="waiting") == 1)
-        status = subprocess.run([toolbox, "status", "--json", address], check=True, capture_output=True, text=True)
+        status = programs.run("fedhds", "status", "--json", address)
         yield Scraped(scrape(server), scrape(client), json.loads(status.stdout))
     finally:
         federation.stop()

@@ -15,7 +15,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tests.support.federation import BIN, Daemon, Federation
+from tests.support.federation import Daemon, Federation
+from tests.support.programs import BIN
 from tests.support.tiny import write_rows
 
 pytestmark = pytest.mark.e2e

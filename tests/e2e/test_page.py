@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -20,8 +19,9 @@ from playwright.async_api import Browser, Error
 
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import federation_pb2_grpc as rpc
+from tests.support import programs
 from tests.support.browser import DESK, PHONE, Visit, chromium, visit
-from tests.support.federation import BIN, Daemon, Federation
+from tests.support.federation import Daemon, Federation
 from tests.support.hostile import state_of, until
 from tests.support.pair import Pair
 from tests.support.postgres import PostgresServer
@@ -78,8 +78,9 @@ def free_port() -> int:
 
 
 def operate(federation: Federation, verb: str, *flags: str) -> str:
-    command = [str(BIN / "fedhds"), verb, f"--server={federation.address()}", *flags]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    done = programs.run("fedhds", verb, f"--server={federation.address()}", *flags)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def fail_with(run: Path, reason: str) -> None:

@@ -9,8 +9,9 @@ import pytest
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
 from fedhds.spec import STRATEGY_SPECS
-from tests.support.federation import BIN, Federation
+from tests.support.federation import Federation
 from tests.support.launch import launched
+from tests.support.programs import BIN
 from tests.support.tiny import logits, make_model, write_rows
 
 pytestmark = pytest.mark.e2e

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 
@@ -20,7 +19,8 @@ from fedhds.grpc_errors import error_of
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import federation_pb2_grpc as rpc
 from fedhds_server.leadership.leadership import LEASE_S
-from tests.support.federation import BIN, Daemon, Federation
+from tests.support import programs
+from tests.support.federation import Daemon, Federation
 from tests.support.pair import ROUNDS, Pair, closed
 from tests.support.postgres import PASSWORD, PostgresServer
 from tests.support.tiny import write_rows
@@ -95,11 +95,10 @@ def test_a_standby_is_not_ready_and_takes_over_at_once_from_a_leader_that_is_sto
         assert isinstance(error_of(refused.value), NotLeading)
     (seen,) = coordinator(federation.address("two"), None)
     assert (seen.state, seen.message) == (State.OK, "is reached and stands by")
-    status = [str(BIN / "fedhds"), "status", "--json", "--server"]
     both = f"{federation.address('two')},{federation.address('one')}"
-    asked = subprocess.run([*status, both], capture_output=True, text=True, check=True)
+    asked = programs.run("fedhds", "status", "--json", "--server", both)
     assert json.loads(asked.stdout)["phase"] == "enrolling"
-    alone = subprocess.run([*status, federation.address("two")], capture_output=True, text=True)
+    alone = programs.run("fedhds", "status", "--json", "--server", federation.address("two"))
     assert alone.returncode == 1
     assert "stands by" in alone.stderr
 

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from fedhds.errors import NameInUse, SettingsError
-from tests.support.federation import BIN, PATIENCE_S, Federation
+from tests.support.federation import PATIENCE_S, Federation
+from tests.support.programs import BIN
 from tests.support.tiny import write_rows
 
 pytestmark = pytest.mark.e2e

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.support.federation import BIN, PATIENCE_S, Federation
+from tests.support import programs
+from tests.support.federation import PATIENCE_S, Federation
 from tests.support.tiny import make_model, write_rows
 
 pytestmark = pytest.mark.e2e
@@ -145,8 +146,7 @@ def evaluated(address: str) -> dict[str, Any]:
     """What `fedhds status --json` says once there is an evaluation."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
-        command = [str(BIN / "fedhds"), "status", f"--server={address}", "--json"]
-        status: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        status: dict[str, Any] = json.loads(programs.run("fedhds", "status", f"--server={address}", "--json").stdout)
         if status["evaluations"] or time.monotonic() > deadline:
             return status
         time.sleep(0.2)

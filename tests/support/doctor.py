@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 
-from tests.support.federation import BIN
+from tests.support import programs
 
 
 def doctor(*flags: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FEDHDS_")}
-    return subprocess.run(
-        [str(BIN / "fedhds"), "doctor", *map(str, flags)],
-        env=inherited | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    """What it prints, and its exit status."""
+    return programs.run("fedhds", "doctor", *flags, variables=environment)
 
 
 def states(ran: subprocess.CompletedProcess[str]) -> dict[str, str]:

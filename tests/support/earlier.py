@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import standing_still
-from tests.support.federation import BIN, PATIENCE_S, Federation
+from tests.support.federation import PATIENCE_S, Federation
+from tests.support.programs import BIN
 from tests.support.tiny import make_model, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,11 +1,9 @@
-"""Starts the installed console scripts as real processes for the end-to-end tests."""
+"""Starts console scripts as real processes for the end-to-end tests."""
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-BIN = Path(sys.executable).parent
+from tests.support import programs
+from tests.support.programs import BIN
+
 PATIENCE_S = 120.0
 
 
@@ -27,14 +27,13 @@ class Daemon:
         *flags: object,
         environment: dict[str, str] | None = None,
         prefix: tuple[str, ...] = (),
+        installed: bool = False,
     ) -> None:
         self.log = log
-        variables = {key: value for key, value in os.environ.items() if not key.startswith("FEDHDS_")}
-        variables |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (environment or {})
+        words = [*prefix, str(BIN / program), *map(str, flags)]
+        variables = programs.environment(environment)
         with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [*prefix, str(BIN / program), *map(str, flags)], stdout=output, stderr=subprocess.STDOUT, env=variables
-            )
+            self.process = programs.start(words, variables, output=output, errors=output, installed=installed)
 
     @property
     def text(self) -> str:
@@ -90,12 +89,21 @@ class Federation:
         self.tls: Path | None = None
         self.prefix: tuple[str, ...] = ()
         self.environment: dict[str, str] = {}
+        # Whether all programs are the installed scripts, see `programs.start`.
+        self.installed = False
 
     def start(self, name: str, program: str, *flags: object, prefix: tuple[str, ...] = ()) -> Daemon:
         """Starts a console script whose log is called `name`."""
         number = len(self.daemons)
         log = self.folder / f"{number:02d}-{name}.log"
-        daemon = Daemon(log, program, *flags, environment=self.environment, prefix=(*self.prefix, *prefix))
+        daemon = Daemon(
+            log,
+            program,
+            *flags,
+            environment=self.environment,
+            prefix=(*self.prefix, *prefix),
+            installed=self.installed,
+        )
         self.daemons.append(daemon)
         return daemon
 

@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from tests.support.federation import BIN, PATIENCE_S
+from tests.support.federation import PATIENCE_S
 from tests.support.pages import Block, blocks
+from tests.support.programs import BIN
 
 _STAND_INS = {
     "systemctl": f'exec {sys.executable} {Path(__file__).with_name("systemctl.py")} "$@"',

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tests.support.federation import Federation
 
-# In a site's process, by way of sitecustomize: training waits for the file GATE, and can be stopped meanwhile.
+# In a site's process: training waits for the file GATE, and can be stopped meanwhile.
 WAITING = """
 import time
 from pathlib import Path
@@ -28,13 +28,20 @@ training.train = train
 """
 
 
+_GO_ON = """
+import runpy
+import sys
+
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @contextmanager
 def sabotaged(federation: Federation, code: str) -> Iterator[None]:
     """Sites that are started within run `code` first."""
-    folder = federation.folder / "sabotage"
-    folder.mkdir(exist_ok=True)
-    (folder / "sitecustomize.py").write_text(code)
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    federation.environment = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    script = federation.folder / "sabotage.py"
+    script.write_text(code + _GO_ON)
+    federation.prefix = (sys.executable, str(script))
     yield
-    federation.environment = {}
+    federation.prefix = ()
