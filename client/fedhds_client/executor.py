@@ -13,6 +13,7 @@ from fedhds.runtime.files import make_folder
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.safetensors import AdapterReader, file_sizes
 from fedhds_client.distributed.process_group import Prepare, ProcessGroup, Stop
+from fedhds_client.site import Site, check_held_out
 from fedhds_client.tasks import TaskContext, TaskResult, task_kind
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from fedhds_client.models.adapter import AdapterModel
     from fedhds_client.rpc_client import CoordinatorClient
     from fedhds_client.settings import ClientSettings
-    from fedhds_client.site import Site
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,26 @@ class TaskExecutor:
         elif spec != self._models.spec:
             raise TaskError("the coordinator gave the sites of this process different runs; start one process per run")
         return self._proof
+
+    def judge(self, site: Site, control: Control) -> None:
+        """Judges all rows of `site` with the run's template, before it registers how many it has.
+
+        Raises DataError for a row that the template refuses, unless the settings leave such rows out; SettingsError
+        when too few held-out rows remain.
+        """
+        from fedhds_client.data.judging import judge
+
+        if self._models is None:
+            raise TaskError("the base model is not loaded yet")
+        for shard in filter(None, (site.shard, site.held_out)):
+            judge(
+                shard,
+                self._models.prompter,
+                skip_bad_rows=self._settings.skip_bad_rows,
+                operator="the operator of the coordinator",
+                control=control,
+            )
+        check_held_out(site, self._settings)
 
     def close(self) -> None:
         """Stops the workers of this site's process group; nothing may be computed after it."""

@@ -75,14 +75,20 @@ def open_sites(settings: ClientSettings, tls: TlsFiles | None, stack: ExitStack)
         folder = _locked_folder(settings.state / file_key(name), name, stack)
         shard = _opened(settings.data[index], settings, folder, stack) if settings.data else None
         held_out = _opened(settings.eval_data, settings, folder, stack) if settings.eval_data and not index else None
-        if held_out and len(held_out) < settings.min_cluster_rows:
-            raise SettingsError(
-                "--eval-data",
-                f"has {len(held_out)} rows, and metrics of so few say what each of them is like; give "
-                f"{settings.min_cluster_rows}, or consent with a smaller --min-cluster-rows",
-            )
-        sites.append(Site(name, folder, shard, held_out, Ledger(folder / "ledger.jsonl")))
+        site = Site(name, folder, shard, held_out, Ledger(folder / "ledger.jsonl"))
+        check_held_out(site, settings)
+        sites.append(site)
     return sites
+
+
+def check_held_out(site: Site, settings: ClientSettings) -> None:
+    """Raises SettingsError for held-out rows so few that their metrics say what each of them is like."""
+    if site.held_out and len(site.held_out) < settings.min_cluster_rows:
+        raise SettingsError(
+            "--eval-data",
+            f"has {len(site.held_out)} rows, and metrics of so few say what each of them is like; give "
+            f"{settings.min_cluster_rows}, or consent with a smaller --min-cluster-rows",
+        )
 
 
 def _names(settings: ClientSettings, tls: TlsFiles | None) -> list[str]:

@@ -173,6 +173,8 @@ class SiteLoop:
             spec.selection.strategy.name,
         )
         fingerprint, manifest = await self._computed("", lambda _: self._executor.prepare(spec))
+        with self._shown("checking the rows", 0) as show:
+            await self._computed("", lambda control: self._executor.judge(self._site, control), show)
         registration = pb.RegisterRequest(
             session=self._session,
             fingerprint=fingerprint,

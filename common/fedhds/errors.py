@@ -80,18 +80,20 @@ class DataError(UsageError):
 
     code = "FH12"
 
-    def __init__(self, path: Path | str, reason: str, line: int | None = None) -> None:
+    def __init__(self, path: Path | str, reason: str, line: int | None = None, *, public_reason: str = "") -> None:
+        """`public_reason` may leave the site: it names no file and quotes no row."""
         where = f"{path}" if line is None else f"{path}, line {line}"
         super().__init__(f"{where}: {reason}")
         self.path = Path(path)
         self.line = line
         self.reason = reason
+        self.public_reason = public_reason
 
     @property
     def public_message(self) -> str:
         """Names no file and quotes no row."""
         what = "its data cannot be used" if self.line is None else f"line {self.line} of its data cannot be used"
-        return f"{what}; the site's log has the details"
+        return f"{what}{f': {self.public_reason}' * bool(self.public_reason)}; the site's log has the details"
 
 
 class ModelError(UsageError):

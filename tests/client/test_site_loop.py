@@ -12,7 +12,7 @@ import pytest
 from google.protobuf.message import Message
 
 from fedhds import __version__
-from fedhds.errors import ArtifactError, EnrollmentRefused
+from fedhds.errors import ArtifactError, DataError, EnrollmentRefused
 from fedhds.spec import RunSpec
 from fedhds.v2 import federation_pb2 as pb
 from fedhds_client.computation import ComputeThread
@@ -79,11 +79,16 @@ class Executor:
     def __init__(self, folder: Path, result: TaskResult) -> None:
         self.tasks: list[str] = []
         self.fetches = 0
+        self.unfit: DataError | None = None
         self._folder, self._result = folder, result
 
     def prepare(self, spec: RunSpec) -> Any:
         assert spec == SPEC
         return pb.ModelFingerprint(), SimpleNamespace(to_proto=pb.AdapterManifest)
+
+    def judge(self, site: Site, control: object) -> None:
+        if self.unfit:
+            raise self.unfit
 
     async def fetch(self, *_: object) -> Path:
         self.fetches += 1
@@ -146,6 +151,22 @@ async def test_a_task_of_an_unknown_kind_fails_and_the_site_goes_on(tmp_path: Pa
     assert executor.fetches == 1
     assert [request.task_id for request in coordinator.requests("CompleteTask")] == ["evaluate/1/ward"]
     assert len(coordinator.requests("ConfirmDelivery")) == 1
+
+
+async def test_a_site_whose_rows_do_not_fit_the_run_ends_before_it_registers(
+    tmp_path: Path, worker: ComputeThread
+) -> None:
+    coordinator = Coordinator()
+    executor = Executor(tmp_path, TaskResult(pb.TrainResult()))
+    executor.unfit = DataError(tmp_path / "rows.jsonl", "private", 3, public_reason="the template refuses its turns")
+    loop = loop_of(tmp_path, worker, coordinator, executor)
+    with pytest.raises(DataError):
+        await loop.run()
+    assert [name for name, _ in coordinator.calls] == ["Enroll"]
+    assert loop.failure == (
+        "DataError",
+        "line 3 of its data cannot be used: the template refuses its turns; the site's log has the details",
+    )
 
 
 ACCEPTED = pb.CompleteTaskResponse(accepted=True)

@@ -34,6 +34,8 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
+    from fedhds_client.computation import Control
+    from fedhds_client.data.judging import judge
     from fedhds_client.data.prompts import Prompter
     from fedhds_client.data.shard import Shard
     from fedhds_client.evaluation import METRICS
@@ -47,6 +49,7 @@ def evaluate(
         base = load_base_model(model, device=device)
         length = min(max_length, base.max_length)
         prompter = Prompter(base.tokenizer, max_length=length, prompt_format=prompt_format)
+        judge(shard, prompter, skip_bad_rows=skip_bad_rows, operator="you", control=Control())
 
         def means_of(candidate: InferenceModel) -> dict[str, float]:
             sums = measure(candidate, shard, prompter, max_new_tokens=max_new_tokens, batch_size=batch_size)

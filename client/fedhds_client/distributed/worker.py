@@ -33,6 +33,9 @@ def run_worker(settings: ClientSettings, group: ProcessGroup) -> int:
                     spec = RunSpec.model_validate_json(content)
                     _, model, prompter = load_models(settings, spec)
                     features = ShardFeatures(settings, spec, model, prompter, group)
+                    for shard in shards:
+                        # The same rows as at the leader, which ends the group where it may not leave any out.
+                        shard.leave_out(prompter.check)
                 case Extract() as command if features:
                     group.contribute(command.rows, partial(_extract, command, features, shards[command.shard], folder))
                 case Stop():
