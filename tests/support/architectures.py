@@ -15,7 +15,7 @@ VOCABULARY = 259
 
 # Sizes by the names that configurations give them.
 _SIZES: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "dim", "mamba_expand_size"), 32),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "dim"), 32),
     **dict.fromkeys(("n_positions", "max_position_embeddings", "max_seq_len"), 256),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size"), 64),
     **dict.fromkeys(("n_inner", "dff", "dim_ff", "d_inner", "feed_forward_size", "mamba_d_ssm"), 64),
@@ -55,6 +55,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 # What the sizes alone do not say.
 _OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "blt": {
         **{f"{part}_config": {"hidden_size_global": 32} for part in ("encoder", "decoder")},
         "encoder_hash_byte_group_size": [3],
@@ -122,6 +123,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size"), 16),
     },
     "xlm": {"causal": True},
+    "xlstm": {"hidden_size": 64, "num_heads": 2},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},

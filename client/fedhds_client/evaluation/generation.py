@@ -10,14 +10,23 @@ from transformers import GenerationConfig
 from fedhds_client.data.prompts import Prompter
 from fedhds_client.data.row_formats import Row
 from fedhds_client.models.adapter import InferenceModel
+from fedhds_client.models.probing import without_own_generation
 
 
 def generate(model: InferenceModel, prompter: Prompter, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
     """Greedy answers, in the order of `rows`; left padding, made here, as decoding goes on at the right.
 
-    They end at a stop token, or after `max_new_tokens` or what the model's context leaves.
+    They end at a stop token, or after `max_new_tokens` or what the model's context leaves. A model that padding on the
+    left disturbs answers one prompt at a time.
     """
     prompts = [prompter.encode_prompt(row, reserve=max_new_tokens).input_ids for row in rows]
+    if model.base.left_padding:
+        return _answers(model, prompter, prompts, max_new_tokens)
+    return [answer for prompt in prompts for answer in _answers(model, prompter, [prompt], max_new_tokens)]
+
+
+def _answers(model: InferenceModel, prompter: Prompter, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
+    """Of one batch."""
     longest = max(map(len, prompts))
     pad = int(model.tokenizer.pad_token_id)
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
@@ -32,12 +41,9 @@ def generate(model: InferenceModel, prompter: Prompter, rows: Sequence[Row], max
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=room, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=sorted(ends)
     )
-    # Of the model's own defaults its stop tokens count; penalties, beams and the like, which transformers would take
-    # over where `config` is silent, must not decide what is measured. PEFT's wrapper takes the inner model's, too.
-    inner.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-    try:
+    # Of the model's own defaults its stop tokens count; no other may decide what is measured. PEFT's wrapper takes the
+    # inner model's, too.
+    with without_own_generation(inner):
         out = model.module.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    finally:
-        inner.generation_config = own
     texts: list[str] = model.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     return texts

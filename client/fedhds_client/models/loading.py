@@ -23,7 +23,7 @@ from transformers.utils.hub import cached_file
 from fedhds.errors import ModelError
 from fedhds_client.models.fingerprint import weights_digest
 from fedhds_client.models.packages import missing_package
-from fedhds_client.models.probing import check_causal
+from fedhds_client.models.probing import check_causal, takes_left_padding
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,11 @@ class BaseModel:
     def device(self) -> torch.device:
         """Where it computes."""
         return torch.device(self.model.device)
+
+    @cached_property
+    def left_padding(self) -> bool:
+        """Whether it answers padded prompts as it answers them alone; tried when first asked for. Raises TaskError."""
+        return takes_left_padding(self)
 
     @cached_property
     def weights(self) -> str:

@@ -14,6 +14,8 @@ _NAMED = (
 )
 # It asks for these two in one sentence, whichever it misses.
 _EITHER = "sentencepiece or tiktoken"
+# Without the one it gives its files to the other, which cannot read them.
+_FOR_SENTENCEPIECE = "Error parsing line"
 
 
 def missing_package(error: BaseException) -> str | None:
@@ -22,6 +24,7 @@ def missing_package(error: BaseException) -> str | None:
     while current is not None:
         text = str(current)
         names = _EITHER.split(" or ") if _EITHER in text else []
+        names += ["sentencepiece"] if _FOR_SENTENCEPIECE in text else []
         names += [match[1] for match in (pattern.search(text) for pattern in _NAMED) if match]
         lacking = [name for name in names if not _installed(name)]
         if lacking:

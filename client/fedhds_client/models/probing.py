@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
+from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-from fedhds.errors import ModelError
+from fedhds.errors import ModelError, TaskError
 
 if TYPE_CHECKING:
     from fedhds_client.models.loading import BaseModel
@@ -53,12 +55,45 @@ def check_causal(base: BaseModel) -> None:
     mask = torch.tensor([[1] * len(tokens), [1] * half + [0] * len(padding)], device=base.device)
     with torch.inference_mode():
         whole, start = _run(base, ids, mask)[:, :half].float()
-    change = float((whole - start).abs().max() / whole.abs().max().clamp(min=1e-30))
-    if not change <= _MAX_CHANGE.get(base.model.dtype, 0.05):
+    if not _change(whole, start) <= _MAX_CHANGE.get(base.model.dtype, 0.05):
         raise ModelError(
             f"{base.name} is not a causal language model: what it computes at a token depends on the tokens behind it, "
             "as in an encoder; choose another"
         )
+
+
+def takes_left_padding(base: BaseModel) -> bool:
+    """Whether answers to prompts that are padded on the left are those to the prompts alone.
+
+    Models that count positions from the padding on, or have a state and no mask, give others. Raises TaskError for a
+    model that transformers cannot generate with.
+    """
+    tokens = _tokens(base)
+    half = len(tokens) // 2
+    padding = [int(base.tokenizer.pad_token_id)] * half
+    alone = torch.tensor([tokens[half:]], device=base.device)
+    together = torch.tensor([tokens, padding + tokens[half:]], device=base.device)
+    masks = torch.ones_like(alone), torch.tensor([[1] * len(tokens), [0] * half + [1] * half], device=base.device)
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        min_new_tokens=2,
+        max_new_tokens=2,
+        do_sample=False,
+        pad_token_id=padding[0],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+    def run(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        steps = base.model.generate(input_ids=ids, attention_mask=mask, generation_config=config).logits
+        return torch.stack([step[-1] for step in steps]).float()
+
+    try:
+        with without_own_generation(base.model):
+            first, second = run(alone, masks[0]), run(together, masks[1])
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, NotImplementedError) as error:
+        message = f"transformers {transformers.__version__} cannot generate answers with the model {base.name}"
+        raise TaskError(f"{message} ({type(error).__name__})") from error
+    return _change(first, second) <= _MAX_CHANGE.get(base.model.dtype, 0.05)
 
 
 def linear_layers(base: BaseModel) -> LinearLayers:
@@ -101,6 +136,17 @@ def linear_layers(base: BaseModel) -> LinearLayers:
 
 
 @contextmanager
+def without_own_generation(model: Any) -> Iterator[None]:
+    """Penalties, beams and the like of the model's own are off, which transformers would use where a call is silent."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
 def _tapped(modules: dict[str, nn.Module], taps: dict[str, list[torch.Tensor]]) -> Iterator[None]:
     """Adds zeros to what `modules` give, where an adapter would add its output; collects them in `taps`."""
 
@@ -130,6 +176,11 @@ def _tapped(modules: dict[str, nn.Module], taps: dict[str, list[torch.Tensor]]) 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _change(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    return float((a - b).abs().max() / a.abs().max().clamp(min=1e-30))
 
 
 def _widths(module: Any) -> tuple[int, int]:

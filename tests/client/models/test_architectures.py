@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ from peft import PeftModel
 from torch.nn import functional
 from transformers import AutoTokenizer
 
-from fedhds.errors import ModelError
+from fedhds.errors import ModelError, TaskError
 from fedhds.tensors.safetensors import write_adapter
 from fedhds_client.data.prompts import Encoded
+from fedhds_client.evaluation.generation import generate
 from fedhds_client.features.extraction import extract_features
 from fedhds_client.features.projection import FeatureSpace
-from fedhds_client.models.adapter import AdapterModel
+from fedhds_client.models.adapter import AdapterModel, InferenceModel
 from fedhds_client.models.loading import BaseModel
 from fedhds_client.models.probing import check_causal
 from fedhds_client.training.response_loss import ResponseLoss
@@ -77,9 +79,12 @@ def test_the_architecture(architecture: str, tokenizer: Any, tmp_path: Path) -> 
             _adapter_on(base)
         return
     adapter = _adapter_on(base)
+    manifest = adapter.manifest()
+    spec_of(lora_rank=2).peft.check_manifest(manifest)
+    assert type(manifest).from_proto(manifest.to_proto()) == manifest
     file = tmp_path / "adapter_model.safetensors"
-    write_adapter(file, adapter.manifest(), lambda tensor: tensor.initial_value(3) + 0.05, "float32")
-    (tmp_path / "adapter_config.json").write_text(adapter.manifest().config)
+    write_adapter(file, manifest, lambda tensor: tensor.initial_value(3) + 0.05, "float32")
+    (tmp_path / "adapter_config.json").write_text(manifest.config)
     adapter.load(file)
     theirs: Any = PeftModel.from_pretrained(plain, str(tmp_path)).eval()
     loss = _losses_agree(adapter, theirs, LOSS_TOLERANCE.get(architecture, 1e-4))
@@ -137,3 +142,95 @@ def _features_do_not_depend_on_the_batch(adapter: AdapterModel) -> None:
     alone, together = features(1), features(len(ROWS))
     assert np.isfinite(alone).all()
     np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-3 * np.abs(alone).max())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "together"),
+    [
+        *((name, True) for name in ("llama", "gpt2", "mamba", "bloom")),
+        # They count positions from the padding on, or have a state and no mask.
+        *((name, False) for name in ("git", "mbart", "rwkv", "deepseek_v4")),
+    ],
+)
+def test_answers_do_not_depend_on_the_batch(architecture: str, together: bool, tokenizer: Any) -> None:
+    model = tiny_model(tiny_config(architecture))
+    base = BaseModel(architecture, model, tokenizer, 256, torch.float32, ())
+    assert base.left_padding is together
+    prompter: Any = SimpleNamespace(
+        encode_prompt=lambda row, reserve: SimpleNamespace(input_ids=row), max_length=64, stop_ids=[2]
+    )
+    rows: Any = ROWS
+    answers = generate(InferenceModel(base, model), prompter, rows, 6)
+    assert answers == [generate(InferenceModel(base, model), prompter, [row], 6)[0] for row in rows]
+    assert len(set(answers)) > 1
+
+
+def test_a_model_that_transformers_cannot_generate_with_is_named(tokenizer: Any) -> None:
+    base = BaseModel("blt", tiny_model(tiny_config("blt")), tokenizer, 256, torch.float32, ())
+    with pytest.raises(TaskError, match="cannot generate answers with the model blt"):
+        base.left_padding  # noqa: B018
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "xlm"])
+def test_a_model_that_reads_in_both_directions_is_refused(architecture: str, tokenizer: Any) -> None:
+    config = tiny_config(architecture)
+    setattr(config, "causal" if architecture == "xlm" else "is_decoder", False)
+    with pytest.raises(ModelError, match="not a causal language model: what it computes at a token depends on"):
+        check_causal(BaseModel("m", tiny_model(config), tokenizer, 256, torch.float32, ()))
+
+
+def _targets(architecture: str, tokenizer: Any, **fields: Any) -> list[str]:
+    """Names of the layers with an adapter."""
+    base = BaseModel("org/m", tiny_model(tiny_config(architecture)), tokenizer, 256, torch.float32, ())
+    names = [tensor.name for tensor in AdapterModel(base, spec_of(lora_rank=2, **fields)).manifest().tensors]
+    return [name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in names if "lora_A" in name]
+
+
+def test_all_linear_leaves_out_what_text_does_not_train(tokenizer: Any) -> None:
+    def last(architecture: str) -> set[str]:
+        return {name.rpartition(".")[2] for name in _targets(architecture, tokenizer)}
+
+    # A vision tower and its projector; its layers have the names of those of the language model.
+    dense = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    gemma = _targets("gemma3", tokenizer)
+    assert all(name.startswith("model.language_model.layers.") for name in gemma)
+    assert {name.rpartition(".")[2] for name in gemma} == dense
+    # Routers and fused experts; dense layers that have names which PEFT takes for those of experts.
+    assert last("phimoe") == last("mixtral") == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert last("deepseek_v3") == {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+    assert not [name for name in _targets("hunyuan_v1_moe", tokenizer) if "gate.wg" in name]
+    # Layers whose weights fast kernels read themselves.
+    assert last("mamba") == last("mamba2") == {"in_proj"}
+    # Attention to an encoder that is not there.
+    assert not [name for name in _targets("mbart", tokenizer) if "encoder_attn" in name]
+    # Blocks named like layers: CTRL's feed-forward layers are called 0 and 2.
+    assert "0" in last("ctrl")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "target", "message"),
+    [
+        ("mamba", "c_attn", "names 'c_attn', which this model does not have; it has in_proj$"),
+        ("mamba", "out_proj", "names 'out_proj', on which an adapter would not train in this model; it has in_proj$"),
+        (
+            "phimoe",
+            "router",
+            "names 'router', on which an adapter would not train in this model; it has k_proj, o_",
+        ),
+        ("mixtral", "w1", "names 'w1', which this model does not have"),
+        ("gemma3", "fc1", "names 'fc1', on which an adapter would not train"),
+    ],
+)
+def test_a_target_that_cannot_be_names_the_flag_and_who_sets_it(
+    architecture: str, target: str, message: str, tokenizer: Any
+) -> None:
+    with pytest.raises(ModelError, match="--lora-targets, which the operator of the coordinator sets, " + message):
+        _targets(architecture, tokenizer, lora_targets=(target,))
+
+
+def test_named_targets_leave_out_towers_too(tokenizer: Any) -> None:
+    names = _targets("gemma3", tokenizer, lora_targets=("q_proj", "v_proj"))
+    assert len(names) == 2 * 2
+    assert all("language_model" in name for name in names)
+    # A router that is a linear layer may be named.
+    assert _targets("hunyuan_v1_moe", tokenizer, lora_targets=("wg",))
