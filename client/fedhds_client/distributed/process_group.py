@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,13 @@ _TIMEOUT = timedelta(days=365)
 _ERRORS: dict[str, type[FedhdsError]] = {
     kind.__name__: kind for kind in (TaskError, ModelError, ArtifactError, AdapterError, StorageError)
 }
+
+
+_OPEN_STORE = (
+    "accelerate's store listens at port %s on all interfaces of this host, for everybody who reaches it; close it to "
+    "other hosts, or start with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 accelerate launch --rdzv_backend=c10d "
+    "--rdzv_conf=store_type=file"
+)
 
 
 class WorkerError(Exception):
@@ -87,6 +95,11 @@ class ProcessGroup:
         if os.environ.get("LOCAL_WORLD_SIZE") == size:
             # All processes are on this host: no other host needs to reach them.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                # It was opened before this process began.
+                logger.warning(_OPEN_STORE, os.environ.get("MASTER_PORT"))
+            else:
+                _join_on_loopback(int(os.environ["RANK"]), int(size), int(os.environ["MASTER_PORT"]))
         # Without a GPU and without `cpu`, accelerate would take every process for one alone. Gloo also with GPUs: what
         # is exchanged is small and in main memory, and NCCL would keep the GPUs busy while workers wait.
         state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), backend="gloo", timeout=_TIMEOUT)
@@ -168,6 +181,18 @@ class ProcessGroup:
     def _share(self, rows: Sequence[int]) -> Sequence[int]:
         """Every size-th row, so that long rows, which often lie together, spread over all processes."""
         return rows[self.rank :: self.size]
+
+
+def _join_on_loopback(rank: int, size: int, port: int) -> None:
+    """Joins the group by a store that only this host reaches; by itself torch would listen on all interfaces."""
+    import torch.distributed
+
+    # The store takes the descriptor over.
+    listening = None if rank else socket.create_server(("127.0.0.1", port)).detach()
+    store = torch.distributed.TCPStore(  # type: ignore[attr-defined]  # torch names it in no __all__
+        "127.0.0.1", port, size, is_master=not rank, master_listen_fd=listening, timeout=_TIMEOUT
+    )
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
 
 
 def _attempt(extract: Callable[[Sequence[int]], Matrix], rows: Sequence[int]) -> Any:

@@ -43,8 +43,11 @@ FAILURES: tuple[tuple[Exception, type[Exception], str], ...] = (
 
 
 def listeners() -> set[str]:
-    """Addresses at which this process takes connections."""
-    return {entry.laddr.ip for entry in psutil.Process().net_connections("tcp") if entry.status == "LISTEN"}
+    """Addresses at which this process and its launcher take connections."""
+    processes = (psutil.Process(), psutil.Process(os.getppid()))
+    return {
+        entry.laddr.ip for process in processes for entry in process.net_connections("tcp") if entry.status == "LISTEN"
+    }
 
 
 def refuse(*_: object) -> None:
