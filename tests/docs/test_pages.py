@@ -12,8 +12,11 @@ from pydantic import BaseModel
 
 from fedhds import settings
 from fedhds.cli import toolbox
+from fedhds.settings.loader import read
 from fedhds_client.settings import ClientSettings
 from fedhds_server.settings import ServerSettings
+from fedhds_server.simulation.settings import simulation_settings
+from fedhds_server.simulation.sweep import points
 from tests.support.pages import PAGES, ROOT, anchors, commands, prose
 
 DAEMONS: dict[str, type[BaseModel]] = {"fedhds-server": ServerSettings, "fedhds-client": ClientSettings}
@@ -63,6 +66,12 @@ def test_commands_of_the_daemons_are_valid(page: str) -> None:
 def test_commands_of_the_toolbox_exist_with_their_options(page: str) -> None:
     for words in of(page, "fedhds"):
         command, arguments = toolbox_command(words)
+        if command.name == "simulate":
+            settings_given = read(
+                simulation_settings(), program="", description="", arguments=arguments, environment={}, sweeps=True
+            )
+            assert points(simulation_settings(), settings_given)
+            continue
         # Parses without converting values: the files of the examples need not exist.
         command.make_parser(typer.Context(command)).parse_args(list(arguments))
 
@@ -79,6 +88,8 @@ def test_options_that_the_text_gives_to_programs_exist(page: str) -> None:
             known = {"--version", "--help"}
         elif words[1].isupper():
             continue
+        elif words[1] == "simulate":
+            known = {settings.flag(setting.name) for setting in simulation_settings()} | {"--help"}
         else:
             context: Any = typer.main.get_command(toolbox.app)
             for word in words[1:]:
