@@ -29,7 +29,7 @@ def load_models(settings: ClientSettings, spec: RunSpec) -> tuple[BaseModel, Ada
         ) from error
     length = min(spec.model.max_length, base.max_length)
     try:
-        prompter = Prompter(base.tokenizer, max_length=length, prompt_format=spec.model.prompt_format)
+        prompter = Prompter(base.tokenizer, max_length=length, prompt_format=spec.model.prompt_format, model=base.model)
     except ModelError as error:
         raise ModelError(f"{error}; the operator of the coordinator sets --prompt-format") from error
     return base, AdapterModel(base, spec), prompter

@@ -48,7 +48,7 @@ def evaluate(
     with Shard.open(data, skip_bad_rows=skip_bad_rows) as shard:
         base = load_base_model(model, device=device)
         length = min(max_length, base.max_length)
-        prompter = Prompter(base.tokenizer, max_length=length, prompt_format=prompt_format)
+        prompter = Prompter(base.tokenizer, max_length=length, prompt_format=prompt_format, model=base.model)
         judge(shard, prompter, skip_bad_rows=skip_bad_rows, operator="you", control=Control())
 
         def means_of(candidate: InferenceModel) -> dict[str, float]:

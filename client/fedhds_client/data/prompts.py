@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,9 @@ from fedhds_client.data.bad_row import BadRow
 from fedhds_client.data.chat_template import ChatTemplate
 from fedhds_client.data.row_formats import Row
 from fedhds_client.data.tokenization import RowTokenizer
+from fedhds_client.models.untrained import can_say
+
+logger = logging.getLogger(__name__)
 
 # Taori et al. 2023, Stanford Alpaca; the form in which FedIT and FedHDS tune.
 _ALPACA_WITH_INPUT = (
@@ -40,6 +44,8 @@ class Encoded:
     end: int | None
     """Position of the token that ends the last answer; None where it was cut off, or nothing ends an answer."""
     truncated: bool
+    targets: list[int] | None = None
+    """What is learned in place of `input_ids`, as long as they; None: these themselves."""
 
     def last_answer(self) -> Encoded:
         """The same with loss on the last answer alone: what an evaluation measures."""
@@ -55,8 +61,18 @@ class Prompter:
     special marks in a row's own text stay text.
     """
 
-    def __init__(self, tokenizer: Any, *, max_length: int, prompt_format: PromptFormat = "auto") -> None:
-        """Says in the log, once, what a chat template does that training cannot follow; raises ModelError."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        prompt_format: PromptFormat = "auto",
+        model: Any = None,
+    ) -> None:
+        """`model`, a causal LM that is to answer, tells which tokens it can say; without it all of them count.
+
+        Says in the log, once, what a chat template does that training cannot follow; raises ModelError.
+        """
         template = tokenizer.chat_template
         if prompt_format == "chat" and not template:
             raise ModelError("the tokenizer has no chat template; set --prompt-format alpaca or auto")
@@ -70,8 +86,9 @@ class Prompter:
         own = self._chat.end_id if self._chat else None
         self.end_id: int | None = tokenizer.eos_token_id if own is None else own
         """The token that ends an answer: what the chat template puts behind it, else EOS."""
+        self._said_id = self.end_id if model is None else self._sayable(model)
         self.stop_ids: tuple[int, ...] = tuple(
-            dict.fromkeys(token for token in (self.end_id, tokenizer.eos_token_id) if token is not None)
+            dict.fromkeys(token for token in (self._said_id, self.end_id, tokenizer.eos_token_id) if token is not None)
         )
         """Tokens at which generation stops, the one that training puts behind an answer first."""
 
@@ -116,10 +133,20 @@ class Prompter:
                 wanted[place] = False
                 place += 1
         cut = len(shortened) > self.max_length
+        targets = None
+        if self._said_id is not None and self._said_id != self.end_id:
+            targets = [self._said_id if token == self.end_id else token for token in shortened[: self.max_length]]
         if end is not None:
             end += len(kept) - start
             end = end if end < self.max_length else None
-        return Encoded(shortened[: self.max_length], wanted[: self.max_length], len(kept), end, truncated=gap or cut)
+        return Encoded(
+            shortened[: self.max_length],
+            wanted[: self.max_length],
+            len(kept),
+            end,
+            truncated=gap or cut,
+            targets=targets,
+        )
 
     def encode_prompt(self, row: Row, reserve: int) -> Encoded:
         """The prompt alone, leaving `reserve` tokens for an answer, but taking at least a quarter of the length."""
@@ -149,10 +176,24 @@ class Prompter:
                     own = own[:-1]
                 if answer:
                     start = len(ids)
-                    own = [*own, *self.stop_ids[:1]]
+                    own = own if self.end_id is None else [*own, self.end_id]
                 ids, loss = [*ids, *own], [*loss, *[answer] * len(own)]
         end = next((place for place in reversed(range(start, len(ids))) if ids[place] == self.end_id), None)
         return ids, loss, start, end
+
+    def _sayable(self, model: Any) -> int | None:
+        """What the model is to say where an answer ends: the token that ends it, else one that ends texts for it."""
+        if self.end_id is None or can_say(model, self.end_id):
+            return self.end_id
+        name = self._tokenizer.convert_ids_to_tokens
+        cause = f"the base model cannot say {name(self.end_id)}, which ends an answer: that token was never trained"
+        own = model.config.eos_token_id
+        for token in (self._tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])):
+            if token is not None and can_say(model, token):
+                logger.warning("%s. The model learns to say %s there", cause, name(token))
+                return int(token)
+        logger.warning("%s, and adapters do not train it. Answers will not end; use another base model", cause)
+        return self.end_id
 
     def _prompt(self, row: Row) -> list[int]:
         if self._chat and not row.verbatim:

@@ -34,19 +34,21 @@ class ResponseLoss:
         """Sum of the losses in nats, a scalar with gradient, and the number of response tokens."""
         longest = max(len(row.input_ids) for row in batch)
         ids = torch.full((len(batch), longest), self._pad)
+        wanted = ids.clone()
         mask = torch.zeros((len(batch), longest), dtype=torch.long)
         targeted = torch.zeros((len(batch), longest), dtype=torch.bool)
         for i, row in enumerate(batch):
             length = len(row.input_ids)
             ids[i, :length] = torch.tensor(row.input_ids)
             mask[i, :length] = 1
+            wanted[i, :length] = torch.tensor(row.targets or row.input_ids)
             targeted[i, :length] = torch.tensor(row.loss)
         # The first token of all has nothing before it that could predict it.
         targeted[:, 0] = False
         ids, mask, targeted = ids.to(self._device), mask.to(self._device), targeted.to(self._device)
         # Position t predicts token t + 1.
         before = targeted.roll(-1, dims=1)
-        targets = ids[targeted]
+        targets = wanted.to(self._device)[targeted]
         if self._split is None:
             self._split = self._can_split(ids, mask, before)
         with self._precision():
