@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 PROTO_BIN := .venv-proto/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test e2e-compose upgrade-fixture bench-selection bench-transport lint format proto proto-check docs \
-  wheel wheelhouse images clean
+.PHONY: help setup demo test test-fast coverage e2e-compose upgrade-fixture bench-selection bench-transport lint \
+  format proto proto-check docs wheel wheelhouse images clean
 
 help:  ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,8 +24,19 @@ demo: $(STAMP)  ## run a whole federation on this machine (MODEL=, STRATEGY=, RO
 	$(BIN)/python demo/run.py $(if $(MODEL),--model '$(MODEL)') $(if $(STRATEGY),--strategy '$(STRATEGY)') $(if $(ROUNDS),--rounds '$(ROUNDS)')
 
 # One thread each: the tests run in as many processes as there are cores, and so do those that they start.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 test: $(STAMP)  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	$(PYTEST)
+
+test-fast: $(STAMP)  ## run those of the tests that start no process of fedhds and are not slow
+	$(PYTEST) -m 'not e2e and not slow and not compose'
+
+# No part of `make test`: counting branches makes Python much slower. Programs are measured too, until a test kills them.
+coverage: $(STAMP)  ## run the tests and print which branches of the three packages they take
+	$(BIN)/coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -q -n auto --dist worksteal
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 e2e-compose: $(STAMP) images  ## test deploy/compose with real containers (a quarter of an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m compose tests/compose
