@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from fedhds_client.models.loading import BaseModel
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _GENERATION = "generation_config.json"
@@ -88,6 +91,7 @@ def export(
         from fedhds_client.models.loading import load_base_model
 
         base = load_base_model(model or _base_model_of(adapter), device="cpu")
+        _undo_quantization(base)
         # In float32, rounded once to the type that the base model is stored in.
         try:
             whole = InferenceModel.with_adapter(base, adapter).module.merge_and_unload().to(base.stored_dtype)
@@ -124,6 +128,26 @@ def _set_ends(model: Any, file: Path) -> None:
     earlier = model.generation_config.eos_token_id
     earlier = earlier if isinstance(earlier, list) else [] if earlier is None else [earlier]
     model.generation_config.eos_token_id = list(dict.fromkeys([*ends, *earlier]))
+
+
+def _undo_quantization(base: BaseModel) -> None:
+    """Gives a quantized base model its layers in float32, as it computes with them; raises UsageError."""
+    import torch
+
+    from fedhds.errors import UsageError
+
+    if getattr(base.model, "hf_quantizer", None) is None:
+        return
+    try:
+        base.model = base.model.dequantize(dtype=torch.float32)
+        # How quantized files are read cannot be turned around to write; without it the architecture's own form is used.
+        base.model._weight_conversions = None
+    except Exception as error:
+        # Quantizers raise what they like where they cannot.
+        raise UsageError(
+            f"--merged: {base.name} is quantized, and transformers cannot undo it ({type(error).__name__}); name the "
+            "model that it was made of with --model, or export the adapter without --merged"
+        ) from error
 
 
 def _check_adapter(folder: Path) -> None:

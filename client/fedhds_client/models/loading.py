@@ -27,6 +27,19 @@ from fedhds_client.models.probing import check_causal, takes_left_padding
 
 logger = logging.getLogger(__name__)
 
+_MAX_CONFIG_BYTES = 4 << 20
+# Some ten times those of the largest models known.
+_MAX_AMOUNTS = {
+    "num_hidden_layers": 2_000,
+    "hidden_size": 1 << 19,
+    "intermediate_size": 1 << 21,
+    "vocab_size": 1 << 23,
+    "num_attention_heads": 1 << 13,
+    "num_experts": 1 << 13,
+    "num_local_experts": 1 << 13,
+    "n_routed_experts": 1 << 13,
+}
+
 # In the order in which transformers looks for them.
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # Where configurations say how many positions there are.
@@ -173,9 +186,14 @@ def _config(name: str, source: str, options: dict[str, Any], body_only: bool) ->
         raise ModelError(f"{name} is an adapter; give the base model that it was trained on")
     if folder.is_dir() and not (folder / "config.json").exists():
         raise ModelError(f"the folder {name} holds no model: it has no config.json")
+    if folder.is_dir() and (folder / "config.json").stat().st_size > _MAX_CONFIG_BYTES:
+        raise ModelError(
+            f"the model {name} has an unusable config.json: it is larger than {_MAX_CONFIG_BYTES >> 20} MiB"
+        )
     try:
         config = AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:
+        # Each kind of configuration checks its values in its own way.
         _refuse_own_code_or_missing_package(name, error)
         unknown = re.search(r"has model type `(.+?)` but Transformers does not recognize", str(error))
         if unknown:
@@ -189,6 +207,7 @@ def _config(name: str, source: str, options: dict[str, Any], body_only: bool) ->
             f"there is no folder {name}, and no model of that name can be had from the hub ({first_line(error)}); "
             "check the name, the network and, for a gated model, HF_TOKEN, or give a local folder"
         ) from error
+    _check_amounts(name, config)
     if body_only:
         if config.is_encoder_decoder:
             raise ModelError(f"{name} is an encoder-decoder; take features with an encoder or a causal language model")
@@ -199,6 +218,17 @@ def _config(name: str, source: str, options: dict[str, Any], body_only: bool) ->
     if config.is_encoder_decoder:
         raise ModelError(f"{name} is an encoder-decoder ({config.model_type}); choose a causal language model")
     return config
+
+
+def _check_amounts(name: str, config: Any) -> None:
+    """Raises ModelError for a configuration whose model nobody has: building it would take hours or all memory."""
+    text = config.get_text_config()
+    for field, largest in _MAX_AMOUNTS.items():
+        amount = getattr(text, field, None)
+        if isinstance(amount, int) and not 0 <= amount <= largest:
+            raise ModelError(
+                f"the model {name} has an unusable config.json: {field} is {amount}, no model has over {largest}"
+            )
 
 
 def _tokenizer(name: str, source: str, options: dict[str, Any], body_only: bool) -> Any:
@@ -248,7 +278,13 @@ def _model(name: str, source: str, options: dict[str, Any], where: torch.device,
         missing = sorted(key for key in report["missing_keys"] if not (body_only and "pooler" in key))
         if missing:
             raise ModelError(f"{damaged}: they hold no {missing[0]} ({len(missing)} lacking); download it again")
-        return model if quantized else model.to(where)
+        if not quantized:
+            return model.to(where)
+        for module in model.modules():
+            # On some CPUs bitsandbytes packs weights anew at the first inference, and then they give no gradients.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        return model
     except ModelError:
         raise
     except Exception as error:

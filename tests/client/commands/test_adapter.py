@@ -20,6 +20,7 @@ from fedhds.errors import DataError, ModelError, UsageError
 from fedhds.spec import RunSpec
 from fedhds.tensors.safetensors import write_adapter
 from fedhds_client.commands import adapter as commands
+from fedhds_client.models import loading
 from fedhds_client.models.adapter import AdapterModel
 from fedhds_client.models.loading import load_base_model
 from tests.support.tiny import make_model, write_rows
@@ -110,6 +111,68 @@ def test_export_merges_into_the_type_that_the_base_model_is_stored_in(
     assert AutoTokenizer.from_pretrained(out).eos_token == "</s>"
     # Generation with it stops where the adapter's answers end.
     assert merged.generation_config.eos_token_id == [9, 2]
+
+
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
+def test_a_quantized_base_model_is_merged_as_it_computes(bits: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    base, folder, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    make_model(base, hidden=64)
+    plain: Any = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=BitsAndBytesConfig(**bits), device_map={"": "cpu"}
+    )
+    plain.save_pretrained(base)
+    adapter = AdapterModel(load_base_model(str(base), device="cpu"), RunSpec.of(model=str(base), rounds=1, lora_rank=4))
+    folder.mkdir()
+    path = folder / "adapter_model.safetensors"
+    write_adapter(path, adapter.manifest(), lambda tensor: tensor.initial_value(3) + 0.05, "float32")
+    (folder / "adapter_config.json").write_text(adapter.manifest().config)
+    adapter.load(path)
+    _fedhds("export", "--adapter", folder, "--out", out, "--merged")
+    merged: Any = AutoModelForCausalLM.from_pretrained(out)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    change = (_logits(plain).float() - _logits(adapter.module).float()).abs().max()
+    # Eight bits are computed with rounded activations, too.
+    assert (_logits(merged) - _logits(adapter.module).float()).abs().max() < 0.2 * change
+
+
+class _Quantizer:
+    """As transformers leaves on a quantized model."""
+
+    def __init__(self, fails: bool) -> None:
+        self._fails = fails
+
+    def dequantize(self, model: Any, dtype: torch.dtype) -> Any:
+        if self._fails:
+            raise NotImplementedError("this method has no way back")
+        del model.hf_quantizer
+        with torch.no_grad():
+            model.model.norm.weight.mul_(2)
+        return model.to(dtype)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_quantization_is_undone_before_merging_or_the_cure_is_named(
+    fails: bool, llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, load = tmp_path / "out", loading.load_base_model
+
+    def quantized(name: str, **options: Any) -> Any:
+        base = load(name, **options)
+        base.model.hf_quantizer = _Quantizer(fails)
+        return base
+
+    monkeypatch.setattr(loading, "load_base_model", quantized)
+    if fails:
+        with pytest.raises(UsageError, match=r"cannot undo it \(NotImplementedError\); name the model .* with --model"):
+            _fedhds("export", "--adapter", adapter, "--out", out, "--merged")
+        assert not out.exists()
+    else:
+        _fedhds("export", "--adapter", adapter, "--out", out, "--merged")
+        norm = AutoModelForCausalLM.from_pretrained(out).model.norm.weight
+        assert torch.equal(norm, 2 * AutoModelForCausalLM.from_pretrained(llama).model.norm.weight)
 
 
 def test_an_adapter_that_cannot_be_merged_is_named_as_such(llama: Path, tmp_path: Path) -> None:

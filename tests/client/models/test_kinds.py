@@ -103,7 +103,7 @@ def test_an_end_of_text_beyond_the_embedding_is_refused(tmp_path: Path, llama: P
     tokenizer.add_special_tokens({"eos_token": "<|end|>"})
     tokenizer.save_pretrained(folder)
     with pytest.raises(
-        ModelError, match="end-of-text token of .* has the id 259, but the model has only 259 embeddings"
+        ModelError, match=r"end-of-text token of .* has the id 259, but the model has only 259 embeddings"
     ):
         load_base_model(str(folder), device="cpu")
 
@@ -182,7 +182,7 @@ def test_a_model_newer_than_transformers_is_named(tmp_path: Path, llama: Path) -
     folder = copy_model(llama, tmp_path / "m")
     edit_json(folder / "config.json", model_type="llama_9")
     with pytest.raises(
-        ModelError, match="is a llama_9 model, which transformers 5.* does not know; install a newer one"
+        ModelError, match=r"is a llama_9 model, which transformers 5.* does not know; install a newer one"
     ):
         load_base_model(str(folder), device="cpu")
 
