@@ -9,6 +9,7 @@ from fedhds.spec import RunSpec
 from fedhds_client.data.prompts import Prompter
 from fedhds_client.models.adapter import AdapterModel
 from fedhds_client.models.loading import BaseModel, load_base_model
+from fedhds_client.models.template_trial import try_template
 from fedhds_client.settings import ClientSettings
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ def load_models(settings: ClientSettings, spec: RunSpec) -> tuple[BaseModel, Ada
             f"{error}; the operator of the coordinator sets this --model, and a site may name its own copy with --model"
         ) from error
     length = min(spec.model.max_length, base.max_length)
+    if spec.model.prompt_format != "alpaca":
+        try_template(name, base.tokenizer, settings.state)
     try:
         prompter = Prompter(base.tokenizer, max_length=length, prompt_format=spec.model.prompt_format, model=base.model)
     except ModelError as error:

@@ -21,6 +21,7 @@ from fedhds_client.features.projection import FeatureSpace
 from fedhds_client.models.adapter import AdapterModel
 from fedhds_client.models.fingerprint import fingerprint
 from fedhds_client.models.loading import load_base_model
+from fedhds_client.models.template_trial import try_template
 
 if TYPE_CHECKING:
     from fedhds.spec import RunSpec
@@ -52,6 +53,8 @@ class ShardFeatures:
             except ModelError as error:
                 message = f"--feature-model, which the operator of the coordinator sets: {error}"
                 raise ModelError(message) from error
+            if spec.model.prompt_format != "alpaca":
+                try_template(spec.selection.features.model, self._body.tokenizer, settings.state)
             length = min(spec.model.max_length, self._body.max_length)
             self._prompter = Prompter(self._body.tokenizer, max_length=length, prompt_format=spec.model.prompt_format)
 

@@ -128,3 +128,23 @@ def test_a_pretrained_model() -> None:
     assert (base.max_length, base.stored_dtype, base.model.dtype) == (1024, torch.float16, torch.float32)
     manifest = AdapterModel(base, spec_of()).manifest()
     assert len(manifest.tensors) == 6 * 7 * 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda file: edit_json(file, num_hidden_layers=10**9), "num_hidden_layers is 1000000000, no "),
+        (lambda file: edit_json(file, vocab_size=10**12), "vocab_size is 1000000000000"),
+        (lambda file: edit_json(file, hidden_size=-1), "unusable config.json"),
+        (lambda file: file.write_text("[" * 100_000), "config.json"),
+        (lambda file: file.write_text(" " * (5 << 20)), "larger than 4 MiB"),
+    ],
+    ids=["layers", "vocabulary", "negative", "nested", "large"],
+)
+def test_a_configuration_of_no_model_is_told_and_not_built(
+    llama: Path, tmp_path: Path, damage: Callable[[Path], None], reason: str
+) -> None:
+    folder = copy_model(llama, tmp_path / "model")
+    damage(folder / "config.json")
+    with pytest.raises(ModelError, match=reason):
+        load_base_model(str(folder), device="cpu")
