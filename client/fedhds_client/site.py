@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import secrets
 import socket
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from pathlib import Path
 from fedhds.encoding import not_utf_8
 from fedhds.errors import SettingsError, StorageError
 from fedhds.privacy.ledger import Ledger
-from fedhds.runtime.files import locked, make_folder, replace_file
+from fedhds.runtime.files import locked, make_folder, replace_file, take_back
 from fedhds.security.credentials import TlsFiles, own_identity
 from fedhds_client.data.shard import Shard
 from fedhds_client.settings import ClientSettings
@@ -44,8 +45,7 @@ class Site:
 
     def session(self) -> str:
         """The last session of this site, empty if there was none: it proves after a restart who comes back."""
-        path = self.folder / "session"
-        return path.read_text(encoding="ascii") if path.exists() else ""
+        return _secret(self.folder / "session")
 
     def next_session(self) -> str:
         """The secret of the session that is to begin, the same until `keep_session`; raises StorageError.
@@ -54,13 +54,24 @@ class Site:
         here, the site can show that it was the one that asked.
         """
         path = self.folder / "session.next"
-        if not path.exists():
+        if not _secret(path):
             replace_file(path, secrets.token_hex(32), private=True)
-        return path.read_text(encoding="ascii")
+        return _secret(path)
 
     def keep_session(self) -> None:
         """The next session has begun; it is remembered for the next start."""
         (self.folder / "session.next").replace(self.folder / "session")
+
+
+def _secret(path: Path) -> str:
+    """The session's secret in a file; empty where there is none, or none that a site writes. Raises StorageError."""
+    try:
+        text = path.read_bytes().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise StorageError(f"cannot read the session in {path}: {error.strerror}; check the state folder") from error
+    return text if re.fullmatch("[0-9a-f]{64}", text) else ""
 
 
 def open_sites(settings: ClientSettings, tls: TlsFiles | None, stack: ExitStack) -> list[Site]:
@@ -135,6 +146,7 @@ def _opened(path: Path, settings: ClientSettings, folder: Path, stack: ExitStack
 def _locked_folder(folder: Path, name: str, stack: ExitStack) -> Path:
     try:
         make_folder(folder, private=True)
+        take_back(folder)
         stack.enter_context(locked(folder / "lock"))
         (folder / "name").write_text(name + "\n", encoding="utf-8")
     except BlockingIOError as error:

@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 
 from fedhds import __version__
 from fedhds.errors import NotLeading, SettingsError, StorageError
-from fedhds.runtime.files import locked, make_folder, replace_file
+from fedhds.runtime.files import locked, make_folder, replace_file, take_back
 from fedhds.runtime.liveness import watch_loop
 from fedhds.runtime.signals import on_signal
 from fedhds.security.credentials import TlsFiles, server_credentials
@@ -56,6 +56,8 @@ _MALLOC = {-1: 64 << 20, -3: 8 << 20, -8: 2}
 async def serve(settings: ServerSettings) -> int:
     """Runs the coordinator until its run is over and delivered, or a signal; returns the exit status."""
     tls = TlsFiles.from_settings(settings.tls_ca, settings.tls_cert, settings.tls_key)
+    # What a run keeps is for the coordinator's user alone.
+    os.umask(0o077)
     _keep_memory()
     # Aggregation has the file of every update of a round open, and every site one connection.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -234,7 +236,8 @@ def _run_folder(folder: Path) -> Iterator[tuple[Path, str]]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            make_folder(folder)
+            make_folder(folder, private=True)
+            take_back(folder)
             lock = os.fstat(stack.enter_context(locked(folder / "lock")))
         except BlockingIOError as error:
             raise SettingsError(

@@ -66,6 +66,13 @@ def make_folder(folder: Path, *, private: bool = False) -> None:
     sync(folder.parent)
 
 
+def take_back(folder: Path) -> None:
+    """Takes the rights of group and others from a folder, unless it is not this user's. Raises OSError."""
+    state = folder.stat()
+    if state.st_mode & 0o077 and state.st_uid == os.geteuid():
+        folder.chmod(0o700)
+
+
 def sync(path: Path) -> None:
     """Makes a file's content, or a folder's entries, durable. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -80,8 +87,10 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[int]:
     """Holds the lock file `path`, made if missing, for the length of the block; yields its descriptor.
 
     The kernel releases the lock when the process ends, however it ends. Raises BlockingIOError when another process
-    or thread holds it and `wait` is not set, OSError when the file cannot be opened.
+    or thread holds it and `wait` is not set, OSError when the file cannot be opened, StorageError when it is no file.
     """
+    if path.exists() and not path.is_file():
+        raise StorageError(f"the lock {path} is no file; delete it")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
