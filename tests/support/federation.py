@@ -14,7 +14,7 @@ import pytest
 from tests.support import programs
 from tests.support.programs import BIN
 
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 
 
 class Daemon:

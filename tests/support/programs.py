@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +22,9 @@ def environment(variables: dict[str, str] | None = None) -> dict[str, str]:
     """Variables of an offline program with one thread: this process's, without those of fedhds and pytest, and more."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FEDHDS_", "PYTEST_"))}
     return inherited | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (variables or {})
+
+
+_lock = threading.Lock()
 
 
 @functools.cache
@@ -44,7 +48,8 @@ def start(
     elif not script[0].startswith(f"{BIN}/fedhds"):
         installed = True
     if not installed:
-        server = _fork_server()
+        with _lock:
+            server = _fork_server()
         differing = {name for name, _ in variables.items() ^ server.environment.items()}
         if all(name.upper().startswith(_READ_LATE) for name in differing):
             return server.start(script, variables, output, errors, namespace=namespace)
