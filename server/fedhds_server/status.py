@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,11 @@ from typing import TypeVar
 
 from fedhds import PROTOCOL_VERSIONS, __version__
 from fedhds.v2 import status_pb2
+from fedhds_server.run.messages import for_site
+from fedhds_server.run.parties import party_of
 from fedhds_server.run.quorum import CohortProgress
 from fedhds_server.run.rounds import activity
-from fedhds_server.run.state import Evaluation, RunState, Site, SiteState
+from fedhds_server.run.state import Evaluation, MetricSum, RunState, Site, SiteState
 from fedhds_server.storage.base import JournalEntry
 from fedhds_server.storage.model_card import CardFacts, model_card
 
@@ -22,13 +25,16 @@ Item = TypeVar("Item")
 
 def means_of(sums: Mapping[str, Evaluation]) -> tuple[int, dict[str, float]]:
     """Rows, and means by metric, of one evaluation over its evaluators' sums."""
-    totals: dict[str, tuple[float, float]] = {}
+    by_name: dict[str, list[MetricSum]] = {}
     for part in sums.values():
         for name, metric in part.metrics.items():
-            value_sum, weight = totals.get(name, (0.0, 0.0))
-            totals[name] = value_sum + metric.value_sum, weight + metric.weight
-    rows = sum(part.rows for part in sums.values())
-    return rows, {name: value_sum / weight for name, (value_sum, weight) in sorted(totals.items())}
+            by_name.setdefault(name, []).append(metric)
+    means = {
+        # Rounded once, so that the order of arrival does not matter.
+        name: math.fsum(metric.value_sum for metric in metrics) / math.fsum(metric.weight for metric in metrics)
+        for name, metrics in sorted(by_name.items())
+    }
+    return sum(part.rows for part in sums.values()), means
 
 
 def status_of(
@@ -106,6 +112,30 @@ def status_of(
             )
         )
     return status
+
+
+def site_status_of(state: RunState, party: str) -> status_pb2.GetStatusResponse:
+    """What concerns the sites of a party: where the run stands, and their own rows; of no party: no site at all."""
+    whole, own = status_of(state, Path("")), {name for name in state.sites if party and party_of(name) == party}
+    status = status_pb2.GetStatusResponse(
+        **{field: getattr(whole, field) for field in _PUBLIC_FIELDS},
+        message=for_site(state, min(own, default="")),
+        bytes_received=sum(state.sites[name].bytes_received for name in own),
+        sites=[site for site in whole.sites if site.site in own],
+    )
+    for closed in whole.closed_rounds:
+        status.closed_rounds.add().CopyFrom(closed)
+        status.closed_rounds[-1].contributors[:] = sorted(own.intersection(closed.contributors))
+    if whole.HasField("paused"):
+        status.paused = whole.paused
+    return status
+
+
+# Of GetStatusResponse: what every site hears in the course of the run.
+_PUBLIC_FIELDS = (
+    *("run_id", "phase", "round_number", "spec", "running_s", "now", "fedhds_version", "protocol_versions"),
+    *("trained_rows", "pool_rows", "evaluations", "site_states"),
+)
 
 
 def _state_name(site: Site) -> str:

@@ -360,12 +360,14 @@ async def test_a_site_that_failed_is_asked_again_after_one_heartbeat_timeout(hos
     task = (await task_of(host, b)).task
     await host.federation.FailTask(pb.FailTaskRequest(session=b, task_id=task.id, kind="TaskError", reason="x"))
     failed_at = time.monotonic()
+    assert (await status(host)).message.endswith("1 of at least 2 updates; failed, will be asked again: b")
     reasons = []
     while (answer := await poll(host, b, 0.1)).HasField("wait"):
         reasons.append(answer.wait.reason)
         await host.federation.Heartbeat(pb.HeartbeatRequest(session=a))
     assert time.monotonic() - failed_at >= 3
-    assert "failed, will be asked again: b" in reasons[0]
+    # Sites are not told of each other.
+    assert reasons[0] == "round 1 of 1: waits for its quorum: 1 of at least 2 updates"
     assert (await deliver(host, b)).accepted
     assert "asked again, as the quorum is not reached: b" in [line.message for line in (await status(host)).journal]
 

@@ -22,7 +22,7 @@ Server = Annotated[
 TlsCa = Annotated[Path | None, typer.Option(envvar="FEDHDS_TLS_CA", help="CA certificate.")]
 TlsCert = Annotated[
     Path | None,
-    typer.Option(envvar="FEDHDS_TLS_CERT", help="Certificate of an operator; to look only, of a site."),
+    typer.Option(envvar="FEDHDS_TLS_CERT", help="Certificate of an operator; a site's shows that site alone."),
 ]
 TlsKey = Annotated[Path | None, typer.Option(envvar="FEDHDS_TLS_KEY", help="Key of that certificate.")]
 DEFAULT_SERVER = "localhost:8470"

@@ -74,7 +74,8 @@ class OperationsServicer(object):
     """
 
     def GetStatus(self, request, context):
-        """The run's state at this instant.
+        """The run's state at this instant: all of it for an operator (without TLS: for a caller on the coordinator's host); for
+        the others without journal, checkpoint, cohort, and other sites than those of their certificate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,6 +36,7 @@ from fedhds_server.run.events import (
     TaskFailed,
 )
 from fedhds_server.run.membership import admit, check_registration, negotiate, session_digest, session_secret
+from fedhds_server.run.messages import for_site
 from fedhds_server.run.state import RunState, Site, Task
 from fedhds_server.status import model_card_of
 from fedhds_server.storage.artifacts import ArtifactStore
@@ -130,11 +131,11 @@ class FederationServicer(rpc.FederationServicer):
             await self._coordinator.post(lambda _: None)
         state = self._coordinator.state
         if state.phase.over:
-            return pb.NextTaskResponse(done=_done(state))
+            return pb.NextTaskResponse(done=_done(state, site.name))
         # The task may have been closed or withdrawn since.
         if task is None or task.id not in state.tasks:
             paused = None if state.paused is None else f"the run is paused: {state.paused}"
-            return pb.NextTaskResponse(wait=pb.Wait(reason=paused or state.message))
+            return pb.NextTaskResponse(wait=pb.Wait(reason=paused or for_site(state, site.name)))
         return pb.NextTaskResponse(task=_task(state, task))
 
     @answers
@@ -318,8 +319,8 @@ def _task(state: RunState, task: Task) -> pb.Task:
     return message
 
 
-def _done(state: RunState) -> pb.Done:
-    done = pb.Done(outcome=state.phase.value, message=state.message)
+def _done(state: RunState, site: str) -> pb.Done:
+    done = pb.Done(outcome=state.phase.value, message=for_site(state, site))
     if state.adapters:
         done.adapter.CopyFrom(state.adapter.to_proto())
         done.adapter_config = state.adapter_manifest.config

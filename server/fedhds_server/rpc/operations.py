@@ -17,7 +17,7 @@ from fedhds.v2 import status_pb2_grpc as status_rpc
 from fedhds_server.coordinator import Coordinator
 from fedhds_server.run.events import RunPaused, RunResumed, RunStopped, SiteEvicted
 from fedhds_server.run.state import RunState
-from fedhds_server.status import status_of
+from fedhds_server.status import site_status_of, status_of
 
 _MAX_REASON = 500
 
@@ -36,6 +36,11 @@ class OperationsServicer(status_rpc.OperationsServicer):
     async def GetStatus(
         self, request: status_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
     ) -> status_pb2.GetStatusResponse:
+        try:
+            _operator(context)
+        except NotPermitted:
+            peer = identity_of(context.auth_context())
+            return site_status_of(self._coordinator.state, peer.name if peer and peer.role is Role.SITE else "")
         self._coordinator.timers.watched()
         return status_of(
             self._coordinator.state,

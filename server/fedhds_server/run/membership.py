@@ -24,6 +24,7 @@ from fedhds_server.run.events import (
     SiteSilent,
     Wake,
 )
+from fedhds_server.run.messages import for_site
 from fedhds_server.run.state import RunState, Site, SiteState, packed
 
 # Beyond any instruction data, a mistake or an attack; and NumPy draws from a pool of fewer than 10^9 rows.
@@ -83,7 +84,7 @@ def admit(state: RunState, name: str, peer: PeerIdentity | None, *sessions: str)
     site = state.sites.get(name)
     if site is None:
         if state.phase.over:
-            raise EnrollmentRefused(f"the run is over ({state.message}); it takes no new site")
+            raise EnrollmentRefused(f"the run is over ({for_site(state)}); it takes no new site")
         return key
     if site.state is SiteState.EVICTED:
         raise Evicted(f"an operator has evicted the site {name!r} from this run: {site.last_error}")

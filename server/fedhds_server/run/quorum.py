@@ -65,13 +65,18 @@ class CohortProgress:
         return not self.complete and not self.working
 
     @property
-    def message(self) -> str:
-        """How it stands, for people."""
-        things = self.workflow.answers
-        so_far = f"{len(self.answered)} of {max(self.target, self.quorum)} {things}"
+    def outline(self) -> str:
+        """How it stands, in numbers."""
         if not self.short:
-            return f"{so_far}, waiting for {listed(self.working)}"
-        parts = [f"waits for its quorum: {len(self.answered)} of at least {self.quorum} {things}"]
+            return f"{len(self.answered)} of {max(self.target, self.quorum)} {self.workflow.answers}"
+        return f"waits for its quorum: {len(self.answered)} of at least {self.quorum} {self.workflow.answers}"
+
+    @property
+    def message(self) -> str:
+        """How it stands, for people who may know the sites."""
+        if not self.short:
+            return f"{self.outline}, waiting for {listed(self.working)}"
+        parts = [self.outline]
         parts += [f"disconnected: {listed(self.disconnected)}"] * bool(self.disconnected)
         parts += [f"failed, will be asked again: {listed(self.failed)}"] * bool(self.failed)
         return "; ".join(parts)

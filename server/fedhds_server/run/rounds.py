@@ -17,6 +17,7 @@ from fedhds_server.run.events import (
     Wake,
     WriteCheckpoint,
 )
+from fedhds_server.run.messages import missing
 from fedhds_server.run.quorum import CohortProgress, cohort_size, draw, listed
 from fedhds_server.run.state import ClosedRound, Phase, Reply, RunState, SiteState, Stage, packed
 from fedhds_server.workflows import WORKFLOWS
@@ -91,10 +92,11 @@ def add_evaluations(state: RunState) -> None:
         stages.add_task(state, task_id, _EVALUATE, number, site)
 
 
-def end(state: RunState, phase: Phase, message: str, at: float) -> list[Instruction]:
-    """Ends the run; its last global adapter stays."""
+def end(state: RunState, phase: Phase, reason: str, at: float, *, failures: str = "") -> list[Instruction]:
+    """Ends the run; its last global adapter stays. `failures` names sites: it is for operators."""
+    message = reason + failures
     uploads = state.artifacts - {*state.adapters.values(), *state.slots.values()}
-    state.phase, state.message, state.ended_at = phase, message, at
+    state.phase, state.message, state.end_message, state.ended_at = phase, message, reason, at
     state.tasks, state.stage, state.paused = {}, None, None
     verb = {Phase.COMPLETED: "is complete", Phase.STOPPED: "is stopped"}.get(phase, "failed")
     note = Record(f"the run {verb}: {message}", trouble=phase is not Phase.COMPLETED)
@@ -102,12 +104,9 @@ def end(state: RunState, phase: Phase, message: str, at: float) -> list[Instruct
 
 
 def _start_if_ready(state: RunState, at: float) -> list[Instruction]:
-    rounds = state.spec.rounds
-    sites, evaluators = rounds.min_sites - len(state.trainers), rounds.min_evaluators - len(state.evaluators)
-    missing = [f"{sites} more site{'s' * (sites > 1)}"] if sites > 0 else []
-    missing += [f"{evaluators} more evaluator{'s' * (evaluators > 1)}"] if evaluators > 0 else []
-    if missing or 0 not in state.adapters:
-        state.message = f"waiting for {' and '.join(missing) or 'the initial adapter'}{_failures(state)}"
+    awaited = missing(state)
+    if awaited or 0 not in state.adapters:
+        state.message = f"waiting for {awaited or 'the initial adapter'}{_failures(state)}"
         return []
     state.started_at, state.phase = at, Phase.RUNNING
     pool = sum(state.sites[name].rows for name in state.trainers)
@@ -209,7 +208,7 @@ def _selected(state: RunState, stage: Stage, outcome: CoresetsSelected, at: floa
     if not coresets:
         message = "the selection chose no row of any site; give it a --selection-budget"
         message = message if stage.replies else "no site could select"
-        return [*notes, *end(state, Phase.FAILED, message + failures, at)]
+        return [*notes, *end(state, Phase.FAILED, message, at, failures=failures)]
     return [*notes, *_open_round(state, at)]
 
 
@@ -256,13 +255,13 @@ def _after_round(state: RunState, stage: Stage, at: float) -> list[Instruction]:
     recent = state.closed_rounds[-_MAX_FAILED_ROUNDS:]
     # Per-round selection may rightly choose no site; a round failed only when tasks were given and all failed.
     if len(recent) == _MAX_FAILED_ROUNDS and all(closed.cohort and not closed.contributions for closed in recent):
-        message = f"no site delivered an update in {_MAX_FAILED_ROUNDS} rounds in a row{_failures(state, stage)}"
-        return end(state, Phase.FAILED, message, at)
+        message = f"no site delivered an update in {_MAX_FAILED_ROUNDS} rounds in a row"
+        return end(state, Phase.FAILED, message, at, failures=_failures(state, stage))
     if state.round_number < state.spec.rounds.count:
         return _open_round(state, at)
     if not any(closed.contributions for closed in state.closed_rounds):
-        message = f"no site delivered an update in any round, the adapter is untrained{_failures(state, stage)}"
-        return end(state, Phase.FAILED, message, at)
+        message = "no site delivered an update in any round, the adapter is untrained"
+        return end(state, Phase.FAILED, message, at, failures=_failures(state, stage))
     state.phase = Phase.FINISHING
     state.message = "waiting for the last evaluations"
     add_evaluations(state)

@@ -178,7 +178,8 @@ class RunState(_Record):
     run_id: str
     spec: RunSpec
     phase: Phase = Phase.ENROLLING
-    message: str = ""
+    message: str = ""  # for operators: it names sites
+    end_message: str = ""  # why the run ended, for everybody
     round_number: int = 0
     round_size: int = 0  # sites in the open round's cohort before over-selection
     started_at: float = 0.0
