@@ -35,7 +35,7 @@ from fedhds_client import rpc_client
 from fedhds_client.rpc_client import CoordinatorClient
 
 TENSORS = 64
-FINGERPRINT = pb.ModelFingerprint(weights="w", config="c", tokenizer="t", template="p")
+FINGERPRINT = pb.ModelFingerprint(**dict.fromkeys(("weights", "config", "tokenizer", "template"), "ab" * 32))
 _CHUNK = 1 << 20
 # The coordinator's default.
 _RANK = 8

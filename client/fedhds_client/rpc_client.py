@@ -53,9 +53,6 @@ _OPTIONS = (
     ("grpc.http2.lookahead_bytes", 4 << 20),
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
-    # The centers of federated-kmeans come in one message: 1 KiB each, four times the budget of them. As large as the
-    # coordinator takes one; gRPC's own limit of 4 MiB is that of a budget of 1000 rows.
-    ("grpc.max_receive_message_length", 32 << 20),
 )
 # For coordinators that do not say how large chunks are to be.
 _DEFAULT_CHUNK_SIZE = 1 << 19

@@ -7,9 +7,10 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedhds import PROTOCOL_VERSIONS, __version__
 from fedhds.encoding import printable
@@ -21,7 +22,9 @@ from fedhds.errors import (
     FedhdsError,
     SessionLost,
     StorageError,
+    TaskError,
 )
+from fedhds.long_messages import MAX_INLINE, artifact_of, standing_for
 from fedhds.runtime.logging import about
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import transfer_pb2
@@ -29,12 +32,17 @@ from fedhds_client import incoming
 from fedhds_client.computation import Cancelled, ComputeThread, Control
 from fedhds_client.counters import ENDED, ENROLLING, TASK_FAILURES, TASK_SECONDS, WAITING
 from fedhds_client.executor import TaskExecutor
+from fedhds_client.long_messages import LongResult, fetch_request, keep_result
 from fedhds_client.progress import ProgressDisplay
 from fedhds_client.rpc_client import CoordinatorClient
 from fedhds_client.settings import ClientSettings
 from fedhds_client.site import Site
+from fedhds_client.state_files import file_key
 from fedhds_client.tasks import TASKS, task_kind
 from fedhds_client.updates.delivery import write_adapter_folder
+
+if TYPE_CHECKING:
+    from fedhds_client.updates.update import FinishedUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +189,7 @@ class SiteLoop:
             manifest=manifest.to_proto(),
             rows=self._site.rows,
             evaluates=self._site.evaluates,
+            evaluation_rows=len(self._site.held_out) if self._site.held_out else 0,
         )
         await self._client.call(self._client.federation.Register, registration)
 
@@ -223,6 +232,12 @@ class SiteLoop:
     async def _result(self, task: pb.Task) -> pb.CompleteTaskResponse:
         kind = task_kind(task.kind)
         adapter = await self._fetch(task.id, task.adapter, task.round_number)
+        folder = self._site.folder / file_key(self._run_id)
+        long = artifact_of(task.request) is not None
+        if long:
+            fetching = partial(fetch_request, self._client, self._session, task.request, folder)
+            with self._shown("fetching the request", task.round_number) as show:
+                task.request.CopyFrom(await self._transferred(task.id, fetching, show, 0.0, _FETCHED))
         with self._shown(kind.doing, task.round_number) as show:
             result = await self._computed(
                 task.id,
@@ -231,10 +246,15 @@ class SiteLoop:
             )
         request = pb.CompleteTaskRequest(session=self._session, task_id=task.id)
         request.result.Pack(result.message)
-        update = result.update
+        update: FinishedUpdate | LongResult | None = result.update
+        if update is None and (long or request.result.ByteSize() > MAX_INLINE):
+            update = await asyncio.to_thread(keep_result, request.result, folder)
+            request.result.CopyFrom(standing_for(update.artifact))
         if update is None:
             return await self._complete(request)
-        with self._shown("sending the update", task.round_number) as show:
+        doing = f"sending the {'update' if result.update else 'report'}"
+        # A task that was closed meanwhile takes no upload: the answer says what became of it.
+        with self._shown(doing, task.round_number) as show, suppress(TaskError):
             await self._transferred(
                 task.id,
                 lambda progress: self._client.upload(self._session, update.path, update.artifact, progress),
@@ -247,7 +267,8 @@ class SiteLoop:
         except ArtifactError as error:
             # A coordinator that took over, or found the bytes damaged, asks for what was uploaded once more.
             logger.warning("%s: %s", self._site.name, error)
-            await self._client.upload(self._session, update.path, update.artifact)
+            with suppress(TaskError):
+                await self._client.upload(self._session, update.path, update.artifact)
             answer = await self._complete(request)
         update.path.unlink(missing_ok=True)
         return answer

@@ -11,6 +11,7 @@ import os
 import resource
 import secrets
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fedhds import __version__
-from fedhds.errors import NotLeading, SettingsError, StorageError
+from fedhds.errors import NotLeading, RunOver, SettingsError, StorageError
 from fedhds.runtime.files import locked, make_folder, replace_file, take_back
 from fedhds.runtime.liveness import watch_loop
 from fedhds.runtime.signals import on_signal
@@ -27,6 +28,8 @@ from fedhds.security.credentials import TlsFiles, server_credentials
 from fedhds.settings import flag, flat, is_loopback
 from fedhds.v2 import status_pb2_grpc as status_rpc
 from fedhds_server.coordinator import Coordinator
+from fedhds_server.coordinator.admission import Admission
+from fedhds_server.coordinator.uploads import owner_of, uploading_sites
 from fedhds_server.leadership.gate import SERVICES, LeaderGate
 from fedhds_server.leadership.leadership import Leadership
 from fedhds_server.leadership.readiness import Readiness
@@ -35,6 +38,8 @@ from fedhds_server.rpc.federation import FederationServicer
 from fedhds_server.rpc.grpc_server import new_server
 from fedhds_server.rpc.operations import OperationsServicer
 from fedhds_server.rpc.protocol_1 import Protocol1Handler
+from fedhds_server.run.base_model import check_confirmation, model_confirmed
+from fedhds_server.run.events import ModelConfirmed, Record
 from fedhds_server.run.state import Phase, RunState
 from fedhds_server.settings import ServerSettings
 from fedhds_server.storage.artifacts import ArtifactStore
@@ -56,6 +61,7 @@ _MALLOC = {-1: 64 << 20, -3: 8 << 20, -8: 2}
 async def serve(settings: ServerSettings) -> int:
     """Runs the coordinator until its run is over and delivered, or a signal; returns the exit status."""
     tls = TlsFiles.from_settings(settings.tls_ca, settings.tls_cert, settings.tls_key)
+    admission = Admission.of(settings)
     # What a run keeps is for the coordinator's user alone.
     os.umask(0o077)
     _keep_memory()
@@ -67,7 +73,7 @@ async def serve(settings: ServerSettings) -> int:
             # A standby that could not take over says so now, not when it is needed.
             _check_same_run(state, settings)
         gate = LeaderGate()
-        server = new_server()
+        server = new_server(gate.leading)
         FederationServicer(gate.leading).register(server)
         status_rpc.add_OperationsServicer_to_server(OperationsServicer(gate.leading), server)
         server.add_generic_rpc_handlers((Protocol1Handler(),))
@@ -84,7 +90,7 @@ async def serve(settings: ServerSettings) -> int:
         )
         try:
             async with _watched(settings.http, Readiness(store, folder, gate), leadership):
-                work = asyncio.create_task(_lead(settings, folder, store, leadership, gate))
+                work = asyncio.create_task(_lead(settings, folder, store, leadership, gate, admission))
                 exit_status = on_signal(work.cancel)
                 coordinator = await work
         except asyncio.CancelledError:
@@ -125,7 +131,12 @@ async def _watched(address: str, readiness: Readiness, leadership: Leadership) -
 
 
 async def _lead(
-    settings: ServerSettings, folder: Path, store: Store, leadership: Leadership, gate: LeaderGate
+    settings: ServerSettings,
+    folder: Path,
+    store: Store,
+    leadership: Leadership,
+    gate: LeaderGate,
+    admission: Admission,
 ) -> Coordinator:
     """Stands by until this process leads, and again when it does so no more; returns when the run is over."""
     while True:
@@ -140,6 +151,7 @@ async def _lead(
                 folder=folder,
                 observers=[observer(ObserverContext(folder, state.spec)) for observer in OBSERVERS.values()],
                 keep_updates=settings.keep_updates,
+                admission=admission,
             )
             async with gate.of(coordinator):
                 await leadership.kept_during(coordinator.run())
@@ -178,7 +190,7 @@ def _store(settings: ServerSettings, folder: Path) -> SqlStore:
 
 def _artifacts(settings: ServerSettings, folder: Path, state: RunState) -> ArtifactStore:
     artifacts = open_artifacts(settings.artifacts, folder, state.run_id, largest_upload=_MAX_UPLOAD)
-    artifacts.sweep({artifact.digest for artifact in state.artifacts})
+    artifacts.sweep({artifact.digest for artifact in state.artifacts}, set(map(owner_of, uploading_sites(state))))
     return artifacts
 
 
@@ -194,13 +206,28 @@ def _opened(store: Store, settings: ServerSettings) -> RunState:
                 f"{settings.run_folder} holds a run's artifacts but the database has no state of it; restore the "
                 "database, or choose another --run-folder for a new run"
             )
-        state = RunState(run_id=secrets.token_hex(8), spec=settings.run_spec())
+        expected = settings.expected_fingerprint
+        state = RunState(run_id=secrets.token_hex(8), spec=settings.run_spec(), expected_fingerprint=expected)
         store.save(state)
         logger.info("run %s begins", state.run_id)
         return state
     _check_same_run(state, settings)
+    _expect_model(state, settings.expected_fingerprint)
     logger.info("going on with run %s: %s", state.run_id, state.message or state.phase.value)
     return state
+
+
+def _expect_model(state: RunState, fingerprint: str) -> None:
+    """What the operator's flag says now holds, as if confirmed; raises SettingsError when it is too late for it."""
+    if not fingerprint or fingerprint == state.expected_fingerprint or state.phase.over:
+        return
+    try:
+        check_confirmation(state, fingerprint)
+    except RunOver as error:
+        raise SettingsError("--expected-fingerprint", str(error)) from error
+    for instruction in model_confirmed(state, ModelConfirmed(time.time(), fingerprint, "--expected-fingerprint")):
+        if isinstance(instruction, Record):
+            logger.warning("%s", instruction.message)
 
 
 def _check_same_run(state: RunState, settings: ServerSettings) -> None:

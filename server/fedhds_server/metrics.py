@@ -14,6 +14,7 @@ from fedhds import __version__
 from fedhds.runtime.metrics import Measure
 from fedhds_server.leadership.gate import PROBLEMS
 from fedhds_server.leadership.readiness import Readiness, disk_needed
+from fedhds_server.run.parties import parties
 from fedhds_server.run.quorum import CohortProgress
 from fedhds_server.run.rounds import activities, activity
 from fedhds_server.run.state import RunState, SiteState
@@ -117,11 +118,11 @@ def _of_run(state: RunState, readiness: Readiness) -> Iterator[Metric]:
 
 def _of_cohort(state: RunState) -> Iterator[Metric]:
     progress = CohortProgress.of(state)
-    yield COHORT.of(len(state.stage.cohort) if state.stage and progress else 0)
+    yield COHORT.of(len(parties(state.stage.cohort)) if state.stage and progress else 0)
     yield TARGET.of(progress.target if progress else 0)
     yield QUORUM.of(progress.quorum if progress else 0)
     groups = ("answered", "working", "disconnected", "failed")
-    yield PROGRESS.of({name: len(getattr(progress, name)) if progress else 0 for name in groups})
+    yield PROGRESS.of({name: len(parties(getattr(progress, name))) if progress else 0 for name in groups})
 
 
 def _of_sites(state: RunState) -> Iterator[Metric]:

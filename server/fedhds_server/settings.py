@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Self
 
-from pydantic import SecretStr, model_validator
+from pydantic import SecretStr, field_validator, model_validator
 
 from fedhds.encoding import escaped, not_utf_8
+from fedhds.fingerprint import is_digest
 from fedhds.runtime.logging import LogFormat, LogLevel
 from fedhds.settings import Parameters, check_http, host_and_port, is_loopback, parameter
 from fedhds.spec import RunSpec
@@ -52,6 +53,48 @@ class ServerSettings(Parameters):
         "run folder; coordinators with the same database stand by for each other. Flags are visible to everybody who "
         "can list processes: put a password in the environment or ~/.pgpass.",
         group="Server",
+    )
+    max_shards: int = parameter(
+        1,
+        "Most sites that one certificate (without TLS: one name before the '/') may enroll: with 1 only NAME itself, "
+        "with more also NAME/SHARD, as a site with several --data does. All of them count as one in --min-sites, "
+        "quorums, cohorts and weights.",
+        group="Sites",
+        ge=1,
+        le=10_000,
+    )
+    max_rows_per_site: int = parameter(
+        1_000_000,
+        "Most rows that the sites of one certificate may declare, for training and for evaluation each. Nobody can check "
+        "them, and what a share in --selection-budget is taken of grows with them.",
+        group="Sites",
+        ge=1,
+        le=10**8,
+    )
+    expected_fingerprint: str = parameter(
+        "",
+        "Fingerprint of the base model, from `fedhds fingerprint MODEL`; sites with another one are refused. Without "
+        "it the first site to register decides, until `fedhds confirm-model`.",
+        group="Sites",
+    )
+    allow_sites: Path | None = parameter(
+        None,
+        "File with the sites that may take part: on each line the name of a certificate or the fingerprint of its key. "
+        "Read again when it changes; a site that is no longer in it is out at its next call.",
+        group="Sites",
+    )
+    revoked: Path | None = parameter(
+        None,
+        "Certificates that no longer count: a revocation list (CRL) in PEM that --tls-ca signed, as `fedhds certs "
+        "revoke` writes it, or a file with a name, fingerprint of a key or serial number on each line. Read again when "
+        "it changes.",
+        group="Sites",
+    )
+    evaluators: Path | None = parameter(
+        None,
+        "File with the sites that may evaluate, in the form of --allow-sites, read when they register; without it any "
+        "site with held-out rows may.",
+        group="Sites",
     )
     tls_ca: Path | None = parameter(
         None, "CA certificate that must have issued the sites' certificates.", group="Server"
@@ -98,6 +141,13 @@ class ServerSettings(Parameters):
                 f"run_folder: the name of {escaped(folder)} is not UTF-8, which SQLite needs; choose another folder"
             )
         return self
+
+    @field_validator("expected_fingerprint")
+    @classmethod
+    def _check_fingerprint(cls, text: str) -> str:
+        if text and not is_digest(text):
+            raise ValueError("give 64 hexadecimal digits in lower case, as `fedhds fingerprint MODEL` prints them")
+        return text
 
     @model_validator(mode="after")
     def _check_epsilon(self) -> Self:

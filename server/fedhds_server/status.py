@@ -8,12 +8,14 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TypeVar
 
 from fedhds import PROTOCOL_VERSIONS, __version__
+from fedhds.fingerprint import combined
 from fedhds.v2 import status_pb2
 from fedhds_server.run.messages import for_site
-from fedhds_server.run.parties import party_of
+from fedhds_server.run.parties import parties, party_of
 from fedhds_server.run.quorum import CohortProgress
 from fedhds_server.run.rounds import activity
 from fedhds_server.run.state import Evaluation, MetricSum, RunState, Site, SiteState
@@ -37,12 +39,28 @@ def means_of(sums: Mapping[str, Evaluation]) -> tuple[int, dict[str, float]]:
     return sum(part.rows for part in sums.values()), means
 
 
+def medians_of(sums: Mapping[str, Evaluation]) -> tuple[int, dict[str, float]]:
+    """Evaluators, and medians by metric of their own means; the sites of one certificate are one evaluator.
+
+    Where the mean is what most rows say, no minority of evaluators moves the median far.
+    """
+    by_party: dict[str, dict[str, Evaluation]] = {}
+    for site, part in sums.items():
+        by_party.setdefault(party_of(site), {})[site] = part
+    values: dict[str, list[float]] = {}
+    for own in by_party.values():
+        for name, mean in means_of(own)[1].items():
+            values.setdefault(name, []).append(mean)
+    return len(by_party), {name: median(known) for name, known in sorted(values.items())}
+
+
 def status_of(
     state: RunState,
     checkpoint: Path,
     journal: Sequence[tuple[int, JournalEntry]] = (),
     *,
     deadline_s: float | None = None,
+    warnings: Sequence[str] = (),
     limit: int | None = None,
 ) -> status_pb2.GetStatusResponse:
     """The run at this instant, with numbered lines of its journal.
@@ -66,6 +84,10 @@ def status_of(
         fedhds_version=__version__,
         protocol_versions=PROTOCOL_VERSIONS,
         site_states=Counter(map(_state_name, state.sites.values())),
+        model_fingerprint=combined(state.fingerprint),
+        model_given_by=state.model_given_by,
+        model_confirmed=bool(state.expected_fingerprint),
+        warnings=warnings,
     )
     # The first of every site; not a search per site, which takes minutes for ten thousand.
     tasks = {task.site: task.kind for task in reversed(state.tasks.values())}
@@ -95,7 +117,8 @@ def status_of(
         )
     for number in _spaced(sorted(state.evaluations), limit, first=0):
         rows, means = means_of(state.evaluations[number])
-        status.evaluations.add(round_number=number, rows=rows, metrics=means)
+        evaluators, medians = medians_of(state.evaluations[number])
+        status.evaluations.add(round_number=number, rows=rows, metrics=means, medians=medians, evaluators=evaluators)
     for number, entry in journal:
         status.journal.add(number=number, at=entry.at, message=entry.message, trouble=entry.trouble)
     if state.paused is not None:
@@ -108,7 +131,7 @@ def status_of(
                 target=progress.target,
                 quorum=progress.quorum,
                 deadline_s=deadline_s,
-                **{name: len(getattr(progress, name)) for name in groups},
+                **{name: len(parties(getattr(progress, name))) for name in groups},
             )
         )
     return status
@@ -166,12 +189,13 @@ def model_card_of(state: RunState) -> str:
     facts = CardFacts(
         # The round that is open has no part in the adapter yet.
         rounds=len(state.closed_rounds),
-        sites=len(contributors),
+        sites=len(parties(contributors)),
         rows=state.pool_rows,
         samples=state.trained_rows,
         fingerprint=state.fingerprint,
         version=__version__,
         evaluations={number: means_of(sums) for number, sums in sorted(state.evaluations.items())},
+        medians={number: medians_of(sums)[1] for number, sums in state.evaluations.items() if len(parties(sums)) > 1},
         stop_tokens=state.adapter_manifest.stop_tokens if state.manifest else (),
     )
     return model_card(state.spec, facts)

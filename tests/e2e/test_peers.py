@@ -327,7 +327,9 @@ def test_a_site_with_a_hundred_million_rows_has_its_largest_share_and_no_more(
 ) -> None:
     many = 10**8
     run = federation.folder / "run"
-    server = federation.server(*FLAGS, "--rounds=1", "--min-sites=3", "--max-weight-share=0.4")
+    server = federation.server(
+        *FLAGS, "--rounds=1", "--min-sites=3", "--max-weight-share=0.4", "--max-rows-per-site=100000000"
+    )
     sites = healthy(federation)
     hostile = Hostile(run, federation.folder, "z", Forgery(ones, samples=many), rows=many)
     all_end_well(server, sites)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
+import struct
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -23,14 +25,18 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.codecs import CODECS
 from fedhds.tensors.manifest import AdapterManifest
 from fedhds.tensors.safetensors import AdapterReader, write_adapter
+from fedhds.transfer import chunks
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import selection_pb2, status_pb2
+from fedhds_server.coordinator.uploads import owner_of
+from fedhds_server.leadership.gate import LeaderGate
 from fedhds_server.rpc import federation, grpc_server
 from fedhds_server.run.state import RunState
 from fedhds_server.storage.sql import SqlStore
-from tests.support.host import FINGERPRINT, MANIFEST, Host, enroll, send, start, task_of
+from tests.support.host import FINGERPRINT, MANIFEST, Host, complete, enroll, send, start, task_of
 from tests.support.manifests import lora_manifest
 
 METHODS = {
@@ -231,6 +237,7 @@ async def hosted(**fields: object) -> AsyncIterator[Host]:
             await host.operations.GetStatus(status_pb2.GetStatusRequest(), timeout=20)
             # Everything that was posted before is saved with this.
             if not host.work.done():
+                await host.coordinator.effects.done()
                 await host.coordinator.post(lambda _: None)
             saved = SqlStore.in_folder(host.folder).load()
             assert saved is not None
@@ -260,10 +267,10 @@ async def prepared(host: Host) -> Known:
     tasks = [(await task_of(host, session)).task.id for session in sessions]
     uploads = [upload(host, MANIFEST, 0.5), upload(host, MANIFEST, np.nan), upload(host, OTHER, 0.5)]
     for path, artifact in uploads:
-        await send(host, sessions[0], path.read_bytes(), artifact)
+        host.artifacts.append(artifact, 0, path.read_bytes())
+        host.artifacts.finish(artifact)
     half, whole = upload(host, MANIFEST, 0.25)
-    with contextlib.suppress(grpc.aio.AioRpcError):
-        await send(host, sessions[0], half.read_bytes()[:100], whole)
+    host.artifacts.append(whole, 0, half.read_bytes()[:100], owner_of("a"))
     artifacts = [artifact for _, artifact in uploads] + [whole, *host.coordinator.state.adapters.values()]
     return {
         "session": [*sessions, third.session],
@@ -402,7 +409,7 @@ def right_messages(artifact: Artifact) -> dict[str, Message]:
     }
     right: dict[str, Message] = {
         "register": pb.RegisterRequest(
-            fingerprint=FINGERPRINT, manifest=MANIFEST.to_proto(), rows=ROWS, evaluates=True
+            fingerprint=FINGERPRINT, manifest=MANIFEST.to_proto(), rows=ROWS, evaluates=True, evaluation_rows=ROWS
         ),
         "fail": pb.FailTaskRequest(kind="E", reason="r"),
     }
@@ -455,7 +462,7 @@ async def test_a_method_or_service_that_is_none(tmp_path: Path) -> None:
 
 
 async def test_health_and_reflection_answer_malformed_requests_too() -> None:
-    server = grpc_server.new_server()
+    server = grpc_server.new_server(LeaderGate().leading)
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
     reflection.enable_server_reflection([reflection.SERVICE_NAME], server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -469,3 +476,64 @@ async def test_health_and_reflection_answer_malformed_requests_too() -> None:
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
         watch.cancel()
     await server.stop(None)
+
+
+# Sizes.
+
+
+def bulky(data: st.DataObject, session: str) -> tuple[str, Message]:
+    """A manifest or a report of hostile size, with the method that takes it."""
+    count = data.draw(st.sampled_from([0, 1, 100, 3000, 20_000]))
+    length = data.draw(st.sampled_from([0, 1, 2, 256, 5000]))
+    if data.draw(st.booleans()):
+        manifest = pb.AdapterManifest(config="{" * length)
+        for number in range(count):
+            name, shape = f"{number:06d}{'x' * (length // 10)}", [1 << 31] * (length // 300)
+            manifest.tensors.add(name=name, shape=shape, role="lora_A", initial=pb.INITIAL_KIND_ZEROS)
+        return "Register", pb.RegisterRequest(session=session, fingerprint=FINGERPRINT, manifest=manifest, rows=ROWS)
+    report: Message
+    if data.draw(st.booleans()):
+        centroids = [selection_pb2.Centroid(cluster_id=n, values=[0.5] * length, size=1) for n in range(count)]
+        report = selection_pb2.ClusterReport(dimension=length, centroids=centroids[: 8_000_000 // (length + 1)])
+    else:
+        clusters = [selection_pb2.ClusterStats(cluster_id=n, sums=[1] * length, count=1) for n in range(count)]
+        report = selection_pb2.KMeansStats(dimension=length, clusters=clusters[: 4_000_000 // (length + 1)])
+    request = pb.CompleteTaskRequest(session=session)
+    request.result.Pack(report)
+    return "CompleteTask", request
+
+
+@PATIENT
+@given(data=st.data())
+async def test_messages_of_any_size(data: st.DataObject) -> None:
+    async with hosted(**data.draw(st.sampled_from([FULL, CLUSTERS, KMEANS]))) as host:
+        known = await prepared(host)
+        session = str(known["session"][0])
+        for _ in range(3):
+            method, message = bulky(data, session)
+            if isinstance(message, pb.CompleteTaskRequest):
+                message.task_id = data.draw(st.sampled_from(known["task_id"]))
+            payload = message.SerializeToString()
+            # Field 99, bytes: what a newer version may send.
+            padding = data.draw(st.sampled_from([0, 1 << 16, 1 << 20, 8 << 20]))
+            payload += b"\x9a\x06" + chunks.upload_message(bytes(padding))[1:]
+            await call(host, f"/fedhds.v2.Federation/{method}", payload)
+
+
+@PATIENT
+@given(data=st.data())
+async def test_updates_with_any_header(data: st.DataObject) -> None:
+    sizes = CODECS["float32"].sizes(MANIFEST)
+    async with hosted(**FULL) as host:
+        sessions = [await enroll(host, name, rows=ROWS) for name in "ab"]
+        task = (await task_of(host, sessions[0])).task
+        for _ in range(3):
+            length = data.draw(st.integers(0, sizes.stop) | st.sampled_from([sizes.stop, (1 << 64) - 1]))
+            words = data.draw(st.sampled_from([b"[", b'{"a":', b"9", b" ", b'{"q.lora_A.weight":', b"\xff", b'"']))
+            size = data.draw(st.sampled_from([sizes.start, sizes.stop - 1]) | st.integers(sizes.start, sizes.stop - 1))
+            content = (struct.pack("<Q", length) + words * size)[:size]
+            artifact = Artifact(hashlib.sha256(content).hexdigest(), size)
+            # Once it is rejected, the task is closed and takes no upload.
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await send(host, sessions[0], content, artifact, chunk=1 << 16)
+                assert not (await complete(host, sessions[0], task.id, artifact)).accepted

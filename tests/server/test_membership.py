@@ -7,10 +7,20 @@ from dataclasses import replace
 
 import pytest
 
-from fedhds.errors import EnrollmentRefused, NameInUse
+from fedhds.errors import EnrollmentRefused, Evicted, NameInUse
 from fedhds.security.identity import PeerIdentity, Role
 from fedhds.spec import RunSpec
-from fedhds_server.run.membership import admit, check_registration, negotiate, session_digest, session_secret
+from fedhds_server.run.events import SiteEvicted, SiteRevoked
+from fedhds_server.run.membership import (
+    Limits,
+    admit,
+    check_registration,
+    evicted,
+    negotiate,
+    revoked,
+    session_digest,
+    session_secret,
+)
 from fedhds_server.run.state import Phase, RunState, Site, SiteState, packed
 from tests.support.manifests import lora_manifest
 
@@ -66,8 +76,9 @@ def test_with_tls_the_same_key_takes_over_and_another_is_refused() -> None:
 
 def test_with_tls_the_certificate_gives_the_name() -> None:
     new = state_with()
-    assert admit(new, "a/shard-1", SITE_A, "") == SITE_A.key_fingerprint
-    for name in ("b", "ab", "a-1"):
+    assert admit(new, "a", SITE_A, "") == SITE_A.key_fingerprint
+    assert admit(new, "a/shard-1", SITE_A, "", limits=Limits(max_shards=2)) == SITE_A.key_fingerprint
+    for name in ("b", "ab", "a-1", "b/a"):
         with pytest.raises(EnrollmentRefused, match="does not give the name"):
             admit(new, name, SITE_A, "")
     # TLS lets both in: an operator to steer the run, a coordinator to ask itself for its health.
@@ -76,7 +87,96 @@ def test_with_tls_the_certificate_gives_the_name() -> None:
             admit(new, "o", PeerIdentity("o", role, "k"), "")
 
 
-@pytest.mark.parametrize("name", ["", "x" * 129, "a\nb"])
+def test_shards_are_as_many_as_the_operator_allows() -> None:
+    state = state_with(key=SITE_A.key_fingerprint)
+    with pytest.raises(EnrollmentRefused, match="'a' itself and not 'a/1'.*--max-shards"):
+        admit(state, "a/1", SITE_A, "")
+    two = Limits(max_shards=2)
+    assert admit(state, "a/1", SITE_A, "", limits=two)
+    state.sites["a/1"] = Site(name="a/1", key=SITE_A.key_fingerprint, state=SiteState.LEFT)
+    with pytest.raises(EnrollmentRefused, match="has enrolled 2 sites"):
+        admit(state, "a/2", SITE_A, "", limits=two)
+    # A site that is known comes back, also when the operator lowers the limit.
+    assert admit(state, "a/1", SITE_A, "") == SITE_A.key_fingerprint
+
+
+def test_a_name_has_one_key_in_all_its_shards_and_a_key_one_name() -> None:
+    state = state_with(key=SITE_A.key_fingerprint)
+    with pytest.raises(NameInUse, match="another key"):
+        admit(state, "a/1", PeerIdentity("a", Role.SITE, "x" * 64), "", limits=Limits(max_shards=9))
+    with pytest.raises(EnrollmentRefused, match="the certificate of 'b' has the key of 'a'"):
+        admit(state, "b", PeerIdentity("b", Role.SITE, SITE_A.key_fingerprint), "")
+
+
+@pytest.mark.parametrize("who", ["a", "a/1", SITE_A.key_fingerprint])
+def test_an_evicted_party_does_not_come_back_under_another_name_of_its_certificate(who: str) -> None:
+    state = state_with(key=SITE_A.key_fingerprint)
+    state.sites["a/1"] = Site(name="a/1", key=SITE_A.key_fingerprint)
+    state.sites["b"] = Site(name="b", key="b" * 64)
+    evicted(state, SiteEvicted(1.0, who, "hostile"))
+    assert {site.name for site in state.sites.values() if site.state is SiteState.EVICTED} == {"a", "a/1"}
+    for name in ("a", "a/1", "a/2"):
+        with pytest.raises(Evicted, match="evicted 'a' from this run: hostile"):
+            admit(state, name, SITE_A, "", limits=Limits(max_shards=9))
+    with pytest.raises(Evicted):
+        # The same key in a certificate of another name.
+        admit(state, "c", PeerIdentity("c", Role.SITE, SITE_A.key_fingerprint), "")
+    assert admit(state, "c", PeerIdentity("c", Role.SITE, "c" * 64), "")
+
+
+def test_a_key_is_evicted_before_it_enrolls() -> None:
+    state = state_with()
+    evicted(state, SiteEvicted(1.0, SITE_A.key_fingerprint, "stolen"))
+    assert RunState.model_validate_json(state.model_dump_json()).evicted
+    with pytest.raises(Evicted, match="stolen"):
+        admit(state, "a", SITE_A, "")
+
+
+def test_rows_are_bounded_by_certificate_and_counted_once() -> None:
+    state, limits = state_with(), Limits(max_shards=3, max_rows=100)
+    for name, rows in (("a", 60), ("a/1", 30), ("b", 100)):
+        check_registration(state, FINGERPRINT, MANIFEST, rows, False, site=name, limits=limits)
+        state.sites[name] = Site(name=name, rows=rows, state=SiteState.ENROLLED)
+    check_registration(state, FINGERPRINT, MANIFEST, 70, False, site="a", limits=limits)
+    with pytest.raises(EnrollmentRefused, match="71 rows, and the other sites of its certificate 30; .* 100, .*-rows"):
+        check_registration(state, FINGERPRINT, MANIFEST, 71, False, site="a", limits=limits)
+    with pytest.raises(EnrollmentRefused, match="11 rows"):
+        check_registration(state, FINGERPRINT, MANIFEST, 11, False, site="a/2", limits=limits)
+    with pytest.raises(EnrollmentRefused, match="101 held-out rows"):
+        check_registration(state, FINGERPRINT, MANIFEST, 1, True, site="c", evaluation_rows=101, limits=limits)
+
+
+def test_many_certificates_with_as_many_rows_as_they_may_declare_lock_nobody_out() -> None:
+    state = state_with()
+    for number in range(100):
+        state.sites[str(number)] = Site(name=str(number), rows=Limits().max_rows, state=SiteState.ENROLLED)
+    check_registration(state, FINGERPRINT, MANIFEST, 1000, False, site="honest")
+
+
+def test_the_rows_of_who_is_out_do_not_count() -> None:
+    state, limits = state_with(), Limits(max_rows=10**9)
+    state.sites["a"] = Site(name="a", rows=10**9 - 10, state=SiteState.ENROLLED)
+    with pytest.raises(EnrollmentRefused, match="the others 999999990"):
+        check_registration(state, FINGERPRINT, MANIFEST, 10, False, site="b", limits=limits)
+    evicted(state, SiteEvicted(1.0, "a", "hostile"))
+    check_registration(state, FINGERPRINT, MANIFEST, 10, False, site="b", limits=limits)
+
+
+def test_held_out_rows_are_declared_by_those_who_evaluate_and_by_nobody_else() -> None:
+    check_registration(state_with(), FINGERPRINT, MANIFEST, 0, True, site="a", evaluation_rows=5)
+    for evaluates, rows in ((True, 0), (False, 5)):
+        with pytest.raises(EnrollmentRefused, match="declares its held-out rows"):
+            check_registration(state_with(), FINGERPRINT, MANIFEST, 1, evaluates, site="a", evaluation_rows=rows)
+
+
+def test_a_revoked_site_is_out_until_the_lists_let_it_in_again() -> None:
+    state = state_with(state=SiteState.ENROLLED, rows=5)
+    revoked(state, SiteRevoked(1.0, "a", "its certificate is revoked"))
+    assert (state.sites["a"].state, state.sites["a"].session) == (SiteState.LEFT, "")
+    assert admit(state, "a", None, "secret") == ""
+
+
+@pytest.mark.parametrize("name", ["", "/", "/a", "x" * 129, "a\nb"])
 def test_names_are_checked(name: str) -> None:
     with pytest.raises(EnrollmentRefused, match="1 to 128"):
         admit(state_with(), name, None, "")

@@ -65,7 +65,7 @@ async def test_a_whole_run_over_the_wire(host: Host) -> None:
     assert (await complete(host, session, task.id, artifact)).accepted
     done = (await task_of(host, session)).done
     assert done.outcome == "completed"
-    assert '"r": 8' in done.adapter_config
+    assert '"r": 2' in done.adapter_config
     assert done.adapter.digest == artifact.digest
     for _ in range(2):
         # The answer may be lost: the coordinator is there until the site has gone.
@@ -81,6 +81,7 @@ async def test_a_whole_run_over_the_wire(host: Host) -> None:
 
 async def test_an_upload_resumes_and_repeats(host: Host) -> None:
     session = await enroll(host)
+    await task_of(host, session)
     path, artifact = written(host, 0.25)
     content = path.read_bytes()
     error = await refused(send(host, session, content[:100], artifact))
@@ -93,8 +94,13 @@ async def test_an_upload_resumes_and_repeats(host: Host) -> None:
     await send(host, session, content, artifact)
     other = Artifact(artifact.digest[::-1], artifact.size)
     assert "another digest" in str(await refused(send(host, session, content, other)))
-    assert "beyond" in str(await refused(send(host, session, content, Artifact(artifact.digest, 1 << 40))))
-    assert "longer" in str(await refused(send(host, session, content + b"x", Artifact("0" * 64, 5))))
+    for size in (1, 1 << 40):
+        odd = Artifact("0" * 64, size)
+        assert "none of this task's, which has" in str(await refused(send(host, session, content, odd)))
+    # One upload at a time: this one takes the place of what was sent under another digest.
+    longer = Artifact("0" * 64, artifact.size)
+    assert "longer" in str(await refused(send(host, session, content + b"x", longer)))
+    assert {path.name[:64] for path in host.artifacts.folder.glob("*.part")} <= {longer.digest}
 
 
 @pytest.mark.parametrize(
@@ -204,6 +210,8 @@ async def test_another_model_is_refused_and_frees_the_name(tmp_path: Path) -> No
     session = (await host.federation.Enroll(pb.EnrollRequest(site="b", protocol_versions=[2]))).session
     request = pb.RegisterRequest(session=session, fingerprint=FINGERPRINT, manifest=MANIFEST.to_proto(), rows=1)
     request.fingerprint.weights = "other"
+    assert isinstance(await refused(host.federation.Register(request)), RequestError)
+    request.fingerprint.weights = "f" * 64
     error = await refused(host.federation.Register(request))
     assert isinstance(error, EnrollmentRefused)
     assert "the weights differs" in str(error)
@@ -311,9 +319,9 @@ async def test_a_site_whose_upload_takes_long_to_be_kept_is_not_lost(
     task = (await task_of(host, session)).task
     finish = host.artifacts.finish
 
-    def slowly(artifact: Artifact) -> None:
+    def slowly(artifact: Artifact, owner: str) -> None:
         time.sleep(4)
-        finish(artifact)
+        finish(artifact, owner)
 
     monkeypatch.setattr(host.artifacts, "finish", slowly)
     path, artifact = written(host, 0.5)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from fedhds.tensors.artifact import Artifact
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import federation_pb2_grpc as rpc
 from fedhds.v2 import transfer_pb2
+from fedhds_server.coordinator.uploads import owner_of
 from fedhds_server.run.state import RunState
+from fedhds_server.storage.sql import SqlStore
 from tests.support.federation import Daemon, Federation
 from tests.support.hostile import state_of, until
 from tests.support.sabotage import WAITING, sabotaged
@@ -100,11 +103,37 @@ class SecureFederation(Federation):
         assert [site.wait() for site in self.sites] == [0] * len(self.sites), "\n".join(s.text for s in self.sites)
         assert "Traceback" not in self.coordinator.text, self.coordinator.text
 
-    def memory(self) -> int:
-        """Bytes of memory that the coordinator's process has had at most so far."""
-        text = Path(f"/proc/{self.coordinator.process.pid}/status").read_text()
-        (line,) = [line for line in text.splitlines() if line.startswith("VmHWM:")]
-        return int(line.split()[1]) << 10
+    @contextmanager
+    def memory(self) -> Iterator[Callable[[], int]]:
+        """Gives what tells by how many bytes the memory of the coordinator's process has grown at most since."""
+        process = Path(f"/proc/{self.coordinator.process.pid}")
+
+        def peak() -> int:
+            (line,) = [line for line in (process / "status").read_text().splitlines() if line.startswith("VmHWM:")]
+            return int(line.split()[1]) << 10
+
+        # The peak begins again at what is used now (proc_pid_clear_refs(5)).
+        (process / "clear_refs").write_text("5")
+        before = peak()
+        yield lambda: peak() - before
+
+    @property
+    def journal(self) -> list[str]:
+        """All lines of the journal."""
+        store = SqlStore.in_folder(self.run)
+        try:
+            return [entry.message for entry in store.journal()]
+        finally:
+            store.close()
+
+    def parts(self) -> dict[str, int]:
+        """Sizes of what has come of uploads that have not ended, by the site's name if it is an attacker's."""
+        names = {owner_of(attacker.site): attacker.site for attacker in self.attackers}
+        found: dict[str, int] = Counter()
+        for path in (self.run / "artifacts").glob("*.part"):
+            owner = path.stem.partition("-")[2]
+            found[names.get(owner, owner)] += path.stat().st_size
+        return found
 
     @contextmanager
     def heartbeats(self, name: str = "pulse") -> Iterator[list[float]]:
@@ -162,6 +191,7 @@ class Attacker:
             "fingerprint": pb.ModelFingerprint(**state.fingerprint),
             "manifest": state.adapter_manifest.to_proto(),
             "rows": ROWS,
+            "evaluation_rows": ROWS if fields.get("evaluates") else 0,
         }
         return pb.RegisterRequest(**{**honest, **fields})
 

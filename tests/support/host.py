@@ -31,10 +31,12 @@ from fedhds_server.storage.artifacts import ArtifactStore
 from fedhds_server.storage.sql import SqlStore
 from tests.support.manifests import lora_manifest
 
-MANIFEST = lora_manifest({"q.lora_A.weight": (2, 4), "q.lora_B.weight": (4, 2)}, '{"r": 8}')
+MANIFEST = lora_manifest({"q.lora_A.weight": (2, 4), "q.lora_B.weight": (4, 2)}, '{"r": 2}')
 
 
-FINGERPRINT = pb.ModelFingerprint(weights="w", config="c", tokenizer="t", template="p")
+FINGERPRINT = pb.ModelFingerprint(
+    **{part: digit * 64 for part, digit in zip(("weights", "config", "tokenizer", "template"), "1234", strict=True)}
+)
 
 
 @dataclass
@@ -74,7 +76,7 @@ async def start(folder: Path, **fields: object) -> Host:
     store.save(state)
     artifacts = ArtifactStore(folder / "artifacts", largest_upload=1 << 20)
     coordinator = Coordinator(state, store=store, artifacts=artifacts, folder=folder)
-    server = new_server()
+    server = new_server(lambda: coordinator)
     FederationServicer(lambda: coordinator).register(server)
     status_rpc.add_OperationsServicer_to_server(OperationsServicer(lambda: coordinator), server)
     server.add_generic_rpc_handlers((Protocol1Handler(),))
@@ -98,7 +100,12 @@ async def enroll(host: Host, name: str = "a", *, rows: int = 10, evaluates: bool
     request = pb.EnrollRequest(site=name, protocol_versions=[2], **fields)
     session = (await host.federation.Enroll(request)).session
     registration = pb.RegisterRequest(
-        session=session, fingerprint=FINGERPRINT, manifest=MANIFEST.to_proto(), rows=rows, evaluates=evaluates
+        session=session,
+        fingerprint=FINGERPRINT,
+        manifest=MANIFEST.to_proto(),
+        rows=rows,
+        evaluates=evaluates,
+        evaluation_rows=10 * evaluates,
     )
     await host.federation.Register(registration)
     return str(session)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from fedhds_client.features.cache import cached_features
 from fedhds_client.features.extraction import Features, extract_features
 from fedhds_client.features.projection import FeatureSpace
 from fedhds_client.models.adapter import AdapterModel
-from fedhds_client.models.fingerprint import fingerprint
+from fedhds_client.models.fingerprint import digest_of, fingerprint
 from fedhds_client.models.loading import load_base_model
 from fedhds_client.models.template_trial import try_template
 
@@ -63,8 +62,7 @@ class ShardFeatures:
         """Digest of the feature model and how it is used; empty where that is the base model."""
         if not self._own:
             return ""
-        whole = fingerprint(self._body, self._prompter.fingerprint)
-        return hashlib.sha256(whole.SerializeToString(deterministic=True)).hexdigest()
+        return digest_of(fingerprint(self._body, self._prompter.fingerprint))
 
     def of(self, site: Site, index: int, adapter: Path, control: Control) -> Features:
         """Features of the shard of `site`, which is this process's with that `index`.

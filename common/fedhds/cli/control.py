@@ -1,4 +1,4 @@
-"""`fedhds pause`, `resume`, `stop` and `evict`: what an operator may do to a run, and why, for the journal."""
+"""`fedhds pause`, `resume`, `stop`, `evict` and `confirm-model`: what an operator may do to a run, and why."""
 
 from __future__ import annotations
 
@@ -54,15 +54,36 @@ def stop(
 
 
 def evict(
-    site: Annotated[str, typer.Argument(help="The site's name, as `fedhds status` shows it.")],
+    site: Annotated[
+        str,
+        typer.Argument(
+            help="The site's name, as `fedhds status` shows it, or its key's fingerprint, also in advance."
+        ),
+    ],
     reason: Reason,
     server: Server = DEFAULT_SERVER,
     tls_ca: TlsCa = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
 ) -> None:
-    """Exclude a site from the run for good."""
+    """Exclude a site from the run for good, with all other sites of its certificate."""
     from fedhds.v2 import status_pb2
 
     call("Evict", status_pb2.EvictRequest(site=site, reason=reason), server, tls_ca, tls_cert, tls_key)
     typer.echo(f"{site} is evicted.")
+
+
+def confirm_model(
+    fingerprint: Annotated[str, typer.Argument(help="64 hexadecimal digits, from `fedhds fingerprint MODEL`.")],
+    reason: Reason = "checked by the operator",
+    server: Server = DEFAULT_SERVER,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+) -> None:
+    """Say which base model is the run's; before it begins, sites with another one are refused."""
+    from fedhds.v2 import status_pb2
+
+    request = status_pb2.ConfirmModelRequest(fingerprint=fingerprint, reason=reason)
+    call("ConfirmModel", request, server, tls_ca, tls_cert, tls_key)
+    typer.echo("The base model is confirmed.")

@@ -135,6 +135,10 @@ def _picture(answer: status_pb2.GetStatusResponse) -> RenderableType:
         parts.append(Text(f"paused: {answer.paused}", style="yellow"))
     if answer.message:
         parts.append(Text(answer.message))
+    parts += [Text(warning, style="yellow") for warning in answer.warnings]
+    if answer.model_fingerprint:
+        by = "confirmed" if answer.model_confirmed else f"given by site {answer.model_given_by}, not confirmed"
+        parts.append(Text(f"base model {answer.model_fingerprint}, {by}"))
     sites = Table("site", "state", "rows", "evaluates", "task", "MB sent", "rejected", "last error")
     for site in answer.sites:
         sites.add_row(
@@ -150,10 +154,14 @@ def _picture(answer: status_pb2.GetStatusResponse) -> RenderableType:
     parts.append(sites)
     if answer.evaluations:
         metrics = sorted({metric for line in answer.evaluations for metric in line.metrics})
-        evaluations = Table("round", "held-out rows", *map(label_of, metrics))
+        # Where there is one evaluator, its mean is the median.
+        several = any(line.evaluators > 1 for line in answer.evaluations)
+        medians = [f"{label_of(metric)}, median" for metric in metrics if several]
+        evaluations = Table("round", "held-out rows", *map(label_of, metrics), *medians)
         for line in answer.evaluations:
             means = [f"{line.metrics[metric]:.4f}" if metric in line.metrics else "" for metric in metrics]
-            evaluations.add_row(str(line.round_number), str(line.rows), *means)
+            middle = [f"{line.medians[metric]:.4f}" if metric in line.medians else "" for metric in metrics if several]
+            evaluations.add_row(str(line.round_number), str(line.rows), *means, *middle)
         parts.append(evaluations)
     if answer.checkpoint:
         parts.append(Text(f"checkpoint: {answer.checkpoint}"))

@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from fedhds import __version__
-from fedhds.cli.control import evict, pause, resume, stop
+from fedhds.cli.control import confirm_model, evict, pause, resume, stop
 from fedhds.cli.doctor import doctor
 from fedhds.cli.status import status
 from fedhds.encoding import not_utf_8
@@ -164,12 +164,46 @@ def certs_issue(
     typer.echo(f"  {_PROGRAM[role]} {shlex.join(str(flag) for flag in flags)}")
 
 
+@certs.command("show")
+def certs_show(certificate: Annotated[Path, typer.Argument(metavar="FILE", help="NAME.crt.")]) -> None:
+    """Print whose certificate it is, with what lists and `fedhds evict` may name it by."""
+    from fedhds.errors import EnrollmentRefused
+    from fedhds.security.identity import identity_from_certificate
+    from fedhds.security.pki import expiry
+
+    ends = expiry(certificate)
+    try:
+        identity = identity_from_certificate(certificate.read_bytes())
+    except EnrollmentRefused as error:
+        raise UsageError(f"{certificate}: {error}") from error
+    typer.echo(f"name             {identity.name} ({identity.role})")
+    typer.echo(f"key fingerprint  {identity.key_fingerprint}")
+    typer.echo(f"serial number    {identity.serial}")
+    typer.echo(f"valid until      {ends:%Y-%m-%d}")
+
+
+@certs.command("revoke")
+def certs_revoke(
+    certificate: Annotated[Path, typer.Argument(metavar="FILE", help="The certificate, NAME.crt.")],
+    ca: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the authority, from `fedhds certs init`.")] = Path(
+        "certs"
+    ),
+) -> None:
+    """Put a certificate on the authority's revocation list, which `fedhds-server --revoked` reads."""
+    from fedhds.security.pki import revoke
+
+    path = revoke(ca, certificate)
+    typer.echo(f"Wrote {path}: put it on the coordinator's host, as the file of --revoked; it counts at once.")
+    typer.echo("Another certificate of the same key still counts: `fedhds evict` with the key's fingerprint, which")
+    typer.echo("`fedhds certs show` prints, shuts that out of the run.")
+
+
 # All commands of this package, in the order in which help shows them.
 app.add_typer(certs, name="certs")
 app.command("doctor")(doctor)
 app.command("status")(status)
-for command in (pause, resume, stop, evict):
-    app.command(command.__name__)(command)
+for command in (pause, resume, stop, evict, confirm_model):
+    app.command(command.__name__.replace("_", "-"))(command)
 
 
 @functools.cache

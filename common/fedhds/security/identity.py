@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,8 @@ class PeerIdentity:
     role: Role
     key_fingerprint: str
     """SHA-256 of the SubjectPublicKeyInfo DER, in lower-case hex; a renewed certificate keeps it."""
+    serial: str = field(default="", compare=False)
+    """The certificate's serial number, in lower-case hex; a renewed certificate has another."""
 
     @property
     def urn(self) -> str:
@@ -78,7 +80,7 @@ def identity_from_certificate(pem: bytes) -> PeerIdentity:
     role, _, name = urns[0].removeprefix(URN_PREFIX).partition(":")
     if role not in {known.value for known in Role} or _NAME.fullmatch(name) is None:
         raise EnrollmentRefused(f"the certificate's identity {urns[0]!r} is malformed; have it issued again")
-    return PeerIdentity(name, Role(role), hashlib.sha256(public_key).hexdigest())
+    return PeerIdentity(name, Role(role), hashlib.sha256(public_key).hexdigest(), f"{certificate.serial_number:x}")
 
 
 def identity_of(auth_context: Mapping[str, Sequence[bytes]]) -> PeerIdentity | None:

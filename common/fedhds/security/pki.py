@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -129,6 +129,35 @@ def issue(
         _write(key_path, _key_pem(key), private=True)
     _write(certificate_path, _certificate_pem(certificate))
     return TlsFiles(ca=authority_copy, cert=certificate_path, key=key_path)
+
+
+def revoke(folder: Path, certificate_path: Path) -> Path:
+    """Adds a certificate to `ca.crl` in the authority's `folder`, which is made if missing; returns its path.
+
+    The list counts for as long as the authority. Raises UsageError for a certificate that the authority did not sign,
+    and when a file cannot be read or written.
+    """
+    authority, key = _load_authority(folder)
+    certificate, path = _load_certificate(certificate_path), folder / f"{AUTHORITY}.crl"
+    try:
+        certificate.verify_directly_issued_by(authority)
+        before = x509.load_pem_x509_crl(_read(path)) if path.exists() else None
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise UsageError(
+            f"{certificate_path} is not a certificate of the authority in {folder}, or {path} is no revocation list"
+        ) from error
+    now = datetime.now(UTC).replace(microsecond=0)
+    dates = {entry.serial_number: entry.revocation_date_utc for entry in before or ()}
+    dates.setdefault(certificate.serial_number, now)
+    builder = x509.CertificateRevocationListBuilder(authority.subject, now, authority.not_valid_after_utc)
+    for serial, date in dates.items():
+        builder = builder.add_revoked_certificate(x509.RevokedCertificateBuilder(serial, date).build())
+    number = before.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number + 1 if before else 1
+    builder = builder.add_extension(x509.CRLNumber(number), critical=False)
+    authority_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
+    revoked = builder.add_extension(authority_id, critical=False).sign(key, hashes.SHA256())
+    _write(path, revoked.public_bytes(serialization.Encoding.PEM))
+    return path
 
 
 def expiry(certificate_path: Path) -> datetime:

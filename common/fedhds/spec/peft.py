@@ -28,6 +28,11 @@ class PeftSpec(Parameters):
 
     method: str = parameter(..., "What is trained in place of the base model's own weights.", setting="peft_method")
 
+    @property
+    def stated(self) -> dict[str, Any]:
+        """Keys of adapter_config.json with the value that the run's settings give them."""
+        return {}
+
     def check_manifest(self, manifest: AdapterManifest) -> None:
         """Raises AdapterError, naming the tensor, for a manifest that the method does not give on any model.
 
@@ -69,6 +74,11 @@ class LoraSpec(PeftSpec):
             if "." in name:
                 raise ValueError(f"give the last part of the module's name: {name.rpartition('.')[2]}, not {name}")
         return targets
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """Rank, scale and dropout."""
+        return {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
 
     def check_manifest(self, manifest: AdapterManifest) -> None:
         """Tensors are pairs of A (rank, in), uniform within 1/sqrt(in) at first, and B (out, rank), zeros at first."""

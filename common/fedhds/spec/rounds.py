@@ -11,7 +11,11 @@ class RoundsSpec(Parameters):
 
     count: int = parameter(..., "Number of aggregation rounds.", setting="rounds", ge=1, le=MAX_ROUNDS)
     cohort_fraction: float = parameter(
-        1.0, "Share of the enrolled training sites drawn into each round (at least one).", gt=0, le=1
+        1.0,
+        "Share of the enrolled training sites drawn into each round (at least one). Here and below, all sites of one "
+        "certificate count as one.",
+        gt=0,
+        le=1,
     )
     min_sites: int = parameter(2, "Training sites that must be enrolled before the run starts.", ge=1, le=MAX_COUNT)
     min_evaluators: int = parameter(0, "Evaluators that must be enrolled before the run starts.", ge=0, le=MAX_COUNT)

@@ -18,6 +18,8 @@ from fedhds.v2 import federation_pb2 as pb
 
 FloatArray = npt.NDArray[np.float32]
 
+# Ten times those of a model with 400 billion parameters.
+MAX_TENSORS = 1 << 14
 # Names stand in logs and journals.
 MAX_NAME_LENGTH = 500
 # The highest LoRA rank, 1024, times a million features, which no known model has.
@@ -218,9 +220,13 @@ class AdapterManifest:
         return config
 
     def agrees_with(self, other: AdapterManifest) -> bool:
-        """Whether tensors and stop tokens are equal, and configurations are, as JSON and apart from `peft_version`."""
+        """Whether tensors and stop tokens are equal, and configurations are, as JSON and apart from `peft_version`.
+
+        A run of an earlier version knows no stop tokens.
+        """
         ours, theirs = ({**manifest.parsed_config(), _VERSION_KEY: None} for manifest in (self, other))
-        return (self.tensors, self.stop_tokens, ours) == (other.tensors, other.stop_tokens, theirs)
+        stops = not self.stop_tokens or not other.stop_tokens or self.stop_tokens == other.stop_tokens
+        return stops and (self.tensors, ours) == (other.tensors, theirs)
 
     def to_proto(self) -> pb.AdapterManifest:
         """The same manifest as a wire message."""
@@ -233,6 +239,8 @@ class AdapterManifest:
     @classmethod
     def from_proto(cls, message: pb.AdapterManifest) -> Self:
         """Reads a wire message; raises AdapterError for a manifest that describes no adapter."""
+        if len(message.tensors) > MAX_TENSORS:
+            raise AdapterError(f"the manifest names {len(message.tensors)} tensors, more than {MAX_TENSORS}")
         names = [tensor.name for tensor in message.tensors]
         if not names or names != sorted(set(names)):
             raise AdapterError("the manifest must name at least one tensor, each once, sorted by name")

@@ -430,7 +430,9 @@ class Task(_message.Message):
 
     @_builtins.property
     def request(self) -> _any_pb2.Any:
-        """What the kind needs besides: a TrainRequest for "train", a message of the run's strategy for "select"."""
+        """What the kind needs besides: a TrainRequest for "train", a message of the run's strategy for "select"; or the
+        LongMessage that stands for it.
+        """
 
     def __init__(
         self,
@@ -609,7 +611,7 @@ class CompleteTaskRequest(_message.Message):
     @_builtins.property
     def result(self) -> _any_pb2.Any:
         """What came out: a TrainResult of "train", an EvaluationResult of "evaluate", a report of the run's strategy of
-        "select".
+        "select", or the LongMessage that stands for it.
         """
 
     def __init__(

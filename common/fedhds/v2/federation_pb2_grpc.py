@@ -27,8 +27,10 @@ if _version_not_supported:
 
 
 class FederationStub(object):
-    """What a site calls. Any call but Enroll answers UNAUTHENTICATED when the session is unknown, expired or taken over by
-    another process of the same site: the site then enrolls again or stops.
+    """What a site calls. Any call but Enroll answers UNAUTHENTICATED when the session is unknown, expired, taken over by
+    another process of the same site, or given to another key: the site then enrolls again or stops. RESOURCE_EXHAUSTED
+    says that one certificate calls too often: try again later. A message beyond 64 KiB must begin with its session, which
+    is checked before the rest is read.
     """
 
     def __init__(self, channel):
@@ -95,8 +97,10 @@ class FederationStub(object):
 
 
 class FederationServicer(object):
-    """What a site calls. Any call but Enroll answers UNAUTHENTICATED when the session is unknown, expired or taken over by
-    another process of the same site: the site then enrolls again or stops.
+    """What a site calls. Any call but Enroll answers UNAUTHENTICATED when the session is unknown, expired, taken over by
+    another process of the same site, or given to another key: the site then enrolls again or stops. RESOURCE_EXHAUSTED
+    says that one certificate calls too often: try again later. A message beyond 64 KiB must begin with its session, which
+    is checked before the rest is read.
     """
 
     def Enroll(self, request, context):
@@ -147,14 +151,17 @@ class FederationServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetUpload(self, request, context):
-        """Says how many bytes of an artifact the coordinator already has, so that an upload resumes there.
+        """Says how many bytes of an artifact the coordinator already has of this site, so that an upload resumes there.
+        Errors: NOT_FOUND when no open task of the site takes an upload, INVALID_ARGUMENT for a size that none has.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Upload(self, request_iterator, context):
-        """Sends an artifact in chunks; answered only when it is complete, its digest matches and it is durable.
+        """Sends an artifact in chunks; answered only when it is complete, its digest matches and it is durable. A site has one
+        upload at a time: another digest, or another call, ends the one before. Errors: those of GetUpload, also in the middle
+        when the task is closed; UNAVAILABLE when the disk has no room.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -249,8 +256,10 @@ def add_FederationServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Federation(object):
-    """What a site calls. Any call but Enroll answers UNAUTHENTICATED when the session is unknown, expired or taken over by
-    another process of the same site: the site then enrolls again or stops.
+    """What a site calls. Any call but Enroll answers UNAUTHENTICATED when the session is unknown, expired, taken over by
+    another process of the same site, or given to another key: the site then enrolls again or stops. RESOURCE_EXHAUSTED
+    says that one certificate calls too often: try again later. A message beyond 64 KiB must begin with its session, which
+    is checked before the rest is read.
     """
 
     @staticmethod

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66\x65\x64hds/v2/transfer.proto\x12\tfedhds.v2\"+\n\x0b\x41rtifactRef\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\"M\n\x10GetUploadRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12(\n\x08\x61rtifact\x18\x02 \x01(\x0b\x32\x16.fedhds.v2.ArtifactRef\"7\n\x11GetUploadResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x12\n\nchunk_size\x18\x02 \x01(\r\"S\n\rUploadRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.fedhds.v2.UploadHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"Y\n\x0cUploadHeader\x12\x0f\n\x07session\x18\x01 \x01(\t\x12(\n\x08\x61rtifact\x18\x02 \x01(\x0b\x32\x16.fedhds.v2.ArtifactRef\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"\x10\n\x0eUploadResponse\"p\n\x0f\x44ownloadRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12(\n\x08\x61rtifact\x18\x02 \x01(\x0b\x32\x16.fedhds.v2.ArtifactRef\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x12\n\nchunk_size\x18\x04 \x01(\r\"!\n\x10\x44ownloadResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66\x65\x64hds/v2/transfer.proto\x12\tfedhds.v2\"+\n\x0b\x41rtifactRef\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\"7\n\x0bLongMessage\x12(\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x16.fedhds.v2.ArtifactRef\"M\n\x10GetUploadRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12(\n\x08\x61rtifact\x18\x02 \x01(\x0b\x32\x16.fedhds.v2.ArtifactRef\"7\n\x11GetUploadResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x12\n\nchunk_size\x18\x02 \x01(\r\"S\n\rUploadRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.fedhds.v2.UploadHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"Y\n\x0cUploadHeader\x12\x0f\n\x07session\x18\x01 \x01(\t\x12(\n\x08\x61rtifact\x18\x02 \x01(\x0b\x32\x16.fedhds.v2.ArtifactRef\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"\x10\n\x0eUploadResponse\"p\n\x0f\x44ownloadRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12(\n\x08\x61rtifact\x18\x02 \x01(\x0b\x32\x16.fedhds.v2.ArtifactRef\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x12\n\nchunk_size\x18\x04 \x01(\r\"!\n\x10\x44ownloadResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,18 +33,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ARTIFACTREF']._serialized_start=39
   _globals['_ARTIFACTREF']._serialized_end=82
-  _globals['_GETUPLOADREQUEST']._serialized_start=84
-  _globals['_GETUPLOADREQUEST']._serialized_end=161
-  _globals['_GETUPLOADRESPONSE']._serialized_start=163
-  _globals['_GETUPLOADRESPONSE']._serialized_end=218
-  _globals['_UPLOADREQUEST']._serialized_start=220
-  _globals['_UPLOADREQUEST']._serialized_end=303
-  _globals['_UPLOADHEADER']._serialized_start=305
-  _globals['_UPLOADHEADER']._serialized_end=394
-  _globals['_UPLOADRESPONSE']._serialized_start=396
-  _globals['_UPLOADRESPONSE']._serialized_end=412
-  _globals['_DOWNLOADREQUEST']._serialized_start=414
-  _globals['_DOWNLOADREQUEST']._serialized_end=526
-  _globals['_DOWNLOADRESPONSE']._serialized_start=528
-  _globals['_DOWNLOADRESPONSE']._serialized_end=561
+  _globals['_LONGMESSAGE']._serialized_start=84
+  _globals['_LONGMESSAGE']._serialized_end=139
+  _globals['_GETUPLOADREQUEST']._serialized_start=141
+  _globals['_GETUPLOADREQUEST']._serialized_end=218
+  _globals['_GETUPLOADRESPONSE']._serialized_start=220
+  _globals['_GETUPLOADRESPONSE']._serialized_end=275
+  _globals['_UPLOADREQUEST']._serialized_start=277
+  _globals['_UPLOADREQUEST']._serialized_end=360
+  _globals['_UPLOADHEADER']._serialized_start=362
+  _globals['_UPLOADHEADER']._serialized_end=451
+  _globals['_UPLOADRESPONSE']._serialized_start=453
+  _globals['_UPLOADRESPONSE']._serialized_end=469
+  _globals['_DOWNLOADREQUEST']._serialized_start=471
+  _globals['_DOWNLOADREQUEST']._serialized_end=583
+  _globals['_DOWNLOADRESPONSE']._serialized_start=585
+  _globals['_DOWNLOADRESPONSE']._serialized_end=618
 # @@protoc_insertion_point(module_scope)

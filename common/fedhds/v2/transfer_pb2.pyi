@@ -43,6 +43,32 @@ class ArtifactRef(_message.Message):
 Global___ArtifactRef: _TypeAlias = ArtifactRef  # noqa: Y015
 
 @_typing.final
+class LongMessage(_message.Message):
+    """Stands for a message that is too long for a call, in the Any that would have it: a task's request, which the site
+    downloads, or its result, which it uploads. A request that comes so is answered so.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARTIFACT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def artifact(self) -> Global___ArtifactRef:
+        """The message: a serialized google.protobuf.Any."""
+
+    def __init__(
+        self,
+        *,
+        artifact: Global___ArtifactRef | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LongMessage: _TypeAlias = LongMessage  # noqa: Y015
+
+@_typing.final
 class GetUploadRequest(_message.Message):
     """Asks how far an upload got."""
 

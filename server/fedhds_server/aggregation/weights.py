@@ -1,15 +1,31 @@
-"""How much each update counts: its rows, bounded so that no site can take a round over by claiming many."""
+"""How much each update counts: its rows, bounded so that no party can take a round over by claiming many."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from fedhds_server.run.parties import party_of
+
+
+def site_shares(samples: Mapping[str, int], largest: float) -> dict[str, float]:
+    """Shares of the sites' updates over so many rows each: parties have `bounded_shares`, their sites by their rows."""
+    totals: Counter[str] = Counter()
+    for site, rows in samples.items():
+        totals[party_of(site)] += rows
+    shares = dict(zip(totals, bounded_shares(list(totals.values()), largest), strict=True))
+    return {
+        # In this order the only site of a party has exactly the party's share.
+        site: float(shares[party_of(site)] * (rows / totals[party_of(site)])) if rows else 0.0
+        for site, rows in samples.items()
+    }
+
 
 def bounded_shares(samples: Sequence[int], largest: float) -> npt.NDArray[np.float64]:
-    """Shares float64 (n,) of updates over so many rows each: they sum to 1, none is above max(largest, 1 / n).
+    """Shares float64 (n,) of parties over so many rows each: they sum to 1, none is above max(largest, 1 / n).
 
     What a bounded share loses goes to the others in proportion to their rows. All zeros stay zeros.
     """

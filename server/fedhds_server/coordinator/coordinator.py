@@ -12,9 +12,11 @@ from pathlib import Path
 
 from fedhds.errors import FedhdsError, StorageError
 from fedhds.runtime.logging import about
+from fedhds_server.coordinator.admission import Admission
 from fedhds_server.coordinator.effects import Effects, run_failed
 from fedhds_server.coordinator.presence import STOPPING, Presence
 from fedhds_server.coordinator.timers import Timers
+from fedhds_server.coordinator.uploads import Uploads
 from fedhds_server.observers.base import Observers, RunObserver
 from fedhds_server.run.engine import RunMachine
 from fedhds_server.run.events import Event, Instruction, Record, SiteConnected, Wake
@@ -47,6 +49,7 @@ class Coordinator:
         folder: Path,
         observers: Sequence[RunObserver] = (),
         keep_updates: bool = False,
+        admission: Admission | None = None,
     ) -> None:
         self._store = store
         self._machine = RunMachine(state)
@@ -57,6 +60,12 @@ class Coordinator:
         """Where the run's adapters and updates are."""
         self.folder = folder
         """The run folder."""
+        self.uploads = Uploads(self)
+        """What sites are sending."""
+        self.reading_long = asyncio.Semaphore(1)
+        """To be taken while a long result is read, which takes several times its bytes of memory."""
+        self.admission = admission or Admission()
+        """Whom the operator lets in."""
         self.presence = Presence(self)
         """Which sites are here, and whose long polls wait."""
         self.timers = Timers(self)
@@ -93,6 +102,11 @@ class Coordinator:
     def checkpoint(self) -> Path:
         """The PEFT folder of the last global adapter."""
         return self.folder / "checkpoint"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the operator should mend while the run goes on."""
+        return self.admission.warnings
 
     async def run(self) -> None:
         """Works until the run is over and every live site has the final adapter and has left, or until cancelled.
@@ -188,6 +202,7 @@ class Coordinator:
                 _fail(future, error)
             return
         self.presence.refresh()
+        self.uploads.refresh()
         self._journal_tail.extend(entries)
         self._journal_lines += len(entries)
         for record in records:

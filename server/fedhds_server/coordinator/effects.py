@@ -19,7 +19,7 @@ from fedhds.tensors.manifest import AdapterManifest
 from fedhds.tensors.safetensors import write_adapter
 from fedhds.v2 import status_pb2
 from fedhds_server.aggregation import AGGREGATORS, Update, aggregate
-from fedhds_server.aggregation.weights import bounded_shares
+from fedhds_server.aggregation.weights import site_shares
 from fedhds_server.counters import AGGREGATION_SECONDS
 from fedhds_server.optimizers import OPTIMIZERS
 from fedhds_server.run.events import (
@@ -103,16 +103,24 @@ class Effects:
     async def _perform(self, instruction: Instruction) -> None:
         state = self._coordinator.state
         match instruction:
-            case DrawAdapter() if 0 not in state.adapters:
-                artifact = await asyncio.to_thread(self._draw_adapter)
-                await self._coordinator.post(AdapterDrawn(time.time(), artifact))
+            case DrawAdapter() if state.manifest and 0 not in state.adapters:
+                decided = state.manifest
+                artifact = await asyncio.to_thread(self._draw_adapter, state.adapter_manifest)
+                # Meanwhile an operator may have evicted the site whose manifest it was.
+                await self._coordinator.post(
+                    lambda now: AdapterDrawn(time.time(), artifact) if now.manifest == decided else None
+                )
             # Resolved already, if the machine has moved on: what was decided is not decided again.
             case Resolve(name) if (stage := state.stage) is not None and stage.closed and stage.name == name:
                 workflow = WORKFLOWS[stage.kind]
                 outcome = await asyncio.to_thread(workflow.resolve, state, stage, self)
                 await self._coordinator.post(StageResolved(time.time(), name, outcome))
-            case Discard(artifact) if not state.needs(artifact):
-                await asyncio.to_thread(self._artifacts.delete, artifact)
+            case Discard(artifact, owner):
+                uploads = self._coordinator.uploads
+                if owner and not uploads.needs(artifact, owner):
+                    await asyncio.to_thread(self._artifacts.delete_part, artifact, owner)
+                if not (state.needs(artifact) or uploads.needs(artifact)):
+                    await asyncio.to_thread(self._artifacts.delete, artifact)
             case WriteCheckpoint() if state.adapters:
                 # Read here and not in the thread, as sites come and go meanwhile.
                 manifest, card = state.adapter_manifest, model_card_of(state)
@@ -138,6 +146,14 @@ class Effects:
         """A local file with the artifact's bytes; raises DamagedArtifact."""
         return self._artifacts.verified(artifact)
 
+    def keep(self, content: bytes) -> Artifact:
+        """Makes bytes a durable artifact; raises StorageError."""
+        path = self._artifacts.scratch(f"message-{self._scratch}")
+        replace_file(path, content)
+        artifact = Artifact.of_file(path)
+        self._artifacts.adopt(path, artifact)
+        return artifact
+
     def record_selection(self, round_number: int, selection: Selection) -> None:
         """Keeps a selection for people, as selection-N.json; raises StorageError."""
         state = self._coordinator.state
@@ -162,8 +178,8 @@ class Effects:
                     paths[site] = self._artifacts.verified(artifact)
             except DamagedArtifact as error:
                 damaged[site] = str(error)
-        shares = bounded_shares([results[site].samples for site in paths], spec.max_weight_share)
-        updates = [Update(site, path, float(share)) for (site, path), share in zip(paths.items(), shares, strict=True)]
+        shares = site_shares({site: results[site].samples for site in paths}, spec.max_weight_share)
+        updates = [Update(site, path, shares[site]) for site, path in paths.items()]
         result = aggregate(
             manifest,
             self._artifacts.verified(state.adapter),
@@ -184,12 +200,12 @@ class Effects:
                     self._artifacts.keep_update(artifact, stage.round_number, site)
         return AdapterUpdated(result.adapter, result.slots, damaged)
 
-    def _draw_adapter(self) -> Artifact:
+    def _draw_adapter(self, manifest: AdapterManifest) -> Artifact:
         state = self._coordinator.state
         path = self._artifacts.scratch(f"initial-{self._scratch}")
         artifact = write_adapter(
             path,
-            state.adapter_manifest,
+            manifest,
             lambda tensor: tensor.initial_value(state.spec.seed),
             state.spec.aggregation.adapter_dtype,
         )

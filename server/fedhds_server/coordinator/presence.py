@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, deque
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from fedhds.errors import Evicted, SessionLost, StorageError
-from fedhds.tensors.artifact import Artifact
-from fedhds_server.run.events import SiteHeard, SiteSilent
+from fedhds_server.run.events import SiteHeard, SiteRevoked, SiteSilent
 from fedhds_server.run.membership import session_digest
 from fedhds_server.run.state import RunState, Site, SiteState, Task
 
 if TYPE_CHECKING:
     from fedhds_server.coordinator.coordinator import Coordinator
 
-# Uploads of a site that are remembered: it makes one at a time, and a new one for each task.
-_MAX_UPLOADS = 8
 STOPPING = "the coordinator is stopping; try again when it is back"
 
 
@@ -30,8 +27,9 @@ class Presence:
         self._heard_at: dict[str, float] = {}
         self._received: Counter[str] = Counter()
         self._sessions: dict[str, str] = {}
-        self._uploads: dict[str, deque[str]] = {}
+        self._turns: dict[str, asyncio.Lock] = {}
         self._paused = coordinator.state.paused
+        self._enforced = -1
         for name in coordinator.state.sites:
             self.note(name)
         self.refresh()
@@ -52,15 +50,9 @@ class Presence:
         """Counts payload bytes that a site sent."""
         self._received[site] += size
 
-    def uploads(self, site: str, artifact: Artifact) -> None:
-        """Notes that a site sends the bytes of an artifact."""
-        recent = self._uploads.setdefault(site, deque(maxlen=_MAX_UPLOADS))
-        if artifact.digest not in recent:
-            recent.append(artifact.digest)
-
-    def uploaded(self, site: str, artifact: Artifact) -> bool:
-        """Whether the site itself sent these bytes lately: nobody's word deletes anything else."""
-        return artifact.digest in self._uploads.get(site, ())
+    def turn(self, site: str) -> asyncio.Lock:
+        """The lock under which a site's results are checked: one at a time, whatever the number of its calls."""
+        return self._turns.setdefault(site, asyncio.Lock())
 
     def count_bytes(self, state: RunState) -> None:
         """Puts the counts into the state that is about to be saved."""
@@ -69,18 +61,26 @@ class Presence:
                 state.sites[site].bytes_received += size
         self._received.clear()
 
-    async def site_of(self, session: str) -> Site:
-        """The site that has `session`, noted as alive; raises SessionLost or Evicted."""
+    def named(self, session: str, key: str | None = None) -> str:
+        """The name of the site that has `session`; raises SessionLost, also for a caller whose key is another."""
+        name = self._sessions.get(session_digest(session))
+        if name is None or (key is not None and key != self._state.sites[name].key):
+            raise SessionLost("the session is unknown, or another process of this site has taken over; enroll again")
+        return name
+
+    async def site_of(self, session: str, key: str | None = None) -> Site:
+        """The site that has `session`, noted as alive; raises SessionLost or Evicted.
+
+        `key` is the fingerprint of the caller's key, empty without TLS; None where it was compared before.
+        """
         if self._coordinator.stopped:
             raise StorageError(STOPPING)
-        name = self._sessions.get(session_digest(session))
-        if name is None:
-            raise SessionLost("the session is unknown, or another process of this site has taken over; enroll again")
+        name = self.named(session, key)
         self.note(name)
         site = self._state.sites[name]
         if site.state is SiteState.EVICTED:
             raise Evicted(f"an operator has evicted this site: {site.last_error}")
-        if not site.live:
+        if site.state is SiteState.LOST:
             await self._coordinator.post(SiteHeard(time.time(), name))
         return site
 
@@ -97,9 +97,14 @@ class Presence:
             remaining = deadline - time.monotonic()
             if task or remaining <= 0 or self._state.paused != paused:
                 return task
+            if earlier := self._waiting.get(site.name):
+                # One call waits for a site: of a connection that broke, or of a flood, the older ones end.
+                earlier.set()
             event = self._waiting[site.name] = asyncio.Event()
             try:
                 await asyncio.wait_for(event.wait(), remaining)
+                if self._waiting.get(site.name) is not event:
+                    return None
             except TimeoutError:
                 return None
             finally:
@@ -128,6 +133,19 @@ class Presence:
             if site.live and now - self._heard_at.setdefault(site.name, now) > timeout_s:
                 await self._coordinator.post(SiteSilent(time.time(), site.name))
 
+    async def end_refused(self) -> None:
+        """Ends the sessions of sites that the operator's lists let in no more, also of those that do not call."""
+        admission = self._coordinator.admission
+        admission.refresh()
+        if admission.version == self._enforced:
+            return
+        version = admission.version
+        for site in list(self._state.sites.values()):
+            if site.session and (reason := admission.refusal(site.name, site.key, site.serial)):
+                await self._coordinator.post(SiteRevoked(time.time(), site.name, reason))
+        self._enforced = version
+
     def _dismissed(self, site: str) -> bool:
         """Whether a site has nothing to wait for any more."""
-        return self._state.phase.over or self._state.sites[site].state is SiteState.EVICTED
+        known = self._state.sites[site]
+        return self._state.phase.over or known.state is SiteState.EVICTED or not known.session

@@ -66,6 +66,7 @@ class Timers:
             await self._watch_tasks(min(now - last, timeout_s))
             last = now
             await self._coordinator.presence.report_silence()
+            await self._coordinator.presence.end_refused()
             if self._coordinator.state.phase.over:
                 # Through the inbox, as the state may be ahead of what is saved.
                 await self._coordinator.post(lambda _: None)

@@ -160,6 +160,7 @@ class Dashboard:
             coordinator.checkpoint,
             coordinator.journal,
             deadline_s=coordinator.timers.deadline_s,
+            warnings=coordinator.warnings,
             limit=_MAX_LISTED,
         )
         return own | await asyncio.to_thread(status_dict, status)

@@ -59,14 +59,14 @@ function duration(seconds) {
 // Sections. Each is drawn again when one of its keys has changed.
 
 const SECTIONS = [
-  [["phase", "round_number", "spec", "message", "paused", "problems", "leader", "version"], showHeadline],
+  [["phase", "round_number", "spec", "message", "paused", "problems", "warnings", "leader", "version"], showHeadline],
   [["phase", "closed_rounds", "running_s", "spec"], showRounds],
   [["cohort"], showAnswers],
   [["trained_rows", "pool_rows", "spec"], showSamples],
   [["closed_rounds", "evaluations", "spec"], showQuality],
   [["sites", "site_states", "bytes_received"], showSites],
   [["selection", "round_number", "spec"], loadGroups],
-  [["run_id", "spec", "checkpoint"], showAbout],
+  [["run_id", "spec", "checkpoint", "model_fingerprint", "model_given_by", "model_confirmed"], showAbout],
 ];
 
 function show(keys) {
@@ -91,6 +91,7 @@ function showHeadline() {
   say("headline", headline);
   say("message", message ?? "");
   const notices = Object.entries(problems).filter(([kind]) => kind !== "standby").map(([, problem]) => `Not ready: ${problem}.`);
+  notices.push(...(status.warnings ?? []).map((warning) => `${warning}.`));
   if (status.paused != null) notices.unshift(`The run is paused: ${status.paused}.`);
   say("notice", notices.join(" "));
   $("notice").hidden = !notices.length;
@@ -145,10 +146,13 @@ function showQuality() {
   chart($("rouge-chart"), "Rouge-L on held-out rows", { rouge: measured("rouge_l") }, { rounds, floor: 0 });
   const lines = new Map();
   for (const line of closed) lines.set(line.round_number, { ...line, training: trained.includes(line) ? line.loss : NaN });
-  for (const { round_number, metrics } of evaluations) lines.set(round_number, { ...lines.get(round_number), metrics });
-  const rows = [...lines].sort(([a], [b]) => b - a).map(([number, { metrics = {}, ...line }]) =>
+  for (const line of evaluations) lines.set(line.round_number, { ...lines.get(line.round_number), ...line });
+  // With several evaluators, no minority of them moves the median far.
+  const both = ({ metrics = {}, medians = {}, evaluators }, name) =>
+    decimals(metrics[name], 4) + (evaluators > 1 ? ` (median ${decimals(medians[name], 4)})` : "");
+  const rows = [...lines].sort(([a], [b]) => b - a).map(([number, line]) =>
     make("tr", {}, make("th", { scope: "row" }, String(number)),
-      ...[decimals(metrics.loss, 4), decimals(metrics.rouge_l, 4), decimals(line.training, 4), line.samples ? count(line.samples) : "–",
+      ...[both(line, "loss"), both(line, "rouge_l"), decimals(line.training, 4), line.samples ? count(line.samples) : "–",
         String(line.contributor_count ?? "–"), decimals(line.seconds, 1)].map((text) => make("td", {}, text))));
   $("rounds-rows").replaceChildren(...rows);
   const all = closed.length ? closed.at(-1).round_number : 0;
@@ -185,8 +189,11 @@ function showSites() {
 function showAbout() {
   const { model, peft, selection, rounds, aggregation, privacy } = status.spec, noise = privacy.selection;
   say("run-id", `run ${status.run_id}`);
+  const { model_fingerprint: digest, model_given_by: site, model_confirmed: confirmed } = status;
   const facts = {
-    "Base model": model.name, "PEFT method": [peft.method, peft.rank && `rank ${peft.rank}`].filter(Boolean).join(", "),
+    "Base model": model.name,
+    "Its fingerprint": digest ? `${digest}, ${confirmed ? "confirmed" : `given by site ${site}, not confirmed`}` : "no site has registered",
+    "PEFT method": [peft.method, peft.rank && `rank ${peft.rank}`].filter(Boolean).join(", "),
     Selection: `${selection.strategy.name}, ${selection.schedule}`, Budget: selection.budget,
     "Selection noise": noise.noise_multiplier ? `multiplier ${noise.noise_multiplier}, clipping norm ${noise.clip_norm}` : "none",
     Cohort: `${decimals(100 * rounds.cohort_fraction, 0)}% of the sites`, Quorum: rounds.quorum,

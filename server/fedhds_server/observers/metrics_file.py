@@ -9,6 +9,7 @@ from typing import Any
 
 from fedhds_server.observers.base import ObserverContext, RunObserver
 from fedhds_server.run.state import ClosedRound, Evaluation
+from fedhds_server.status import means_of, medians_of
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ class MetricsFile(RunObserver):
         self._path = context.folder / "metrics.jsonl"
         self._run_id = ""
         self._keys: set[tuple[str, int, str]] = set()
+        self._evaluations: dict[int, dict[str, Evaluation]] = {}
 
     def started(self, run_id: str, rounds: Sequence[ClosedRound]) -> None:
         self._run_id = run_id
@@ -46,8 +48,18 @@ class MetricsFile(RunObserver):
         )
 
     def evaluated(self, round_number: int, site: str, evaluation: Evaluation) -> None:
-        means = {name: metric.value_sum / metric.weight for name, metric in evaluation.metrics.items()}
-        self._append("evaluation", round_number, site=site, rows=evaluation.rows, metrics=means)
+        so_far = self._evaluations.setdefault(round_number, {})
+        so_far[site] = evaluation
+        self._append(
+            "evaluation",
+            round_number,
+            site=site,
+            rows=evaluation.rows,
+            metrics=means_of({site: evaluation})[1],
+            # Over all evaluators up to this line.
+            mean=means_of(so_far)[1],
+            median=medians_of(so_far)[1],
+        )
 
     def _append(self, event: str, round_number: int, **facts: Any) -> None:
         key = (event, round_number, str(facts.get("site", "")))

@@ -9,13 +9,17 @@ from urllib.parse import unquote
 import grpc
 
 from fedhds.errors import NotPermitted, RunOver, SettingsError, TaskError
+from fedhds.fingerprint import is_digest
 from fedhds.grpc_errors import answers
 from fedhds.security.identity import Role, identity_of
 from fedhds.settings import is_loopback
 from fedhds.v2 import status_pb2
 from fedhds.v2 import status_pb2_grpc as status_rpc
 from fedhds_server.coordinator import Coordinator
-from fedhds_server.run.events import RunPaused, RunResumed, RunStopped, SiteEvicted
+from fedhds_server.coordinator.admission import Admission
+from fedhds_server.run.base_model import check_confirmation
+from fedhds_server.run.events import ModelConfirmed, RunPaused, RunResumed, RunStopped, SiteEvicted
+from fedhds_server.run.parties import party_of
 from fedhds_server.run.state import RunState
 from fedhds_server.status import site_status_of, status_of
 
@@ -37,7 +41,7 @@ class OperationsServicer(status_rpc.OperationsServicer):
         self, request: status_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
     ) -> status_pb2.GetStatusResponse:
         try:
-            _operator(context)
+            _operator(context, self._coordinator.admission)
         except NotPermitted:
             peer = identity_of(context.auth_context())
             return site_status_of(self._coordinator.state, peer.name if peer and peer.role is Role.SITE else "")
@@ -47,13 +51,14 @@ class OperationsServicer(status_rpc.OperationsServicer):
             self._coordinator.checkpoint,
             [line for line in self._coordinator.journal if line[0] > request.journal_after],
             deadline_s=self._coordinator.timers.deadline_s,
+            warnings=self._coordinator.warnings,
         )
 
     @answers
     async def Pause(
         self, request: status_pb2.PauseRequest, context: grpc.aio.ServicerContext
     ) -> status_pb2.PauseResponse:
-        who = _operator(context)
+        who = _operator(context, self._coordinator.admission)
 
         def decide(state: RunState) -> RunPaused:
             _not_over(state)
@@ -66,7 +71,7 @@ class OperationsServicer(status_rpc.OperationsServicer):
     async def Resume(
         self, request: status_pb2.ResumeRequest, context: grpc.aio.ServicerContext
     ) -> status_pb2.ResumeResponse:
-        who = _operator(context)
+        who = _operator(context, self._coordinator.admission)
 
         def decide(state: RunState) -> RunResumed:
             _not_over(state)
@@ -78,7 +83,7 @@ class OperationsServicer(status_rpc.OperationsServicer):
 
     @answers
     async def Stop(self, request: status_pb2.StopRequest, context: grpc.aio.ServicerContext) -> status_pb2.StopResponse:
-        who = _operator(context)
+        who = _operator(context, self._coordinator.admission)
 
         def decide(state: RunState) -> RunStopped:
             _not_over(state)
@@ -91,19 +96,35 @@ class OperationsServicer(status_rpc.OperationsServicer):
     async def Evict(
         self, request: status_pb2.EvictRequest, context: grpc.aio.ServicerContext
     ) -> status_pb2.EvictResponse:
-        who = _operator(context)
+        who = _operator(context, self._coordinator.admission)
 
         def decide(state: RunState) -> SiteEvicted:
-            if request.site not in state.sites:
-                raise TaskError(f"no site {request.site[:128]!r} has ever enrolled; see fedhds status for the names")
+            if not is_digest(request.site) and not state.sites_of(party_of(request.site)):
+                raise TaskError(
+                    f"no site {request.site[:128]!r} has ever enrolled; see fedhds status for the names, or give the "
+                    "fingerprint of its key"
+                )
             _not_over(state)
             return SiteEvicted(time.time(), request.site, _reasoned(request.reason, who))
 
         await self._coordinator.post(decide)
         return status_pb2.EvictResponse()
 
+    @answers
+    async def ConfirmModel(
+        self, request: status_pb2.ConfirmModelRequest, context: grpc.aio.ServicerContext
+    ) -> status_pb2.ConfirmModelResponse:
+        who = _operator(context, self._coordinator.admission)
 
-def _operator(context: grpc.aio.ServicerContext) -> str:
+        def decide(state: RunState) -> ModelConfirmed:
+            check_confirmation(state, request.fingerprint)
+            return ModelConfirmed(time.time(), request.fingerprint, _reasoned(request.reason, who))
+
+        await self._coordinator.post(decide)
+        return status_pb2.ConfirmModelResponse()
+
+
+def _operator(context: grpc.aio.ServicerContext, admission: Admission) -> str:
     """Who calls, if that is somebody who may change the run; raises NotPermitted."""
     peer = identity_of(context.auth_context())
     if peer is not None:
@@ -111,6 +132,9 @@ def _operator(context: grpc.aio.ServicerContext) -> str:
             raise NotPermitted(
                 f"the certificate of {peer.name!r} is a {peer.role.value}'s; have one issued with --role operator"
             )
+        admission.refresh()
+        if admission.is_revoked(peer.name, peer.key_fingerprint, peer.serial):
+            raise NotPermitted(f"the certificate of {peer.name!r} is revoked")
         return peer.name
     # gRPC names the peer "ipv4:127.0.0.1:4711" or "ipv6:%5B::1%5D:4711".
     host = unquote(context.peer()).partition(":")[2].rpartition(":")[0]

@@ -12,12 +12,15 @@ import numpy as np
 from google.protobuf.any_pb2 import Any
 
 from fedhds.errors import AdapterError, ArtifactError, DamagedArtifact, RequestError
+from fedhds.fingerprint import PARTS, is_digest
+from fedhds.long_messages import artifact_of, long_message
 from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.manifest import AdapterManifest
 from fedhds.tensors.safetensors import AdapterDtype, AdapterReader, largest_value
 from fedhds.v2 import federation_pb2 as pb
 from fedhds_server.coordinator import Coordinator
+from fedhds_server.rpc.adapter_config import check_adapter_config
 from fedhds_server.run.state import Task
 from fedhds_server.workflows import TASK_KINDS
 
@@ -27,20 +30,21 @@ logger = logging.getLogger(__name__)
 def registration(request: pb.RegisterRequest, spec: RunSpec) -> tuple[dict[str, str], AdapterManifest]:
     """Fingerprint and manifest of a registering site.
 
-    Raises AdapterError for a manifest that describes no adapter of the run's PEFT method, or one that is too large.
+    Raises RequestError for digests that are none, AdapterError for a manifest that describes no adapter of the run's
+    PEFT method, one that is too large, or whose configuration says more than the run.
     """
-    fingerprint = {field.name: str(getattr(request.fingerprint, field.name)) for field in _FINGERPRINT.fields}
+    fingerprint = {part: str(getattr(request.fingerprint, part)) for part in PARTS}
+    if broken := [part for part, digest in fingerprint.items() if digest and not is_digest(digest)]:
+        raise RequestError(f"the fingerprint of the base model's {broken[0]} is not 64 hexadecimal digits")
     manifest = AdapterManifest.from_proto(request.manifest)
     spec.peft.check_manifest(manifest)
+    check_adapter_config(manifest.parsed_config(), spec)
     if manifest.size > spec.aggregation.max_adapter_size << 20:
         raise AdapterError(
             f"the adapter takes {manifest.size / (1 << 20):.1f} MiB, the run allows "
             f"{spec.aggregation.max_adapter_size}; the operator can raise --max-adapter-size"
         )
     return fingerprint, manifest
-
-
-_FINGERPRINT = pb.ModelFingerprint.DESCRIPTOR
 
 
 async def check_result(
@@ -52,7 +56,9 @@ async def check_result(
     """
     kind = TASK_KINDS[task.kind]
     artifact = kind.upload_of(result)
-    rejection = kind.check(coordinator.state, task, result)
+    long = artifact is not None and artifact_of(result) is not None
+    # What a long result says is known when it was read.
+    rejection = None if long else kind.check(coordinator.state, task, result)
     if artifact is None:
         return None, rejection
     artifacts, state = coordinator.artifacts, coordinator.state
@@ -67,6 +73,9 @@ async def check_result(
         if not coordinator.state.needs(artifact):
             await asyncio.to_thread(artifacts.delete, artifact)
         raise ArtifactError("the update was damaged where it was kept; upload it again") from error
+    if long:
+        async with coordinator.reading_long:
+            return artifact, await asyncio.to_thread(_check_long, coordinator, task, path)
     current = await asyncio.to_thread(artifacts.verified, state.adapter)
     spec = state.spec.aggregation
     try:
@@ -81,6 +90,17 @@ async def check_result(
     except AdapterError as error:
         return artifact, ("adapter", f"the update is rejected: {error}")
     return artifact, None
+
+
+def _check_long(coordinator: Coordinator, task: Task, path: Path) -> tuple[str, str] | None:
+    def load(artifact: Artifact) -> bytes:
+        return coordinator.artifacts.verified(artifact).read_bytes()
+
+    try:
+        result = long_message(path.read_bytes())
+        return TASK_KINDS[task.kind].check_long(coordinator.state, task, result, load)
+    except RequestError as error:
+        return "report", f"the long result is rejected: {error}"
 
 
 def named_upload(task_id: str, result: Any) -> Artifact | None:

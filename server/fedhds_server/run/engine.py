@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedhds_server.run import membership, rounds, stages
+from fedhds_server.run.base_model import model_confirmed
 from fedhds_server.run.events import (
     AdapterDrawn,
     DeadlineReached,
@@ -10,6 +11,7 @@ from fedhds_server.run.events import (
     Event,
     FinalDelivered,
     Instruction,
+    ModelConfirmed,
     Record,
     Resolve,
     ResultReceived,
@@ -24,6 +26,7 @@ from fedhds_server.run.events import (
     SiteHeard,
     SiteLeft,
     SiteRegistered,
+    SiteRevoked,
     SiteSilent,
     StageResolved,
     TaskFailed,
@@ -88,6 +91,10 @@ class RunMachine:
                 return membership.gone(state, event)
             case SiteEvicted():
                 return membership.evicted(state, event)
+            case SiteRevoked():
+                return membership.revoked(state, event)
+            case ModelConfirmed():
+                return model_confirmed(state, event)
             case AdapterDrawn():
                 state.adapters[0] = event.adapter
                 return []

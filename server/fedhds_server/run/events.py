@@ -17,9 +17,13 @@ from fedhds.v2 import selection_pb2
 
 @dataclass(frozen=True, slots=True)
 class NextStep:
-    """The sites that answered get another task of the same workflow, with this request."""
+    """The sites that answered get another task of the same workflow, with this request.
+
+    `artifact` is what the request stands for, if it is too long for the state.
+    """
 
     request: Message
+    artifact: Artifact | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class SiteConnected:
     site: str
     key: str
     session: str
+    serial: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,7 @@ class SiteRegistered:
     evaluates: bool
     fingerprint: dict[str, str]
     manifest: AdapterManifest
+    evaluation_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +100,30 @@ class SiteLeft:
 
 @dataclass(frozen=True, slots=True)
 class SiteEvicted:
-    """An operator excluded a site for good."""
+    """An operator excluded a party for good."""
 
     at: float
     site: str
+    """A site's name, or the fingerprint of a key."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRevoked:
+    """The operator's lists let a site in no more; they may do so again."""
+
+    at: float
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfirmed:
+    """An operator said which base model it is (checked by base_model.check_confirmation before)."""
+
+    at: float
+    fingerprint: str
+    """Over all parts, as fedhds.fingerprint.combined gives it."""
     reason: str
 
 
@@ -206,6 +232,8 @@ Event = (
     | SiteHeard
     | SiteLeft
     | SiteEvicted
+    | SiteRevoked
+    | ModelConfirmed
     | AdapterDrawn
     | ResultReceived
     | ResultRejected
@@ -243,9 +271,10 @@ class WriteCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Discard:
-    """Delete an artifact that no longer counts."""
+    """Delete an artifact that no longer counts, and what is held of its upload by `owner`."""
 
     artifact: Artifact
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)

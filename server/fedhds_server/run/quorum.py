@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
+from fedhds_server.run.parties import parties, party_of
 from fedhds_server.run.state import RunState
 from fedhds_server.workflows import WORKFLOWS
 from fedhds_server.workflows.base import Workflow
@@ -17,7 +18,7 @@ _MAX_NAMES = 5
 
 @dataclass(frozen=True, slots=True)
 class CohortProgress:
-    """The cohort of the open stage, divided by what its sites have done."""
+    """The cohort of the open stage, divided by what its sites have done; target and quorum count parties."""
 
     workflow: Workflow
     answered: frozenset[str]
@@ -55,9 +56,11 @@ class CohortProgress:
         """Whether the stage closes now: with what came, or with nothing when all that could be tried has failed."""
         if not self.answered and self.failed:
             return not self.working and not self.disconnected
-        if self.workflow.closes_at_target and len(self.answered) >= max(self.target, self.quorum):
+        answered = parties(self.answered)
+        done = answered - parties(self.working)
+        if self.workflow.closes_at_target and len(done) >= max(self.target, self.quorum):
             return True
-        return len(self.answered) >= self.quorum and (self.deadline_reached or not self.working)
+        return len(answered) >= self.quorum and (self.deadline_reached or not self.working)
 
     @property
     def short(self) -> bool:
@@ -67,9 +70,10 @@ class CohortProgress:
     @property
     def outline(self) -> str:
         """How it stands, in numbers."""
+        answered = len(parties(self.answered))
         if not self.short:
-            return f"{len(self.answered)} of {max(self.target, self.quorum)} {self.workflow.answers}"
-        return f"waits for its quorum: {len(self.answered)} of at least {self.quorum} {self.workflow.answers}"
+            return f"{answered} of {max(self.target, self.quorum)} {self.workflow.answers}"
+        return f"waits for its quorum: {answered} of at least {self.quorum} {self.workflow.answers}"
 
     @property
     def message(self) -> str:
@@ -90,14 +94,17 @@ def listed(names: Iterable[str]) -> str:
 
 
 def cohort_size(count: int, fraction: float) -> int:
-    """Sites in a cohort out of `count` (at least one): max(1, round(fraction * count))."""
+    """Parties in a cohort out of `count` (at least one): max(1, round(fraction * count))."""
     return min(count, max(1, math.floor(fraction * count + 0.5)))
 
 
 def draw(sites: Iterable[str], size: int, *, seed: int, round_number: int) -> list[str]:
-    """`size` of `sites`, uniformly, in name order.
+    """Those of `sites` that belong to `size` parties, which are drawn uniformly; in name order.
 
-    Sites are ranked by a hash of seed, round and name, so that the draw depends on no order, library or version.
+    Parties are ranked by a hash of seed, round and name, so that the draw depends on no order, library or version.
     """
-    ranked = sorted(sites, key=lambda site: hashlib.sha256(f"{seed}/{round_number}/{site}".encode()).digest())
-    return sorted(ranked[:size])
+    by_party: dict[str, list[str]] = {}
+    for site in sites:
+        by_party.setdefault(party_of(site), []).append(site)
+    ranked = sorted(by_party, key=lambda party: hashlib.sha256(f"{seed}/{round_number}/{party}".encode()).digest())
+    return sorted(site for party in ranked[:size] for site in by_party[party])

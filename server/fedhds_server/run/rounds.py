@@ -18,6 +18,7 @@ from fedhds_server.run.events import (
     WriteCheckpoint,
 )
 from fedhds_server.run.messages import missing
+from fedhds_server.run.parties import parties
 from fedhds_server.run.quorum import CohortProgress, cohort_size, draw, listed
 from fedhds_server.run.state import ClosedRound, Phase, Reply, RunState, SiteState, Stage, packed
 from fedhds_server.workflows import WORKFLOWS
@@ -74,14 +75,16 @@ def resolved(state: RunState, outcome: Outcome, at: float) -> list[Instruction]:
     stage = state.stage
     if stage is None:
         return []
+    before = state.artifacts
     match outcome:
-        case NextStep(request):
+        case NextStep(request, artifact):
             # Sites that were excluded while the strategy was at work get no further step.
             sites = sorted(site for site in stage.replies if not state.sites[site].excluded)
-            stages.open_stage(state, stage.kind, sites, len(sites), request=request, step=stage.step + 1)
-            return [Wake()]
+            target, step = len(parties(sites)), stage.step + 1
+            stages.open_stage(state, stage.kind, sites, target, request=request, artifact=artifact, step=step)
+            return [*_discards(before - state.artifacts), Wake()]
         case CoresetsSelected():
-            return [*_selected(state, stage, outcome, at), Wake()]
+            return [*_selected(state, stage, outcome, at), *_discards(before - state.artifacts), Wake()]
         case AdapterUpdated():
             return [*_round_closed(state, stage, outcome, at), Wake()]
 
@@ -121,10 +124,11 @@ def _open_selection(state: RunState) -> list[Instruction]:
     state.coresets = {}
     sites = state.trainers if state.spec.selection.one_shot else _draw(state, state.trainers)
     if state.spec.selection.strategy.report_type is not None:
-        stages.open_stage(state, _SELECT, sites, len(sites))
+        stages.open_stage(state, _SELECT, sites, len(parties(sites)))
         return []
     replies = {site: Reply(task_id="") for site in sites}
-    state.stage = Stage(kind=_SELECT, round_number=state.round_number, cohort=sites, target=len(sites), replies=replies)
+    target = len(parties(sites))
+    state.stage = Stage(kind=_SELECT, round_number=state.round_number, cohort=sites, target=target, replies=replies)
     return stages.close(state)
 
 
@@ -138,7 +142,7 @@ def _fill_round(state: RunState, at: float) -> list[Instruction]:
     state.round_opened_at = at
     stages.open_stage(state, _TRAIN, [], 0)
     eligible = _eligible(state)
-    state.round_size = cohort_size(len(eligible), state.spec.rounds.cohort_fraction)
+    state.round_size = cohort_size(len(parties(eligible)), state.spec.rounds.cohort_fraction)
     if not eligible:
         return stages.waits(state)
     if not state.spec.selection.one_shot:
@@ -160,7 +164,7 @@ def _draw(state: RunState, sites: list[str]) -> list[str]:
 
 
 def _open_training(state: RunState, cohort: list[str], at: float) -> list[Instruction]:
-    stages.open_stage(state, _TRAIN, cohort, min(len(cohort), state.round_size))
+    stages.open_stage(state, _TRAIN, cohort, min(len(parties(cohort)), state.round_size))
     if not cohort:
         note = Record(f"round {state.round_number}: no row was selected, the adapter stays as it is")
         return [note, *stages.close(state)]

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from google.protobuf.message import Message
 
+from fedhds.tensors.artifact import Artifact
 from fedhds_server.run.events import (
     Discard,
     Instruction,
@@ -17,8 +18,9 @@ from fedhds_server.run.events import (
     TaskFailed,
     Wake,
 )
+from fedhds_server.run.parties import parties, party_of
 from fedhds_server.run.quorum import CohortProgress, draw, listed
-from fedhds_server.run.state import Phase, Rejection, RunState, Stage, Task, packed
+from fedhds_server.run.state import Phase, Rejection, RunState, Site, Stage, Task, packed, result_digest
 from fedhds_server.workflows import TASK_KINDS, WORKFLOWS
 
 # Results of one site that did not pass validation: one may be a passing fault, three are a broken or hostile site.
@@ -26,9 +28,19 @@ _QUARANTINE_AFTER = 3
 
 
 def open_stage(
-    state: RunState, kind: str, cohort: list[str], target: int, *, request: Message | None = None, step: int = 0
+    state: RunState,
+    kind: str,
+    cohort: list[str],
+    target: int,
+    *,
+    request: Message | None = None,
+    artifact: Artifact | None = None,
+    step: int = 0,
 ) -> None:
-    """Opens a stage and gives its cohort their tasks; `target` answers close it at once."""
+    """Opens a stage and gives its cohort their tasks; the answers of `target` parties close it at once.
+
+    `artifact` is what the request stands for, if it is too long for the state.
+    """
     text = packed(request) if request is not None else ""
     digest = hashlib.sha256(text.encode()).hexdigest()[:12] if text else ""
     state.stage = Stage(
@@ -37,6 +49,7 @@ def open_stage(
         step=step,
         digest=digest,
         request=text,
+        request_artifact=artifact,
         cohort=cohort,
         target=target,
     )
@@ -93,24 +106,38 @@ def result_received(state: RunState, event: ResultReceived) -> list[Instruction]
     task = state.tasks.pop(event.task_id, None)
     if task is None:
         return []
-    state.sites[task.site].last_accepted = task.id
+    site = state.sites[task.site]
+    site.last_accepted, site.last_result = task.id, result_digest(event.result, event.artifact)
     return TASK_KINDS[task.kind].accept(state, task, event)
 
 
 def result_rejected(state: RunState, event: ResultRejected) -> list[Instruction]:
-    """Counts a result that did not pass validation; the third one puts its site into quarantine."""
+    """Counts a result that did not pass validation; the third one of a party puts its sites into quarantine."""
     task = state.tasks.get(event.task_id)
     if task is None:
         return []
     site = state.sites[task.site]
     site.rejections += 1
     site.last_rejected = Rejection(task_id=task.id, reason=event.reason)
-    if site.rejections < _QUARANTINE_AFTER:
+    own = state.sites_of(site.party)
+    rejections = sum(sibling.rejections for sibling in own)
+    if rejections < _QUARANTINE_AFTER:
         return task_failed(state, TaskFailed(event.at, event.task_id, event.reason))
-    site.quarantined, site.last_error = True, event.reason
-    del state.tasks[task.id]
-    note = f"site {site.name} is quarantined after {site.rejections} rejected results ({event.reason})"
-    return [Record(note, trouble=True), *exclude(state, site.name)]
+    site.last_error = event.reason
+    names = [sibling.name for sibling in own]
+    who = f"site {site.name} is" if len(names) == 1 else f"{site.party} with its sites {listed(names)} is"
+    note = Record(f"{who} quarantined after {rejections} rejected results ({event.reason})", trouble=True)
+    return [note, *quarantine(state, own)]
+
+
+def quarantine(state: RunState, sites: Iterable[Site]) -> list[Instruction]:
+    """Takes all work from sites, and from what is being collected what they delivered."""
+    instructions: list[Instruction] = []
+    for site in sites:
+        site.quarantined = True
+        withdraw(state, site=site.name)
+        instructions += exclude(state, site.name)
+    return instructions
 
 
 def task_failed(state: RunState, event: TaskFailed) -> list[Instruction]:
@@ -134,7 +161,7 @@ def exclude(state: RunState, site: str) -> list[Instruction]:
     if stage is None or stage.closed:
         return []
     stage.cohort = [name for name in stage.cohort if name != site]
-    stage.target = min(stage.target, len(stage.cohort))
+    stage.target = min(stage.target, len(parties(stage.cohort)))
     if stage.totals:
         # Results are added up as they come: what a site has added stays for this step.
         return []
@@ -147,7 +174,9 @@ def ask_others(state: RunState, progress: CohortProgress, spare: list[str]) -> l
     stage = state.stage
     if stage is None:
         return []
-    missing = max(progress.target, progress.quorum) - len(progress.answered)
+    answered = parties(progress.answered)
+    missing = max(progress.target, progress.quorum) - len(answered)
+    spare = [site for site in spare if party_of(site) not in answered]
     others = draw(spare, missing, seed=state.spec.seed, round_number=state.round_number)
     stage.cohort = sorted({*stage.cohort, *others})
     give_tasks(state, others)

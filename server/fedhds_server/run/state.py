@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import hashlib
 from enum import StrEnum
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.manifest import AdapterManifest
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import selection_pb2
+from fedhds_server.run.parties import party_of
 
 MessageType = TypeVar("MessageType", bound=Message)
 
@@ -62,17 +64,30 @@ class Site(_Record):
 
     name: str
     key: str = ""  # SHA-256 of the certificate's public key; empty without TLS
-    session: str = ""  # SHA-256 of the session's secret
+    serial: str = ""  # of the certificate that it enrolled with, in hexadecimal digits
+    session: str = ""  # SHA-256 of the session's secret; empty when an operator ended it
     state: SiteState = SiteState.CONNECTING
     rows: int = 0
     evaluates: bool = False
+    evaluation_rows: int = 0  # held-out rows that it declared; 0 for one that registered before these were
     last_error: str = ""
     last_accepted: str = ""  # task whose result was accepted last: a site whose answer was lost asks again
+    last_result: str = ""  # tells that result from another of the same task; empty for one before this was kept
     last_rejected: Rejection | None = None  # as above, of results that did not pass
     delivered: bool = False
     bytes_received: int = 0
     rejections: int = 0  # results that did not pass validation
-    quarantined: bool = False  # after repeated rejections: gets no more work that changes the adapter
+    quarantined: bool = False  # after repeated rejections of its party: gets no more work
+
+    @property
+    def party(self) -> str:
+        """The party that it belongs to."""
+        return party_of(self.name)
+
+    @property
+    def registered(self) -> bool:
+        """Whether it has declared what it brings, and so has the run's base model."""
+        return self.rows > 0 or self.evaluates
 
     @property
     def excluded(self) -> bool:
@@ -109,6 +124,7 @@ class Reply(_Record):
     task_id: str
     message: str = ""  # packed; what its workflow needs of the result
     artifact: Artifact | None = None  # the upload that the result names
+    long: bool = False  # the artifact is the result itself, which is too long for this row
     empty: bool = False  # the site had nothing to give
 
 
@@ -120,8 +136,9 @@ class Stage(_Record):
     step: int = 0  # steps of the same workflow before it
     digest: str = ""  # of the request: an answer to another question must not count
     request: str = ""  # packed; what every site gets with its task
+    request_artifact: Artifact | None = None  # what the request stands for, where it is too long for this row
     cohort: list[str] = Field(default_factory=list)
-    target: int = 0  # answers that close it at once
+    target: int = 0  # parties whose answers close it at once
     replies: dict[str, Reply] = Field(default_factory=dict)
     totals: str = ""  # packed; what the replies add up to, where the workflow adds them up as they arrive
     failed: list[str] = Field(default_factory=list)  # sites whose task failed or whose result was rejected
@@ -135,8 +152,14 @@ class Stage(_Record):
 
     @property
     def uploads(self) -> list[Artifact]:
-        """What the replies name in the artifact store, one upload for each site that made one."""
-        return [reply.artifact for reply in self.replies.values() if reply.artifact]
+        """The updates in the artifact store, one for each site that made one."""
+        return [reply.artifact for reply in self.replies.values() if reply.artifact and not reply.long]
+
+    @property
+    def artifacts(self) -> list[Artifact]:
+        """All that the stage needs of the artifact store."""
+        named = [self.request_artifact, *(reply.artifact for reply in self.replies.values())]
+        return [artifact for artifact in named if artifact]
 
     def task_id(self, site: str) -> str:
         """The id of a site's task: the same for the same question."""
@@ -181,11 +204,14 @@ class RunState(_Record):
     message: str = ""  # for operators: it names sites
     end_message: str = ""  # why the run ended, for everybody
     round_number: int = 0
-    round_size: int = 0  # sites in the open round's cohort before over-selection
+    round_size: int = 0  # parties in the open round's cohort before over-selection
     started_at: float = 0.0
     round_opened_at: float = 0.0
     ended_at: float = 0.0
     fingerprint: dict[str, str] = Field(default_factory=dict)
+    model_given_by: str = ""  # the site whose registration fixed fingerprint and manifest
+    expected_fingerprint: str = ""  # over all parts, by the operator's word; empty while nobody has confirmed one
+    evicted: dict[str, str] = Field(default_factory=dict)  # name of a party, or fingerprint of a key -> why
     manifest: str = ""  # packed; empty until the first site registers
     sites: dict[str, Site] = Field(default_factory=dict)
     tasks: dict[str, Task] = Field(default_factory=dict)
@@ -196,7 +222,9 @@ class RunState(_Record):
     slots: dict[str, Artifact] = Field(default_factory=dict)  # of the server optimizer
     closed_rounds: list[ClosedRound] = Field(default_factory=list)
     evaluations: dict[int, dict[str, Evaluation]] = Field(default_factory=dict)  # round -> evaluator -> sums
-    failed_evaluations: list[str] = Field(default_factory=list)  # tasks that failed after the last round: not asked again
+    failed_evaluations: list[str] = Field(
+        default_factory=list
+    )  # tasks that failed after the last round: not asked again
 
     @property
     def adapter(self) -> Artifact:
@@ -206,8 +234,14 @@ class RunState(_Record):
     @property
     def artifacts(self) -> set[Artifact]:
         """Everything that the run still needs from the artifact store."""
-        uploads = self.stage.uploads if self.stage else ()
-        return {*self.adapters.values(), *self.slots.values(), *uploads}
+        stage = self.stage.artifacts if self.stage else ()
+        return {*self.adapters.values(), *self.slots.values(), *stage}
+
+    @property
+    def downloads(self) -> set[Artifact]:
+        """What sites may fetch: the global adapters, and what the open stage asks."""
+        request = self.stage.request_artifact if self.stage else None
+        return {*self.adapters.values(), *([request] if request else [])}
 
     def needs(self, artifact: Artifact) -> bool:
         """Whether the run needs the bytes of this digest, whatever size a site claims for them."""
@@ -218,6 +252,10 @@ class RunState(_Record):
         """Training rows that all sites declared."""
         return sum(site.rows for site in self.sites.values())
 
+    def sites_of(self, party: str) -> list[Site]:
+        """All sites that a party ever enrolled."""
+        return [site for site in self.sites.values() if site.party == party]
+
     @property
     def trainers(self) -> list[str]:
         """Sites that can be asked for rows now, by name."""
@@ -227,7 +265,9 @@ class RunState(_Record):
     def evaluators(self) -> list[str]:
         """Sites that evaluate now, by name."""
         sites = self.sites.values()
-        return sorted(site.name for site in sites if site.state is SiteState.ENROLLED and site.evaluates)
+        return sorted(
+            site.name for site in sites if site.state is SiteState.ENROLLED and site.evaluates and not site.excluded
+        )
 
     @property
     def trained_rows(self) -> int:
@@ -256,6 +296,11 @@ class RunState(_Record):
 def _manifest(text: str) -> AdapterManifest:
     # Every task that is handed out asks for it, and that of a large model takes milliseconds to read.
     return AdapterManifest.from_proto(unpacked(text, pb.AdapterManifest))
+
+
+def result_digest(result: Any, artifact: Artifact | None) -> str:
+    """Tells a task's result from another one: SHA-256 of the upload that it names, or else of its bytes."""
+    return artifact.digest if artifact else hashlib.sha256(result.value).hexdigest()
 
 
 def packed(message: Message | Any) -> str:

@@ -15,8 +15,8 @@ from fedhds.v2 import selection_pb2
 
 # What a site adds may exceed what its rows can give by this many standard deviations of its noise.
 NOISE_TAIL = 12.0
-# Features have a known length, but 16-bit models and float32 round.
-LENGTH_SLACK = 1e-3
+# Features have a known length, but float32 rounds.
+LENGTH_SLACK = 1e-5
 
 
 @dataclass(frozen=True, slots=True)

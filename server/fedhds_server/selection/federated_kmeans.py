@@ -45,7 +45,7 @@ class Clusters:
         """The clusters that have rows, all of norm `norm`; under noise those whose count exceeds the noise."""
         kept = [cluster for cluster in stats.clusters if cluster.count > max(0.0, stats.noise_std)]
         counts = np.array([cluster.count for cluster in kept], dtype=np.float64)
-        sums = np.array([list(cluster.sums) for cluster in kept], dtype=np.float64).reshape(len(kept), stats.dimension)
+        sums = np.array([cluster.sums for cluster in kept], dtype=np.float64).reshape(len(kept), stats.dimension)
         means = sums / SUM_UNIT / counts[:, None]
         distortions = counts * np.maximum(0.0, norm**2 - (means**2).sum(axis=1))
         return cls(np.array([cluster.cluster_id for cluster in kept], dtype=np.int64), counts, means, distortions)

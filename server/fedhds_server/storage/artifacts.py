@@ -196,15 +196,14 @@ class ArtifactStore:
             partial.unlink(missing_ok=True)
             sync(kept.parent)
 
-    def delete(self, artifact: Artifact, owner: str = "") -> None:
-        """Removes an artifact and what is held of its owner's upload; nothing happens when there is neither."""
+    def delete(self, artifact: Artifact) -> None:
+        """Removes a complete artifact; nothing happens when there is none."""
         with self._lock(artifact), self._guarded():
             self._trusted.pop(artifact.digest, None)
             self.path(artifact).unlink(missing_ok=True)
-        self.delete_part(artifact, owner)
 
-    def delete_part(self, artifact: Artifact, owner: str) -> None:
-        """Removes what is held of an owner's upload that has not ended."""
+    def delete_part(self, artifact: Artifact, owner: str = "") -> None:
+        """Removes what is held of an owner's upload that has not ended; nothing happens when there is none."""
         with self._lock(artifact), self._guarded():
             part = self._part(artifact, owner)
             self._hashed.pop(part, None)

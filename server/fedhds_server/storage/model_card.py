@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import yaml
 
@@ -32,6 +32,8 @@ class CardFacts:
     """By round (0: before the first): rows, and means by metric."""
     stop_tokens: tuple[StopToken, ...] = ()
     """What ends an answer, the one that training puts there first."""
+    medians: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    """By round and metric, over evaluators; rounds that only one evaluated have none."""
 
 
 def model_card(spec: RunSpec, facts: CardFacts) -> str:
@@ -145,6 +147,11 @@ def _evaluation_lines(facts: CardFacts) -> list[str]:
     rows = []
     for number, (count, means) in facts.evaluations.items():
         values = [f"{means[metric]:.4f}" if metric in means else "" for metric in metrics]
+        if facts.medians:
+            # The mean of a single evaluator is its median, too.
+            medians = facts.medians.get(number, means)
+            values += [f"{medians[metric]:.4f}" if metric in medians else "" for metric in metrics]
         rows.append(f"| {' | '.join([str(number or 'before'), str(count), *values])} |")
-    head = ["round", "rows", *map(label_of, metrics)]
+    labels = [label_of(metric) for metric in metrics]
+    head = ["round", "rows", *labels, *(f"{label}, median of evaluators" for label in labels if facts.medians)]
     return [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |", *rows]

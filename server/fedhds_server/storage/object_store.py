@@ -82,10 +82,10 @@ class RemoteArtifacts(ArtifactStore):
         with self._remote():
             self._files.cp_file(self._object(artifact), f"{self._root}/{kept_name(number, site)}")
 
-    def delete(self, artifact: Artifact, owner: str = "") -> None:
+    def delete(self, artifact: Artifact) -> None:
         with self._remote(), suppress(FileNotFoundError):
             self._files.rm_file(self._object(artifact))
-        super().delete(artifact, owner)
+        super().delete(artifact)
 
     def sweep(self, keep: Collection[str], owners: Collection[str] = (), *, over: bool = False) -> None:
         super().sweep(keep, owners, over=over)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from fedhds.errors import RequestError
+from fedhds.tensors.artifact import Artifact
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -11,10 +15,16 @@ if TYPE_CHECKING:
     from google.protobuf.any_pb2 import Any
     from google.protobuf.message import Message
 
-    from fedhds.tensors.artifact import Artifact
     from fedhds_server.run.events import AdapterUpdated, Instruction, Outcome, ResultReceived
     from fedhds_server.run.state import RunState, Stage, Task
     from fedhds_server.selection.base import Selection
+
+
+Load = Callable[[Artifact], bytes]
+"""The bytes of an artifact; raises DamagedArtifact."""
+
+MAX_SMALL_RESULT = 1 << 16
+"""Bytes of a result that has counts and names, but no values for each row or cluster."""
 
 
 class Workspace(Protocol):
@@ -22,6 +32,9 @@ class Workspace(Protocol):
 
     def verified(self, artifact: Artifact) -> Path:
         """A local file with the artifact's bytes; raises DamagedArtifact."""
+
+    def keep(self, content: bytes) -> Artifact:
+        """Makes bytes a durable artifact; raises StorageError."""
 
     def record_selection(self, round_number: int, selection: Selection) -> None:
         """Keeps a selection for people, as selection-N.json; raises StorageError."""
@@ -44,6 +57,14 @@ class TaskKind(ABC):
         """The global adapter that a task starts from: the newest one."""
         return state.adapter
 
+    def result_limit(self, state: RunState, site: str) -> int:
+        """Bytes of the longest result that a task of `site` can have."""
+        return MAX_SMALL_RESULT
+
+    def upload_sizes(self, state: RunState, task: Task) -> range:
+        """Sizes in bytes that the upload of a task's result may have; empty: it has none."""
+        return range(0)
+
     def upload_of(self, result: Any) -> Artifact | None:
         """The uploaded update that a result names; raises ArtifactError for a reference that is none."""
         return None
@@ -54,6 +75,13 @@ class TaskKind(ABC):
 
         Raises RequestError for a message of another kind.
         """
+
+    def check_long(self, state: RunState, task: Task, result: Any, load: Load) -> tuple[str, str] | None:
+        """As `check`, for a result that came as an artifact; runs in a thread, and may `load` other artifacts.
+
+        Raises RequestError too where the kind has no long results.
+        """
+        raise RequestError(f"a {self.kind} task has no result that is too long for a call")
 
     @abstractmethod
     def accept(self, state: RunState, task: Task, event: ResultReceived) -> list[Instruction]:

@@ -33,8 +33,18 @@ class EvaluationTasks(TaskKind):
     def adapter(self, state: RunState, task: Task) -> Artifact:
         return state.adapters[task.round_number]
 
-    def check(self, state: RunState, task: Task, result: Any) -> None:
-        read(result)
+    def check(self, state: RunState, task: Task, result: Any) -> tuple[str, str] | None:
+        evaluation, declared = read(result), state.sites[task.site].evaluation_rows
+        # A site that registered with an older coordinator declared none.
+        if declared and evaluation.rows > declared:
+            claim = f"the evaluation claims {evaluation.rows} rows, the site declared {declared} held-out rows"
+            return "evaluation", claim
+        tokens = evaluation.rows * state.spec.model.max_length
+        for name, metric in evaluation.metrics.items():
+            if metric.weight > tokens:
+                claim = f"the evaluation weighs {name} with {metric.weight:g}, its {evaluation.rows} rows have at most"
+                return "evaluation", f"{claim} {tokens} tokens"
+        return None
 
     def accept(self, state: RunState, task: Task, event: ResultReceived) -> list[Instruction]:
         evaluation = read(event.result)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import DecodeError
 
 from fedhds.errors import RequestError
 from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.codecs import CODECS
+from fedhds.tensors.manifest import AdapterManifest
 from fedhds.v2 import federation_pb2 as pb
 from fedhds_server.aggregation import AGGREGATORS
 from fedhds_server.run.events import Instruction, Outcome, Record, ResultReceived
@@ -43,6 +47,9 @@ class TrainingWorkflow(Workflow):
             coreset=state.coreset_of(task.site),
             trainable_roles=sorted(roles) if roles != adapter_roles else (),
         )
+
+    def upload_sizes(self, state: RunState, task: Task) -> range:
+        return _update_sizes(state.manifest, state.spec.aggregation.wire_dtype)
 
     def upload_of(self, result: Any) -> Artifact | None:
         trained = read(result)
@@ -81,6 +88,12 @@ class TrainingWorkflow(Workflow):
 
     def resolve(self, state: RunState, stage: Stage, workspace: Workspace) -> Outcome:
         return workspace.aggregate(state, stage)
+
+
+@functools.lru_cache(maxsize=1)
+def _update_sizes(manifest: str, wire_dtype: str) -> range:
+    # Asked for with every open task, after every save.
+    return CODECS[wire_dtype].sizes(AdapterManifest.from_proto(unpacked(manifest, pb.AdapterManifest)))
 
 
 def contributions(stage: Stage) -> dict[str, pb.TrainResult]:
