@@ -13,6 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from fedhds.errors import DataError, SettingsError
+from fedhds_client.commands.adapter import evaluate
 from fedhds_client.computation import Cancelled, Control
 from fedhds_client.data.judging import judge
 from fedhds_client.data.prompts import Prompter
@@ -20,7 +21,7 @@ from fedhds_client.data.shard import Shard
 from fedhds_client.executor import TaskExecutor
 from fedhds_client.settings import ClientSettings
 from fedhds_client.site import open_sites
-from tests.support.templates import STRICT, talk
+from tests.support.templates import STRICT, set_template, talk
 from tests.support.tiny import make_model
 
 CANARY = "canary"
@@ -162,3 +163,14 @@ def test_a_site_judges_training_rows_and_held_out_rows_and_counts_again_what_rem
             else:
                 executor.judge(site, Control())
             assert (site.rows, site.held_out and len(site.held_out)) == (3, 4)
+
+
+def test_an_evaluation_by_hand_judges_the_same_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(set_template(make_model(tmp_path / "model"), STRICT))
+    data = written(tmp_path / "rows.jsonl", GOOD, talk("system", "user", "assistant"))
+    with pytest.raises(DataError, match=r"line 2: .* you can set --prompt-format alpaca, which takes it"):
+        evaluate(model=model, data=data, device="cpu")
+    for flags in ({"skip_bad_rows": True}, {"prompt_format": "alpaca"}):
+        options: Any = flags
+        evaluate(model=model, data=data, device="cpu", max_new_tokens=1, json=True, **options)
+        assert json.loads(capsys.readouterr().out)["base"]["rows"] == (1 if "skip_bad_rows" in flags else 2)
