@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fedhds_server.run.state import RunState
 
-# A site that is restarted begins again, so its progress may fall; one pass and a half over a task is honest. This bounds
+# A site that is restarted begins again, so its progress may fall; one pass and a half over a task is honest. It bounds
 # for how long a site that lies about its progress can keep a task.
 _MAX_ADVANCES = 150
 _OVER = frozenset({""})
