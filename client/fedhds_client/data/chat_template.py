@@ -76,6 +76,11 @@ class ChatTemplate:
             )
 
     @property
+    def tail(self) -> str:
+        """What is written behind an answer where no token of its own ends it; such text is generated as text."""
+        return "" if self._mark else self._tail.strip()
+
+    @property
     def tokens(self) -> RowTokenizer:
         """Tokenizes what is rendered."""
         return self._marks

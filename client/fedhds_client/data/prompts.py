@@ -97,6 +97,10 @@ class Prompter:
         """The same as a run's manifest has them."""
         return tuple(StopToken.of(token, str(self._tokenizer.convert_ids_to_tokens(token))) for token in self.stop_ids)
 
+    def answer(self, generated: str) -> str:
+        """The answer in a generated text: without what the template writes behind it as text."""
+        return generated.rstrip().removesuffix(self._chat.tail) if self._chat and self._chat.tail else generated
+
     def check(self, row: Row) -> None:
         """Raises BadRow, without any of the row's text, when the row cannot be rendered."""
         # Tokens take five times as long, and can fail on special marks only.

@@ -48,19 +48,15 @@ class RowTokenizer:
     def hidden(self, value: Any, spared: frozenset[str] = frozenset()) -> Any:
         """The same with a placeholder for every such mark; keys of objects stay."""
         if isinstance(value, str):
-            return self._mark.sub(lambda found: found[0] if found[0] in spared else self._placeholders[found[0]], value)
+            return self._mark.sub(lambda match: match[0] if match[0] in spared else self._placeholders[match[0]], value)
         if isinstance(value, dict):
             return {key: self.hidden(item, spared) for key, item in value.items()}
         return [self.hidden(item, spared) for item in value] if isinstance(value, list) else value
 
     def revealed(self, text: str) -> str:
         """Rendered text in the form that `encode` takes as `private`."""
-        renamed = self._mark.sub(lambda found: self._private[found[0]], text)
-        return self._placeholder.sub(lambda found: self._texts[found[0]], renamed)
-
-    def shown(self, text: str) -> str:
-        """Rendered text as people read it."""
-        return self._placeholder.sub(lambda found: self._texts[found[0]], text)
+        renamed = self._mark.sub(lambda match: self._private[match[0]], text)
+        return self._placeholder.sub(lambda match: self._texts[match[0]], renamed)
 
     def ids(self, text: str, *, special: bool = False) -> list[int]:
         """Tokens of a row's own text; with `special` those that the tokenizer adds, too."""

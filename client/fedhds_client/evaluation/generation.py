@@ -46,4 +46,4 @@ def _answers(model: InferenceModel, prompter: Prompter, prompts: Sequence[list[i
     with without_own_generation(inner):
         out = model.module.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     texts: list[str] = model.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-    return texts
+    return [prompter.answer(text) for text in texts]

@@ -12,11 +12,17 @@ from fedhds_client.evaluation.base import EvaluatedBatch, Metric
 
 
 class RougeL(Metric):
-    """From 0 to 1; of several references the best one counts."""
+    """From 0 to 1; of several references the best one counts. Thoughts are no part of an answer."""
 
     def measure(self, batch: EvaluatedBatch) -> tuple[float, float]:
         pairs = zip(batch.answers, batch.rows, strict=True)
-        return sum(rouge_l(answer, row.references or (row.response,)) for answer, row in pairs), len(batch.rows)
+        scores = (rouge_l(_said(answer), [*map(_said, row.references or (row.response,))]) for answer, row in pairs)
+        return sum(scores), len(batch.rows)
+
+
+def _said(text: str) -> str:
+    """What stands behind the thoughts of an answer."""
+    return text.rpartition("</think>")[2]
 
 
 class _Words:

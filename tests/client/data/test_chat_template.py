@@ -283,6 +283,8 @@ def test_eos_is_trained_where_a_template_has_no_token_that_ends_an_answer(
     assert encoded.end == len(own)
     assert prompter.stop_ids == (tokenizer.eos_token_id,)
     first, last = _trained(tokenizer, encoded)
+    # What is generated as text is no part of the answer.
+    assert prompter.answer(tokenizer.decode(encoded.input_ids[encoded.answer_start : -1])).strip() == "d"
     assert first.startswith("b")
     assert last.startswith("d")
     assert last.endswith("</s>")
@@ -499,7 +501,7 @@ def test_the_shared_cases_are_trained_as_their_templates_render_them(cases: Path
     with Shard.open(shared("cases") / case) as shard:
         for row in shard:
             encoded = prompter.encode(row)
-            messages = list(row.messages) or [
+            messages: Any = list(row.messages) or [
                 {"role": "user", "content": "\n\n".join(filter(None, (row.instruction, row.context)))},
                 {"role": "assistant", "content": row.response},
             ]

@@ -45,3 +45,10 @@ def test_the_metric_sums_over_rows_and_takes_the_response_where_there_are_no_ref
     batch = EvaluatedBatch(rows, ["the cat", "a dog", "y"], loss_sum=6.0, tokens=4)
     assert METRICS["rouge_l"].measure(batch) == (2.0, 3)
     assert METRICS["loss"].measure(batch) == (6.0, 4)
+
+
+def test_thoughts_are_no_part_of_an_answer() -> None:
+    thinking = "<think>\neight legs, so\n</think>\n\nsixteen"
+    rows = [Row(0, "i", "", thinking, references=(thinking,)), Row(1, "i", "", "sixteen")]
+    batch = EvaluatedBatch(rows, ["sixteen", "<think>\n\n</think>\n\nsixteen"], loss_sum=0.0, tokens=1)
+    assert METRICS["rouge_l"].measure(batch) == (2.0, 2)

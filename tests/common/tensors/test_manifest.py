@@ -88,7 +88,8 @@ def test_the_generation_config_names_all_stop_tokens_and_sites_must_agree_on_the
     ended = replace(MANIFEST, stop_tokens=(StopToken(9, "<|im_end|>"), StopToken(2, "</s>")))
     assert json.loads(ended.generation_config) == {"eos_token_id": [9, 2]}
     assert ended.agrees_with(ended)
-    assert not ended.agrees_with(MANIFEST)
+    # One of an earlier version, which goes on with new sites.
+    assert ended.agrees_with(MANIFEST)
     assert not ended.agrees_with(replace(ended, stop_tokens=ended.stop_tokens[::-1]))
 
 
