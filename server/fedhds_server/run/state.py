@@ -222,10 +222,7 @@ class RunState(_Record):
     slots: dict[str, Artifact] = Field(default_factory=dict)  # of the server optimizer
     closed_rounds: list[ClosedRound] = Field(default_factory=list)
     evaluations: dict[int, dict[str, Evaluation]] = Field(default_factory=dict)  # round -> evaluator -> sums
-    failed_evaluations: list[str] = Field(default_factory=list)  # tasks that failed after the last round: not asked again
-    failed_evaluations: list[str] = Field(
-        default_factory=list
-    )  # tasks that failed after the last round: not asked again
+    failed_evaluations: list[str] = Field(default_factory=list)  # tasks that failed after the last round, for good
 
     @property
     def adapter(self) -> Artifact:
