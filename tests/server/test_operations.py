@@ -337,9 +337,9 @@ async def test_the_journal_is_numbered_and_read_on_from_a_number(hosts: Callable
     await first.stop()
     second = await hosts()
     await pause(second, "two")
-    assert [line.message for line in (await status(second, 3)).journal] == ["the run is paused: two"]
-    assert [line.number for line in (await status(second, 2)).journal] == [3, 4]
-    assert not (await status(second, 4)).journal
+    assert [line.message for line in (await status(second, 4)).journal] == ["the run is paused: two"]
+    assert [line.number for line in (await status(second, 3)).journal] == [4, 5]
+    assert not (await status(second, 5)).journal
 
 
 async def test_the_journal_answers_at_most_its_newest_hundred_lines(hosts: Callable[..., Any]) -> None:
