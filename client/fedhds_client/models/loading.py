@@ -281,7 +281,7 @@ def _model(name: str, source: str, options: dict[str, Any], where: torch.device,
         if not quantized:
             return model.to(where)
         for module in model.modules():
-            # On some CPUs bitsandbytes packs weights anew at the first inference, and then they give no gradients.
+            # On some CPUs bitsandbytes repacks weights at the first inference, and then they give no gradients.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         return model
