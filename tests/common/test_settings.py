@@ -140,7 +140,7 @@ def test_a_text_in_the_file_is_what_is_written(tmp_path: Path, text: str) -> Non
     file.write_text(f"data: {text}\nname: {text}\ntls-ca: {text}\n")
     loaded = client("--config", str(file))
     written = text.strip("'")
-    assert (loaded.name, loaded.data, loaded.tls_ca) == (written, (Path(written),), Path(written))
+    assert (loaded.name, loaded.data, loaded.tls_ca) == ((written,), (Path(written),), Path(written))
     file.write_text(f"model: m\nrounds: 2\nmodel-revision: {text}\nlora-targets: [0123, no]\n")
     spec = settings.flat(server("--config", str(file)).run)
     assert (spec["model_revision"], spec["lora_targets"]) == (written, ("0123", "no"))
@@ -249,7 +249,11 @@ def test_the_specification_on_the_wire_has_every_value() -> None:
     values = settings.flat(spec)
     assert set(values) == {setting.name for setting in settings.settings_of(RunSpec)} - {
         "kmeans_iterations",
+        "server_beta1",
+        "server_beta2",
+        "server_learning_rate",
         "server_momentum",
+        "server_tau",
     }
     read = RunSpec.model_validate_json(spec.model_dump_json())
     assert (read, settings.flat(read)) == (spec, values)

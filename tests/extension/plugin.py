@@ -48,11 +48,11 @@ class MedianSpec(AggregatorSpec):
 
 
 class AdagradSpec(OptimizerSpec):
-    """FedAdagrad (Reddi et al. 2021, "Adaptive Federated Optimization", Alg. 2)."""
+    """Adagrad whose squares start at zero (Duchi et al. 2011)."""
 
-    summary = "with a step per value that shrinks as updates add up (FedAdagrad)"
+    summary = "with a step per value that shrinks as updates add up"
 
-    name: Literal["adagrad"] = "adagrad"
+    name: Literal["zero-adagrad"] = "zero-adagrad"
     learning_rate: float = parameter(
         0.1, "Step of a value that moves for the first time.", setting="adagrad_learning_rate", gt=0
     )
@@ -123,7 +123,7 @@ def report_message() -> type[Message]:
 def register() -> None:
     """What both sides know."""
     AGGREGATOR_SPECS["median"] = MedianSpec
-    OPTIMIZER_SPECS["adagrad"] = AdagradSpec
+    OPTIMIZER_SPECS["zero-adagrad"] = AdagradSpec
     PEFT_SPECS["ia3"] = Ia3Spec
     STRATEGY_SPECS["central"] = CentralSpec
     METRICS["answer_length"] = MetricInfo("answer length (characters)", 0, 1e6)
@@ -223,7 +223,7 @@ def register_server() -> None:
                 self._path.write_text("\n".join([*lines, line]) + "\n")
 
     AGGREGATORS["median"] = Median()
-    OPTIMIZERS["adagrad"] = Adagrad()
+    OPTIMIZERS["zero-adagrad"] = Adagrad()
     STRATEGIES["central"] = Central()
     OBSERVERS["diary"] = Diary
 

@@ -32,7 +32,7 @@ FLAGS = (
     f"--selection-budget={BUDGET}",
     "--aggregator=median",
     "--median-odd-role=attention",
-    "--server-optimizer=adagrad",
+    "--server-optimizer=zero-adagrad",
     f"--adagrad-learning-rate={RATE}",
     f"--adagrad-tau={TAU}",
     "--peft-method=ia3",
@@ -163,7 +163,11 @@ def test_the_parameters_of_a_plug_in_are_flags() -> None:
     words = " ".join(text.stdout.split())
     for flag in ("median-odd-role", "adagrad-learning-rate", "adagrad-tau", "ia3-feedforward", "central-share"):
         assert f"--{flag} " in words
-    for name, summary in (("median", "their median"), ("adagrad", "with a step"), ("central", "rows near the mean")):
+    for name, summary in (
+        ("median", "their median"),
+        ("zero-adagrad", "with a step"),
+        ("central", "rows near the mean"),
+    ):
         assert f"{name}: {summary}" in words
 
 
@@ -172,7 +176,7 @@ def test_reports_and_status_name_what_ran(outcome: Outcome) -> None:
         spec = told["spec"]
         assert spec["selection"]["strategy"] == {"name": "central", "share": 0.75}
         assert spec["aggregation"]["aggregator"] == {"name": "median", "odd_role": "attention"}
-        assert spec["aggregation"]["optimizer"] == {"name": "adagrad", "learning_rate": RATE, "tau": TAU}
+        assert spec["aggregation"]["optimizer"] == {"name": "zero-adagrad", "learning_rate": RATE, "tau": TAU}
         assert spec["peft"] == {"method": "ia3", "targets": ["v_proj"], "feedforward": ["down_proj"]}
     card = (outcome.run / "checkpoint" / "README.md").read_text()
     for words in (
@@ -278,7 +282,7 @@ def diary(outcome: Outcome) -> list[str]:
     """The lines of diary.txt, each once, in order of the alphabet."""
     return sorted(
         [
-            f"run {outcome.report['run_id']}: median, adagrad",
+            f"run {outcome.report['run_id']}: median, zero-adagrad",
             *(f"round {number}: a, b" for number in range(1, ROUNDS + 1)),
             *(f"evaluation {number}: e, answer_length, loss, rouge_l" for number in range(ROUNDS + 1)),
             f"completed: {outcome.report['message']}",

@@ -44,6 +44,11 @@ def optimizer(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def fast(optimizer: str) -> dict[str, float]:
+    """Settings under which a step shows in 16 bits, too."""
+    return {"server_learning_rate": 0.5} if "learning_rate" in type(spec_of(optimizer).optimizer).model_fields else {}
+
+
 def spec_of(optimizer: str, dtype: AdapterDtype = "float32", **fields: object) -> AggregationSpec:
     return RunSpec.of(model="m", rounds=1, wire_dtype=dtype, server_optimizer=optimizer, **fields).aggregation
 
@@ -82,6 +87,13 @@ def written(path: Path, seed: int, dtype: AdapterDtype = "float32") -> Path:
     return path
 
 
+def slot(path: Path, seed: int) -> Path:
+    """A slot of random values above 0, which sums of squares have, too."""
+    random = np.random.default_rng(seed)
+    write_adapter(path, MANIFEST, lambda spec: random.uniform(0.1, 1, spec.shape).astype(np.float32), "float32")
+    return path
+
+
 def filled(path: Path, value: float) -> Path:
     """An adapter that holds one value everywhere."""
     write_adapter(path, MANIFEST, lambda spec: np.full(spec.shape, value, np.float32), "float32")
@@ -111,7 +123,7 @@ def test_a_round_without_updates_leaves_adapter_and_slots_byte_for_byte(
     aggregator: Aggregator, optimizer: str, tmp_path: Path, dtype: AdapterDtype, weights: dict[str, float]
 ) -> None:
     current = written(tmp_path / "current", 0, dtype)
-    slots = {name: written(tmp_path / f"old-{name}", 7) for name in OPTIMIZERS[optimizer].slots}
+    slots = {name: slot(tmp_path / f"old-{name}", 7) for name in OPTIMIZERS[optimizer].slots}
     result = combined(
         tmp_path,
         current,
@@ -155,8 +167,8 @@ def test_the_result_is_named_by_its_digest_and_has_the_runs_wire_type(
     names = OPTIMIZERS[optimizer].slots
     assert result.slots == {name: Artifact.of_file(tmp_path / f"slot-{name}") for name in names}
     for name in names:
-        slot = read(tmp_path / f"slot-{name}")
-        again = write_adapter(tmp_path / "again", MANIFEST, lambda spec, slot=slot: slot[spec.name], "float32")  # type: ignore[misc]
+        new = read(tmp_path / f"slot-{name}")
+        again = write_adapter(tmp_path / "again", MANIFEST, lambda spec, new=new: new[spec.name], "float32")  # type: ignore[misc]
         assert again == result.slots[name]
     assert dict(result.files) == {
         tmp_path / "aggregate": result.adapter,
@@ -195,7 +207,7 @@ def test_any_cohort_gives_the_same_bytes_in_any_order(
     with TemporaryDirectory() as created:
         folder = Path(created)
         current = written(folder / "current", 0, dtype)
-        slots = {name: written(folder / f"old-{name}", 1) for name in OPTIMIZERS[optimizer].slots}
+        slots = {name: slot(folder / f"old-{name}", 1) for name in OPTIMIZERS[optimizer].slots}
         updates = []
         for number, (site, weight) in enumerate(weights.items()):
             write_adapter(folder / str(number), MANIFEST, cancelling, dtype)
@@ -274,7 +286,7 @@ class Alternating(FedAvg):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tensors_whose_roles_do_not_train_stay_as_they_are(optimizer: str, tmp_path: Path, dtype: AdapterDtype) -> None:
     current = written(tmp_path / "current", 0, dtype)
-    slots = {name: written(tmp_path / f"old-{name}", 7) for name in OPTIMIZERS[optimizer].slots}
+    slots = {name: slot(tmp_path / f"old-{name}", 7) for name in OPTIMIZERS[optimizer].slots}
     updates = updates_of(tmp_path, {"a": 1, "b": 2}, dtype)
 
     def after(aggregator: Aggregator, round_number: int) -> list[dict[str, FloatArray]]:
@@ -287,6 +299,7 @@ def test_tensors_whose_roles_do_not_train_stay_as_they_are(optimizer: str, tmp_p
             optimizer=optimizer,
             slots=slots,
             round_number=round_number,
+            **fast(optimizer),
         )
         return [read(tmp_path / "aggregate"), *(read(tmp_path / f"slot-{name}") for name in slots)]
 
@@ -338,6 +351,63 @@ def test_momentum_is_its_recurrence_over_rounds_that_each_reread_their_files(tmp
         for name in value:
             np.testing.assert_allclose(read(current)[name], value[name], rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(read(slots["momentum"])[name], moved[name], rtol=1e-5, atol=1e-6)
+
+
+RATE, BETA1, BETA2, TAU = 0.02, 0.8, 0.95, 0.01
+Doubles = npt.NDArray[np.float64]
+
+
+def second_moment(optimizer: str, before: Doubles, delta: Doubles) -> Doubles:
+    """v of Reddi et al. 2021, Alg. 2."""
+    match optimizer:
+        case "adagrad":
+            return before + delta**2
+        case "yogi":
+            return before - (1 - BETA2) * delta**2 * np.sign(before - delta**2)
+    return BETA2 * before + (1 - BETA2) * delta**2
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "yogi", "adam"])
+def test_adaptive_optimizers_are_algorithm_2_over_rounds_that_each_reread_their_files(
+    tmp_path: Path, optimizer: str
+) -> None:
+    # FedAdagrad is without momentum, as in the paper's section 5.
+    beta1 = 0.0 if optimizer == "adagrad" else BETA1
+    betas = {} if optimizer == "adagrad" else {"server_beta1": BETA1, "server_beta2": BETA2}
+    current = written(tmp_path / "current", 0)
+    slots: dict[str, Path] = {}
+    value = {name: tensor.astype(np.float64) for name, tensor in read(current).items()}
+    mean = {name: np.zeros_like(tensor) for name, tensor in value.items()}
+    squares = {name: np.full_like(tensor, TAU**2) for name, tensor in value.items()}
+    for number in range(1, 7):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        updates = [
+            Update("a", written(folder / "a", 10 * number), 0.25),
+            Update("b", written(folder / "b", 10 * number + 1), 0.75),
+        ]
+        combined(
+            folder,
+            current,
+            updates,
+            optimizer=optimizer,
+            slots=slots,
+            round_number=number,
+            server_learning_rate=RATE,
+            server_tau=TAU,
+            **betas,
+        )
+        current = folder / "aggregate"
+        slots = {name: folder / f"slot-{name}" for name in OPTIMIZERS[optimizer].slots}
+        for name, before in value.items():
+            delta = 0.25 * read(updates[0].path)[name] + 0.75 * read(updates[1].path)[name].astype(np.float64) - before
+            mean[name] = beta1 * mean[name] + (1 - beta1) * delta
+            squares[name] = second_moment(optimizer, squares[name], delta)
+            value[name] = before + RATE * mean[name] / (np.sqrt(squares[name]) + TAU)
+            np.testing.assert_allclose(read(current)[name], value[name], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(read(slots["squares"])[name], squares[name], rtol=1e-5)
+            if "momentum" in slots:
+                np.testing.assert_allclose(read(slots["momentum"])[name], mean[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

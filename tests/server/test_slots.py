@@ -14,6 +14,7 @@ from fedhds.tensors.safetensors import AdapterReader
 from fedhds.v2 import federation_pb2 as pb
 from fedhds_server.aggregation import AGGREGATORS
 from fedhds_server.aggregation.fedavg import FedAvg
+from fedhds_server.optimizers import OPTIMIZERS
 from tests.support.host import MANIFEST, Host, complete, complete_with, enroll, send, start, task_of, written
 
 A, B = MANIFEST.tensors
@@ -60,6 +61,24 @@ async def test_momentum_goes_on_over_rounds_and_restarts(tmp_path: Path, restart
             assert host.coordinator.state.slots == {"momentum": slot}
     assert (await task_of(host, session)).done.outcome == "completed"
     await host.stop()
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "yogi", "adam"])
+async def test_a_restart_changes_no_byte_of_adaptive_optimizers(tmp_path: Path, optimizer: str) -> None:
+    results = []
+    for restarted in (False, True):
+        (tmp_path / str(restarted)).mkdir()
+        host = await start(tmp_path / str(restarted), rounds=3, server_optimizer=optimizer)
+        session = await enroll(host)
+        for number, update in enumerate((1.0, 4.0, -2.0), start=1):
+            await train(host, session, number, update)
+            if restarted and number < 3:
+                await host.stop()
+                host = await start(tmp_path / str(restarted))
+        results.append((host.coordinator.state.adapter, host.coordinator.state.slots))
+        await host.stop()
+    assert results[0] == results[1]
+    assert results[0][1].keys() == set(OPTIMIZERS[optimizer].slots)
 
 
 async def test_a_round_in_which_nobody_has_rows_leaves_adapter_and_slots(tmp_path: Path) -> None:

@@ -11,7 +11,15 @@ from fedhds.spec.amounts import budget_rows
 from fedhds.spec.evaluation import EvaluationSpec
 from fedhds.spec.features import FeaturePooling, FeatureSpec
 from fedhds.spec.model import ModelSpec, PromptFormat
-from fedhds.spec.optimizer import OPTIMIZER_SPECS, MomentumSpec, NoOptimizerSpec, OptimizerSpec
+from fedhds.spec.optimizer import (
+    OPTIMIZER_SPECS,
+    AdagradSpec,
+    AdamSpec,
+    MomentumSpec,
+    NoOptimizerSpec,
+    OptimizerSpec,
+    YogiSpec,
+)
 from fedhds.spec.peft import PEFT_SPECS, LoraSpec, PeftSpec
 from fedhds.spec.privacy import PrivacySpec, SelectionPrivacySpec
 from fedhds.spec.rounds import RoundsSpec
@@ -38,6 +46,8 @@ __all__ = [
     "REDUCED_DIMENSION",
     "SCHEMA_VERSION",
     "STRATEGY_SPECS",
+    "AdagradSpec",
+    "AdamSpec",
     "AggregationSpec",
     "AggregatorSpec",
     "ClusteringSpec",
@@ -67,5 +77,6 @@ __all__ = [
     "StrategySpec",
     "TrainingSpec",
     "WireDtype",
+    "YogiSpec",
     "budget_rows",
 ]

@@ -44,7 +44,7 @@ def aggregate(
     """Combines the updates that started from the adapter `current`; what is new is written to `scratch(name)`.
 
     The result depends on no order of `updates`. Without an update that has a share, adapter and slots stay as they
-    are, byte for byte. `slots` holds the optimizer's slots of the round before; a missing one starts from zeros.
+    are, byte for byte. `slots` holds the optimizer's slots of the round before; a missing one has its first value.
     Raises AdapterError, naming the tensor, for an update that does not fit and for results that are no finite numbers;
     StorageError when a file cannot be read or written.
     """
@@ -71,7 +71,9 @@ def aggregate(
             for tensor in manifest.tensors:
                 value = base.tensor(tensor)
                 old = {
-                    name: before[name].tensor(tensor) if name in before else np.zeros(tensor.shape, dtype=np.float32)
+                    name: before[name].tensor(tensor)
+                    if name in before
+                    else np.full(tensor.shape, optimizer.initial(spec.optimizer, name), dtype=np.float32)
                     for name in optimizer.slots
                 }
                 new: tuple[FloatArray, Mapping[str, FloatArray]] = value, old

@@ -16,11 +16,14 @@ class ServerOptimizer(ABC):
     """Steps from the global adapter towards the combined update, tensor by tensor.
 
     Implementations MUST depend on nothing but their arguments. What they remember from round to round are `slots`:
-    tensors of the adapter's shapes, float32, zeros at first, which the coordinator keeps durably and names in its
-    state.
+    tensors of the adapter's shapes, float32, which the coordinator keeps durably and names in its state.
     """
 
     slots: ClassVar[tuple[str, ...]] = ()
+
+    def initial(self, parameters: Any, slot: str) -> float:
+        """The first value of a slot."""
+        return 0.0
 
     @abstractmethod
     def step(
@@ -36,3 +39,9 @@ class ServerOptimizer(ABC):
         `parameters` is the optimizer's own part of the specification, `value` the global adapter's tensor, `combined`
         what the aggregator made of the updates; all arrays have one shape. Results MUST be finite.
         """
+
+
+def rounded(values: npt.NDArray[np.float64]) -> FloatArray:
+    """The values in float32; those beyond it become its largest."""
+    largest = np.finfo(np.float32).max
+    return np.clip(values, -largest, largest).astype(np.float32)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 
 from fedhds.spec import MomentumSpec
-from fedhds_server.optimizers.base import FloatArray, ServerOptimizer
+from fedhds_server.optimizers.base import FloatArray, ServerOptimizer, rounded
 
 
 class Momentum(ServerOptimizer):
@@ -26,9 +25,4 @@ class Momentum(ServerOptimizer):
     ) -> tuple[FloatArray, Mapping[str, FloatArray]]:
         # In float64, rounded once, and within what float32 holds.
         moved = parameters.momentum * slots["momentum"].astype(np.float64) + (combined.astype(np.float64) - value)
-        return _rounded(value + moved), {"momentum": _rounded(moved)}
-
-
-def _rounded(values: npt.NDArray[np.float64]) -> FloatArray:
-    largest = np.finfo(np.float32).max
-    return np.clip(values, -largest, largest).astype(np.float32)
+        return rounded(value + moved), {"momentum": rounded(moved)}
