@@ -10,15 +10,21 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import pytest
+from google.protobuf.message import DecodeError, Message
 
+from fedhds.v2 import federation_pb2 as pb
+from fedhds.v2 import selection_pb2
 from tests.support.federation import Federation
 from tests.support.tiny import write_rows
 
 pytestmark = pytest.mark.e2e
 
 CANARY = "xyzzy-canary-7431 "
+MessageType = TypeVar("MessageType", bound=Message)
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA_FRAME = 0
 
@@ -126,6 +132,65 @@ def test_no_training_text_leaves_a_site(federation: Federation, strategy: str) -
     for file in [*files, server.log]:
         content = file.read_bytes()
         assert not [needle for needle in needles if needle in content], file
+
+
+_ROWS, _DIMENSION = 3, 16
+_HMAC = 32
+
+
+@pytest.mark.parametrize("consent", [False, True])
+def test_neither_a_rows_features_nor_its_loss_leave_a_site_unless_it_consents(
+    federation: Federation, consent: bool
+) -> None:
+    """Each of three rows would be a cluster, and one of them trains."""
+    flags = ("--selection-strategy=fedhds-aligned", "--reduction=pca", f"--feature-dimension={_DIMENSION}")
+    server = federation.server(*flags, "--selection-budget=1", "--rounds=1", "--min-sites=1", "--evaluate-every=0")
+    proxy = RecordingProxy(federation.address())
+    rows = write_rows(federation.folder / "rows.jsonl", {"sun": 1, "sea": 1, "sky": 1})
+    policy = ["--min-cluster-rows=1"] * consent
+    site = federation.client("planted", f"--data={rows}", *policy, server=proxy.address)
+    assert (server.wait(), site.wait()) == (0, 0), site.text
+    messages = proxy.messages()
+    proxy.close()
+    (cache,) = (federation.folder / "state").rglob("*.features")
+    size = 4 * _ROWS * _DIMENSION
+    features = np.frombuffer(cache.read_bytes()[-size - _HMAC : -_HMAC], dtype="<f4").reshape(_ROWS, _DIMENSION)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
+    # Four values are enough to know a row's features by.
+    needles = [row[:4].tobytes() for row in features]
+    kept = [path.read_bytes() for path in (federation.folder / "run").rglob("*") if path.is_file()]
+    for places in (messages, kept):
+        found = [any(needle in place for place in places) for needle in needles]
+        # The state keeps a report in base64, and only as long as its stage is open.
+        assert found == [consent and places is messages] * _ROWS
+    (trained,) = results(messages, pb.TrainResult)
+    assert (trained.samples, trained.HasField("loss")) == (1, consent)
+    (report,) = results(messages, selection_pb2.ClusterReport)
+    assert len(report.centroids) == (_ROWS if consent else 0)
+
+
+def results(messages: list[bytes], kind: type[MessageType]) -> list[MessageType]:
+    """The results of one kind among the requests that were sent."""
+    found = []
+    for message in messages:
+        request, result = pb.CompleteTaskRequest(), kind()
+        try:
+            # After gRPC's own five bytes.
+            request.ParseFromString(message[5:])
+        except DecodeError:
+            continue
+        if request.result.Unpack(result):
+            found.append(result)
+    return found
+
+
+def test_metrics_of_a_few_rows_are_not_measured(federation: Federation) -> None:
+    federation.server("--rounds=1", "--min-sites=1")
+    rows = write_rows(federation.folder / "rows.jsonl", {"sun": 4})
+    site = federation.client("few", f"--eval-data={rows}")
+    assert site.wait() != 0
+    assert "--eval-data: has 4 rows" in " ".join(site.text.split())
+    assert "--min-cluster-rows" in site.text
 
 
 @pytest.fixture
