@@ -144,19 +144,19 @@ def test_features_may_be_taken_with_another_model_which_all_sites_must_hold(fede
         "--reduction=pca",
         f"--feature-model={other}",
     )
-    server = federation.server(*flags)
-    first = federation.client("a", f"--data={shards[0]}")
+    server, allowed = federation.server(*flags), f"--allow-feature-model={other}"
+    first = federation.client("a", f"--data={shards[0]}", allowed)
     first.wait_for(f"loading the feature model {other}")
     server.wait_for("site a enrolled")
     # The same name, other weights: what such a site clusters could not be compared.
     other.rename(folder / "kept")
     third.rename(other)
-    odd = federation.client("odd", f"--data={shards[1]}")
+    odd = federation.client("odd", f"--data={shards[1]}", allowed)
     assert odd.wait() == 1
     assert "the feature model differ" in odd.text
     other.rename(third)
     (folder / "kept").rename(other)
-    second = federation.client("b", f"--data={shards[1]}")
+    second = federation.client("b", f"--data={shards[1]}", allowed)
     assert (server.wait(), first.wait(), second.wait()) == (0, 0, 0), server.text + first.text + second.text
     assert json.loads((folder / "run" / "report.json").read_text())["trained_rows"] == "6"
 

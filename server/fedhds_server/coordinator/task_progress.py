@@ -47,8 +47,9 @@ class TaskProgress:
 
     def passed(self, state: RunState, elapsed_s: float) -> None:
         """Time has passed."""
-        open_tasks = {name: _OVER for name, site in state.sites.items() if site.live} if state.phase.over else {}
-        open_tasks = open_tasks or _tasks_by_site(state)
+        open_tasks = _tasks_by_site(state)
+        if state.phase.over:
+            open_tasks = {name: _OVER for name, site in state.sites.items() if site.live}
         for name in self._work.keys() - open_tasks.keys():
             del self._work[name]
         for name, tasks in open_tasks.items():

@@ -65,8 +65,10 @@ def _federation(point: Point, shards: Shards, folder: Path, daemons: Daemons, pr
         for name in (*shards.sites, *shards.evaluators):
             issue(certificates, name, role=Role.SITE)
     tls = _tls(certificates)
-    config = folder / "coordinator.yaml"
-    replace_file(config, yaml.safe_dump(_coordinator_values(point, shards)))
+    config, values = folder / "coordinator.yaml", _coordinator_values(point, shards)
+    replace_file(config, yaml.safe_dump(values))
+    feature_model = values.get("feature_model")
+    allowed = (f"--allow-feature-model={feature_model}",) if feature_model else ()
     run_folder = folder / "run"
     flags = ("--listen=127.0.0.1:0", f"--run-folder={run_folder}")
     daemons.start("coordinator", "fedhds-server", f"--config={config}", *flags, *tls("coordinator"))
@@ -77,11 +79,11 @@ def _federation(point: Point, shards: Shards, folder: Path, daemons: Daemons, pr
         name = names[0] if processes == len(sites) else f"sites-{index}"
         data = ("--data", *(shards.sites[site] for site in names), "--allow-exact-kmeans-sums")
         identity = tls(name) or ("--name", *names)
-        daemons.start(name, "fedhds-client", f"--server={server}", *data, *identity, *_home(folder, name))
+        daemons.start(name, "fedhds-client", f"--server={server}", *data, *identity, *allowed, *_home(folder, name))
     for name, path in shards.evaluators.items():
         identity = tls(name) or ("--name", name)
         rows = (f"--eval-data={path}", "--inference-batch-size=32")
-        daemons.start(name, "fedhds-client", f"--server={server}", *rows, *identity, *_home(folder, name))
+        daemons.start(name, "fedhds-client", f"--server={server}", *rows, *identity, *allowed, *_home(folder, name))
     keys = (
         [certificates / f for f in ("ca.crt", f"{_OPERATOR}.crt", f"{_OPERATOR}.key")] if certificates else [None] * 3
     )
