@@ -157,7 +157,10 @@ def test_answers_do_not_depend_on_the_batch(architecture: str, together: bool, t
     base = BaseModel(architecture, model, tokenizer, 256, torch.float32, ())
     assert base.left_padding is together
     prompter: Any = SimpleNamespace(
-        encode_prompt=lambda row, reserve: SimpleNamespace(input_ids=row), max_length=64, stop_ids=[2]
+        encode_prompt=lambda row, reserve: SimpleNamespace(input_ids=row),
+        answer=lambda text: text,
+        max_length=64,
+        stop_ids=[2],
     )
     rows: Any = ROWS
     answers = generate(InferenceModel(base, model), prompter, rows, 6)
