@@ -55,8 +55,8 @@ class ClientSettings(BaseModel):
         description="The coordinator's HOST:PORT; with standbys theirs too, divided by commas.",
         json_schema_extra={"group": "Link"},
     )
-    name: tuple[str, ...] = Field(
-        (),
+    name: tuple[str, ...] | None = Field(
+        None,
         description="The site's name (default: with TLS the certificate's, else host name and shard's name). With "
         "several shards each site is NAME/SHARD; without TLS they may have a name each.",
         json_schema_extra={"group": "Link"},

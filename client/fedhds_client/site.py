@@ -106,20 +106,21 @@ def _names(settings: ClientSettings, tls: TlsFiles | None) -> list[str]:
     """One name per site: the certificate's or --name, followed by the shard's where there are several."""
     files = settings.data or ((settings.eval_data,) if settings.eval_data else ())
     stems = [file.name.split(".")[0] for file in files]
-    base = settings.name[0] if settings.name else None
+    given = settings.name or ()
+    base = given[0] if given else None
     if tls:
         base = own_identity(tls).name
-        if settings.name not in ((), (base,)):
+        if given not in ((), (base,)):
             raise SettingsError(
                 "--name",
-                f"the certificate is {base!r}'s and gives no other name; drop --name {' '.join(settings.name)!r}",
+                f"the certificate is {base!r}'s and gives no other name; drop --name {' '.join(given)!r}",
             )
-    if len(settings.name) > 1:
-        if len(set(settings.name)) != len(stems):
+    if len(given) > 1:
+        if len(set(given)) != len(stems):
             raise SettingsError(
-                "--name", f"has {len(set(settings.name))} different names for {len(stems)} shards; give one for each"
+                "--name", f"has {len(set(given))} different names for {len(stems)} shards; give one for each"
             )
-        names = list(settings.name)
+        names = list(given)
     elif base is None:
         names = [f"{socket.gethostname()}-{stem}" for stem in stems]
     else:
