@@ -150,16 +150,17 @@ def register_server() -> None:
         def combine(
             self,
             parameters: MedianSpec,
-            tensor: TensorSpec,
-            current: FloatArray,
+            group: Sequence[TensorSpec],
+            current: Sequence[FloatArray],
             shares: Shares,
-            update: Callable[[int], FloatArray],
-        ) -> FloatArray:
-            median = np.empty(current.size, dtype=np.float32)
-            for begin in range(0, current.size, _BLOCK):
+            update: Callable[[int], Sequence[FloatArray]],
+        ) -> Sequence[FloatArray]:
+            [value] = current
+            median = np.empty(value.size, dtype=np.float32)
+            for begin in range(0, value.size, _BLOCK):
                 block = slice(begin, begin + _BLOCK)
-                median[block] = np.median([update(index).ravel()[block] for index in range(len(shares))], axis=0)
-            return median.reshape(current.shape)
+                median[block] = np.median([update(index)[0].ravel()[block] for index in range(len(shares))], axis=0)
+            return [median.reshape(value.shape)]
 
     class Adagrad(ServerOptimizer):
         slots = ("squares",)

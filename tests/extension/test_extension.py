@@ -112,7 +112,7 @@ def carry_out(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator
         rows = {
             "a": write_rows(folder / "a.jsonl", {"sun": 8, "moon": 5}),
             "b": write_rows(folder / "b.jsonl", {"sun": 4, "tide": 5}),
-            "e": write_rows(folder / "e.jsonl", {"star": 3}),
+            "e": write_rows(folder / "e.jsonl", {"star": 5}),
         }
         sites = {
             name: federation.start(
@@ -218,7 +218,7 @@ def test_aggregator_and_optimizer_make_the_adapter_from_the_updates(outcome: Out
             if number % 2 and "down_proj" in name:
                 # Of another role: nobody trained it in this round, and nothing stepped.
                 assert np.array_equal(after, before)
-                assert all(np.array_equal(update[name], before) for update in updates)
+                assert all(name not in update for update in updates)
                 continue
             difference = np.median([update[name] for update in updates], axis=0) - before
             assert np.abs(difference).max() > 0

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedhds.errors import AdapterError, StorageError
-from fedhds.spec import AggregationSpec, RunSpec
+from fedhds.spec import PEFT_SPECS, AggregationSpec, PeftSpec, RunSpec
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.manifest import AdapterManifest, FloatArray, TensorSpec
 from fedhds.tensors.safetensors import AdapterDtype, AdapterReader, largest_value, write_adapter
 from fedhds_server.aggregation import AGGREGATORS, Aggregator, Update, aggregate
-from fedhds_server.aggregation.fedavg import FedAvg
 from fedhds_server.aggregation.pipeline import Aggregated
 from fedhds_server.aggregation.weights import bounded_shares
 from fedhds_server.optimizers import OPTIMIZERS
@@ -44,7 +43,7 @@ def optimizer(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def fast(optimizer: str) -> dict[str, float]:
+def fast(optimizer: str) -> dict[str, Any]:
     """Settings under which a step shows in 16 bits, too."""
     return {"server_learning_rate": 0.5} if "learning_rate" in type(spec_of(optimizer).optimizer).model_fields else {}
 
@@ -80,10 +79,19 @@ def combined(
     )
 
 
-def written(path: Path, seed: int, dtype: AdapterDtype = "float32") -> Path:
+def sent(aggregator: Aggregator, round_number: int = 1) -> AdapterManifest:
+    """The tensors that updates of a round have."""
+    return MANIFEST.only(aggregator.trainable(None, round_number, MANIFEST.roles))
+
+
+def written(path: Path, seed: int, dtype: AdapterDtype = "float32", manifest: AdapterManifest = MANIFEST) -> Path:
     """An adapter of random values."""
-    random = np.random.default_rng(seed)
-    write_adapter(path, MANIFEST, lambda spec: random.normal(size=spec.shape).astype(np.float32), dtype)
+
+    def values(spec: TensorSpec) -> FloatArray:
+        # By name: one tensor alone has the values that it has beside others.
+        return np.random.default_rng([seed, *spec.name.encode()]).normal(size=spec.shape).astype(np.float32)
+
+    write_adapter(path, manifest, values, dtype)
     return path
 
 
@@ -94,17 +102,22 @@ def slot(path: Path, seed: int) -> Path:
     return path
 
 
-def filled(path: Path, value: float) -> Path:
+def filled(path: Path, value: float, manifest: AdapterManifest = MANIFEST) -> Path:
     """An adapter that holds one value everywhere."""
-    write_adapter(path, MANIFEST, lambda spec: np.full(spec.shape, value, np.float32), "float32")
+    write_adapter(path, manifest, lambda spec: np.full(spec.shape, value, np.float32), "float32")
     return path
 
 
-def updates_of(folder: Path, weights: Mapping[str, float], dtype: AdapterDtype = "float32") -> list[Update]:
+def updates_of(
+    folder: Path,
+    weights: Mapping[str, float],
+    dtype: AdapterDtype = "float32",
+    manifest: AdapterManifest = MANIFEST,
+) -> list[Update]:
     """One random update per site, with its share of all weights."""
     total = sum(weights.values()) or 1
     return [
-        Update(site, written(folder / site, seed + 1, dtype), weight / total)
+        Update(site, written(folder / site, seed + 1, dtype, manifest), weight / total)
         for seed, (site, weight) in enumerate(sorted(weights.items()))
     ]
 
@@ -145,9 +158,9 @@ def test_an_update_without_share_is_as_if_it_had_not_come(
     aggregator: Aggregator, optimizer: str, tmp_path: Path, dtype: AdapterDtype
 ) -> None:
     current = written(tmp_path / "current", 0, dtype)
-    updates = updates_of(tmp_path, {"a": 3, "c": 1}, dtype)
+    updates = updates_of(tmp_path, {"a": 3, "c": 1}, dtype, sent(aggregator))
     without = combined(tmp_path, current, updates, dtype=dtype, aggregator=aggregator, optimizer=optimizer)
-    updates.append(Update("b", written(tmp_path / "b", 9, dtype), 0))
+    updates.append(Update("b", written(tmp_path / "b", 9, dtype, sent(aggregator)), 0))
     assert combined(tmp_path, current, updates, dtype=dtype, aggregator=aggregator, optimizer=optimizer) == without
 
 
@@ -156,7 +169,7 @@ def test_the_result_is_named_by_its_digest_and_has_the_runs_wire_type(
     aggregator: Aggregator, optimizer: str, tmp_path: Path, dtype: AdapterDtype
 ) -> None:
     current = written(tmp_path / "current", 0, dtype)
-    updates = updates_of(tmp_path, {"a": 1, "b": 2}, dtype)
+    updates = updates_of(tmp_path, {"a": 1, "b": 2}, dtype, sent(aggregator))
     result = combined(tmp_path, current, updates, dtype=dtype, aggregator=aggregator, optimizer=optimizer)
     assert result.adapter == Artifact.of_file(tmp_path / "aggregate")
     # Equal tensors in the same wire type are equal bytes, so this is that type, and rounded no further.
@@ -180,7 +193,7 @@ def test_the_order_of_arrival_changes_no_bit(aggregator: Aggregator, optimizer: 
     current = written(tmp_path / "current", 0)
     # In float64 too, (1e30 + 1) - 1e30 is another number than (1e30 - 1e30) + 1.
     values = {"a": 1e30, "b": 1.0, "c": -1e30, "d": 3e-8}
-    updates = [Update(site, filled(tmp_path / site, value), 0.25) for site, value in values.items()]
+    updates = [Update(site, filled(tmp_path / site, value, sent(aggregator)), 0.25) for site, value in values.items()]
     results = [
         combined(tmp_path, current, order, aggregator=aggregator, optimizer=optimizer)
         for order in itertools.permutations(updates)
@@ -210,7 +223,7 @@ def test_any_cohort_gives_the_same_bytes_in_any_order(
         slots = {name: slot(folder / f"old-{name}", 1) for name in OPTIMIZERS[optimizer].slots}
         updates = []
         for number, (site, weight) in enumerate(weights.items()):
-            write_adapter(folder / str(number), MANIFEST, cancelling, dtype)
+            write_adapter(folder / str(number), sent(AGGREGATORS[name]), cancelling, dtype)
             updates.append(Update(site, folder / str(number), weight / (sum(weights.values()) or 1)))
         results = []
         for _ in range(2):
@@ -231,13 +244,15 @@ def test_any_cohort_gives_the_same_bytes_in_any_order(
 
 def test_memory_does_not_grow_with_the_cohort(aggregator: Aggregator, optimizer: str, tmp_path: Path) -> None:
     side = 256
-    manifest = lora_manifest({f"{n}.lora_A.weight": (side, side) for n in range(4)})
-    path = tmp_path / "update"
-    write_adapter(path, manifest, lambda spec: np.ones(spec.shape, np.float32), "float32")
+    manifest = lora_manifest({f"{n}.lora_{factor}.weight": (side, side) for n in range(2) for factor in "AB"})
+    current, path = tmp_path / "current", tmp_path / "update"
+    write_adapter(current, manifest, lambda spec: np.ones(spec.shape, np.float32), "float32")
+    trained = manifest.only(aggregator.trainable(None, 1, manifest.roles))
+    write_adapter(path, trained, lambda spec: np.ones(spec.shape, np.float32), "float32")
     updates = [Update(f"{number:02}", path, 1 / 40) for number in range(40)]
     tracemalloc.start()
     try:
-        combined(tmp_path, path, updates, manifest=manifest, aggregator=aggregator, optimizer=optimizer)
+        combined(tmp_path, current, updates, manifest=manifest, aggregator=aggregator, optimizer=optimizer)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -249,11 +264,12 @@ def test_an_update_that_does_not_fit_is_refused_by_name_and_gives_no_file(
     aggregator: Aggregator, optimizer: str, tmp_path: Path
 ) -> None:
     current = written(tmp_path / "current", 0)
-    odd = lora_manifest({A.name: (3, 2), B.name: B.shape})
+    trained = sent(aggregator)
+    odd = lora_manifest({A.name: A.shape, B.name: (5, 2)}).only(trained.roles)
     write_adapter(tmp_path / "odd", odd, lambda spec: np.zeros(spec.shape, np.float32), "float32")
-    nan = filled(tmp_path / "nan", float("nan"))
-    for path, words in ((tmp_path / "odd", r"q\.lora_A\.weight has shape \(3, 2\)"), (nan, "not finite")):
-        updates = [*updates_of(tmp_path, {"a": 1}), Update("b", path, 1)]
+    nan = filled(tmp_path / "nan", float("nan"), trained)
+    for path, words in ((tmp_path / "odd", r"q\.lora_B\.weight has shape \(5, 2\)"), (nan, "not finite")):
+        updates = [*updates_of(tmp_path, {"a": 1}, manifest=trained), Update("b", path, 1)]
         with pytest.raises(AdapterError, match=words):
             combined(tmp_path, current, updates, aggregator=aggregator, optimizer=optimizer)
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(("aggregate", "slot-"))]
@@ -265,7 +281,7 @@ def test_a_file_that_cannot_be_written_is_a_named_error(
 ) -> None:
     current = written(tmp_path / "current", 0)
     (tmp_path / "absent").write_text("a file where a folder is needed")
-    updates = updates_of(tmp_path, weights)
+    updates = updates_of(tmp_path, weights, manifest=sent(aggregator))
     with pytest.raises(StorageError, match="absent"):
         combined(tmp_path / "absent", current, updates, aggregator=aggregator, optimizer=optimizer)
 
@@ -276,20 +292,13 @@ def test_an_update_that_has_vanished_is_a_named_error(aggregator: Aggregator, op
         combined(tmp_path, current, [Update("a", tmp_path / "vanished", 1)], aggregator=aggregator, optimizer=optimizer)
 
 
-class Alternating(FedAvg):
-    """Trains B alone in odd rounds, and A alone in even ones."""
-
-    def trainable(self, parameters: Any, round_number: int, roles: frozenset[str]) -> frozenset[str]:
-        return roles & {"lora_B" if round_number % 2 else "lora_A"}
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tensors_whose_roles_do_not_train_stay_as_they_are(optimizer: str, tmp_path: Path, dtype: AdapterDtype) -> None:
     current = written(tmp_path / "current", 0, dtype)
     slots = {name: slot(tmp_path / f"old-{name}", 7) for name in OPTIMIZERS[optimizer].slots}
-    updates = updates_of(tmp_path, {"a": 1, "b": 2}, dtype)
 
     def after(aggregator: Aggregator, round_number: int) -> list[dict[str, FloatArray]]:
+        updates = updates_of(tmp_path, {"a": 1, "b": 2}, dtype, sent(aggregator, round_number))
         combined(
             tmp_path,
             current,
@@ -306,7 +315,7 @@ def test_tensors_whose_roles_do_not_train_stay_as_they_are(optimizer: str, tmp_p
     before = [read(current), *map(read, slots.values())]
     whole = after(AGGREGATORS["fedavg"], 1)
     for number, trained, frozen in ((1, B, A), (2, A, B)):
-        for old, all_trained, new in zip(before, whole, after(Alternating(), number), strict=True):
+        for old, all_trained, new in zip(before, whole, after(AGGREGATORS["alternating"], number), strict=True):
             assert np.array_equal(new[frozen.name], old[frozen.name])
             assert np.array_equal(new[trained.name], all_trained[trained.name])
             assert not np.array_equal(new[trained.name], old[trained.name])
@@ -373,7 +382,7 @@ def test_adaptive_optimizers_are_algorithm_2_over_rounds_that_each_reread_their_
 ) -> None:
     # FedAdagrad is without momentum, as in the paper's section 5.
     beta1 = 0.0 if optimizer == "adagrad" else BETA1
-    betas = {} if optimizer == "adagrad" else {"server_beta1": BETA1, "server_beta2": BETA2}
+    betas: dict[str, Any] = {} if optimizer == "adagrad" else {"server_beta1": BETA1, "server_beta2": BETA2}
     current = written(tmp_path / "current", 0)
     slots: dict[str, Path] = {}
     value = {name: tensor.astype(np.float64) for name, tensor in read(current).items()}
@@ -485,6 +494,85 @@ def test_fedavg_of_the_largest_values_does_not_overflow(tmp_path: Path) -> None:
         Update(site, filled(tmp_path / site, largest), weight / 19) for site, weight in (("a", 3), ("b", 7), ("c", 9))
     ]
     assert (fedavg(tmp_path, updates)[B.name] == np.float32(largest)).all()
+
+
+# LoRA's products.
+
+
+def product(tensors: Mapping[str, FloatArray]) -> npt.NDArray[np.float64]:
+    return tensors[B.name].astype(np.float64) @ tensors[A.name]
+
+
+def dense_mean(current: Path, updates: Sequence[Update], manifest: AdapterManifest) -> npt.NDArray[np.float64]:
+    """The mean of the sites' products; a factor that they did not send is the global adapter's."""
+    total = np.zeros((B.shape[0], A.shape[1]))
+    for update in updates:
+        with AdapterReader(update.path, manifest) as reader:
+            total += update.share * product(
+                read(current) | {spec.name: reader.tensor(spec) for spec in manifest.tensors}
+            )
+    return total
+
+
+@pytest.mark.parametrize(("name", "number"), [("alternating", 1), ("alternating", 2), ("ffa", 1), ("ffa", 2)])
+def test_where_one_factor_trains_the_product_is_the_mean_of_the_products(
+    tmp_path: Path, name: str, number: int
+) -> None:
+    rule, current = AGGREGATORS[name], written(tmp_path / "current", 0)
+    updates = updates_of(tmp_path, {"a": 1, "b": 2, "c": 5}, manifest=sent(rule, number))
+    combined(tmp_path, current, updates, aggregator=rule, round_number=number)
+    result = read(tmp_path / "aggregate")
+    np.testing.assert_allclose(product(result), dense_mean(current, updates, sent(rule, number)), rtol=1e-5, atol=1e-5)
+    (frozen,) = set(MANIFEST.tensors) - set(sent(rule, number).tensors)
+    assert np.array_equal(result[frozen.name], read(current)[frozen.name])
+    # The factor that trains goes first while the other one is zero: B in round 1.
+    assert frozen == (B if (name, number) == ("alternating", 2) else A)
+
+
+def test_fedavg_is_not_the_mean_of_the_products(tmp_path: Path) -> None:
+    current, updates = written(tmp_path / "current", 0), updates_of(tmp_path, {"a": 1, "b": 2, "c": 5})
+    combined(tmp_path, current, updates)
+    assert np.abs(product(read(tmp_path / "aggregate")) - dense_mean(current, updates, MANIFEST)).max() > 0.1
+
+
+def test_one_site_alone_is_its_local_training(aggregator: Aggregator, tmp_path: Path) -> None:
+    current = written(tmp_path / "current", 0)
+    updates = updates_of(tmp_path, {"a": 3}, manifest=sent(aggregator))
+    combined(tmp_path, current, updates, aggregator=aggregator)
+    expected = dense_mean(current, updates, sent(aggregator))
+    np.testing.assert_allclose(product(read(tmp_path / "aggregate")), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_equal_sites_are_as_one(aggregator: Aggregator, tmp_path: Path) -> None:
+    current, manifest = written(tmp_path / "current", 0), sent(aggregator)
+    updates = [Update(site, written(tmp_path / site, 4, manifest=manifest), 0.25) for site in "abcd"]
+    combined(tmp_path, current, updates, aggregator=aggregator)
+    expected = dense_mean(current, updates[:1], manifest) * 4
+    np.testing.assert_allclose(product(read(tmp_path / "aggregate")), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_update_with_tensors_that_do_not_train_is_refused(tmp_path: Path) -> None:
+    whole, half = (
+        written(tmp_path / "whole", 1),
+        written(tmp_path / "half", 1, manifest=MANIFEST.only(frozenset({B.role}))),
+    )
+    check_update(half, MANIFEST, current=whole, max_norm=1, roles=frozenset({B.role}))
+    with pytest.raises(AdapterError, match=r"the first is 'q\.lora_A\.weight'"):
+        check_update(whole, MANIFEST, current=whole, max_norm=0, roles=frozenset({B.role}))
+    with pytest.raises(AdapterError, match=r"the first is 'q\.lora_A\.weight'"):
+        check_update(half, MANIFEST, current=whole, max_norm=0)
+
+
+@pytest.mark.parametrize("name", ["alternating", "ffa"])
+def test_rules_for_loras_factors_refuse_other_methods(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    class OtherSpec(PeftSpec):
+        summary = "another one"
+        method: Literal["other"] = "other"
+
+    monkeypatch.setitem(PEFT_SPECS, "other", OtherSpec)
+    spec_of("none", aggregator=name)
+    with pytest.raises(ValueError, match=rf"aggregator: {name} needs .* which the PEFT method other does not have"):
+        spec_of("none", aggregator=name, peft_method="other")
 
 
 # What an update must be.

@@ -32,8 +32,8 @@ class FailingMean(FedAvg):
 
 
 class Empty(FedAvg):
-    def combine(self, parameters: Any, tensor: Any, current: Any, shares: Any, update: Any) -> Any:
-        return np.full(tensor.shape, np.nan, np.float32)
+    def combine(self, parameters: Any, group: Any, current: Any, shares: Any, update: Any) -> Any:
+        return [np.full(tensor.shape, np.nan, np.float32) for tensor in group]
 
 
 class Adding(Random):

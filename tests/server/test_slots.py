@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.manifest import AdapterManifest
 from fedhds.tensors.safetensors import AdapterReader
 from fedhds.v2 import federation_pb2 as pb
-from fedhds_server.aggregation import AGGREGATORS
-from fedhds_server.aggregation.fedavg import FedAvg
 from fedhds_server.optimizers import OPTIMIZERS
 from tests.support.host import MANIFEST, Host, complete, complete_with, enroll, send, start, task_of, written
 
@@ -27,11 +25,11 @@ def value(host: Host, artifact: Artifact, tensor: int = 1) -> float:
     return float(only)
 
 
-async def train(host: Host, session: str, number: int, update: float) -> None:
+async def train(host: Host, session: str, number: int, update: float, manifest: AdapterManifest = MANIFEST) -> None:
     """Takes part in one round with an update that holds one value everywhere."""
     task = (await task_of(host, session)).task
     assert task.id == f"train/{number}/a"
-    path, artifact = written(host, update)
+    path, artifact = written(host, update, manifest)
     await send(host, session, path.read_bytes(), artifact)
     assert (await complete(host, session, task.id, artifact)).accepted
     async with asyncio.timeout(20):
@@ -94,24 +92,18 @@ async def test_a_round_in_which_nobody_has_rows_leaves_adapter_and_slots(tmp_pat
     await host.stop()
 
 
-class Alternating(FedAvg):
-    """Trains B alone in odd rounds, and A alone in even ones."""
-
-    def trainable(self, parameters: Any, round_number: int, roles: frozenset[str]) -> frozenset[str]:
-        return roles & {"lora_B" if round_number % 2 else "lora_A"}
-
-
-async def test_sites_hear_which_roles_train_and_the_others_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(AGGREGATORS, "fedavg", Alternating())
-    host = await start(tmp_path, rounds=2)
+async def test_sites_hear_which_roles_train_and_send_these_alone(tmp_path: Path) -> None:
+    host = await start(tmp_path, rounds=2, aggregator="alternating")
     session = await enroll(host)
     for number, role in ((1, "lora_B"), (2, "lora_A")):
         request = pb.TrainRequest()
         assert (await task_of(host, session)).task.request.Unpack(request)
         assert list(request.trainable_roles) == [role]
-        await train(host, session, number, float(number))
+        whole, artifact = written(host, 9.0)
+        await send(host, session, whole.read_bytes(), artifact)
+        refused = await complete(host, session, f"train/{number}/a", artifact)
+        assert "tensors differ from the run's manifest, 1 of them" in refused.reason
+        await train(host, session, number, float(number), MANIFEST.only(frozenset({role})))
     with AdapterReader(host.artifacts.verified(host.coordinator.state.adapter), MANIFEST) as reader:
         assert (reader.tensor(B) == 1.0).all()
         assert (reader.tensor(A) == 2.0).all()

@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 from fedhds.grpc_errors import error_of
 from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.manifest import AdapterManifest
 from fedhds.tensors.safetensors import write_adapter
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import federation_pb2_grpc as rpc
@@ -119,9 +120,9 @@ async def task_of(host: Host, session: str) -> pb.NextTaskResponse:
             return answer
 
 
-def written(host: Host, value: float) -> tuple[Path, Artifact]:
+def written(host: Host, value: float, manifest: AdapterManifest = MANIFEST) -> tuple[Path, Artifact]:
     path = host.folder / f"update-{value}.safetensors"
-    return path, write_adapter(path, MANIFEST, lambda t: np.full(t.shape, value, np.float32), "float32")
+    return path, write_adapter(path, manifest, lambda t: np.full(t.shape, value, np.float32), "float32")
 
 
 async def send(

@@ -10,12 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from fedhds.errors import StorageError
 from fedhds.runtime.files import make_folder, replace_file
 from fedhds.tensors.artifact import Artifact
-from fedhds.tensors.manifest import FloatArray, TensorSpec
+from fedhds.tensors.manifest import AdapterManifest, FloatArray, TensorSpec
 from fedhds.tensors.safetensors import AdapterReader, write_adapter
 from fedhds.v2 import federation_pb2 as pb
 
@@ -93,23 +91,22 @@ def keep_update(
 ) -> FinishedUpdate:
     """Writes what training made of the global adapter `adapter` in a round to `path`, in the run's wire type.
 
-    A difference (int8) is to `adapter`, plus what was rounded away of the site's update before; what is rounded away of
-    this one is beside it. Of tensors that the coordinator leaves as they are, whose roles are not in `trainable_roles`
-    (empty: all train), what was rounded away waits for a later update. The update is finished, and earlier ones go,
-    once its note is durable. Raises StorageError.
+    It has the tensors whose roles are in `trainable_roles` (empty: all). A difference (int8) is to `adapter`, plus what
+    was rounded away of the site's update before; what is rounded away of this one is beside it, and what was of tensors
+    that do not train waits for a later update. The update is finished, and earlier ones go, once its note is durable.
+    Raises StorageError.
     """
     folder = path.parent
+    sent = model.manifest().only(trainable_roles or model.manifest().roles)
     try:
         make_folder(folder)
         for old in folder.glob("update-*.safetensors"):
             old.unlink()
         residual = ""
         if model.codec.is_difference:
-            artifact, residual = _write_difference(
-                path, model, adapter, _residual(path, round_number), trainable_roles or model.manifest().roles
-            )
+            artifact, residual = _write_difference(path, model, sent, adapter, _residual(path, round_number))
         else:
-            artifact = model.codec.write(path, model.manifest(), model.values())
+            artifact = model.codec.write(path, sent, model.values())
         metadata = UpdateMetadata(
             digest=artifact.digest,
             size=artifact.size,
@@ -151,21 +148,19 @@ def _residual(path: Path, round_number: int) -> Path | None:
 
 
 def _write_difference(
-    path: Path, model: AdapterModel, adapter: Path, residual: Path | None, roles: frozenset[str]
+    path: Path, model: AdapterModel, sent: AdapterManifest, adapter: Path, residual: Path | None
 ) -> tuple[Artifact, str]:
-    """Writes the update of the tensors with these roles and what was rounded away; the update, the other's digest."""
-    manifest = model.manifest()
+    """Writes the update of the tensors of `sent` and what was rounded away of all; the update, the other's digest."""
+    roles = sent.roles
     with _difference(model, adapter, residual) as difference:
+        artifact = model.codec.write(path, sent, difference)
+        with AdapterReader(path, sent, differences=True) as update:
 
-        def update(spec: TensorSpec) -> FloatArray:
-            return difference(spec) if spec.role in roles else np.zeros(spec.shape, dtype=np.float32)
+            def rest(spec: TensorSpec) -> FloatArray:
+                return difference(spec) - update.tensor(spec) if spec.role in roles else difference(spec)
 
-        artifact = model.codec.write(path, manifest, update)
-        with AdapterReader(path, manifest, differences=True) as sent:
-            rest = write_adapter(
-                path.with_suffix(".residual"), manifest, lambda spec: difference(spec) - sent.tensor(spec), "float32"
-            )
-    return artifact, rest.digest
+            kept = write_adapter(path.with_suffix(".residual"), model.manifest(), rest, "float32")
+    return artifact, kept.digest
 
 
 @contextmanager

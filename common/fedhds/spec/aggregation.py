@@ -8,8 +8,10 @@ from pydantic import Field
 
 from fedhds.settings import Parameters, Variants, parameter
 from fedhds.spec.optimizer import OPTIMIZERS, OptimizerSpec
+from fedhds.spec.peft import LORA_ROLES
 
 if TYPE_CHECKING:
+    from fedhds.spec.run import RunSpec
     from fedhds.tensors.safetensors import AdapterDtype
 
 WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
@@ -24,6 +26,9 @@ class AggregatorSpec(Parameters):
 
     name: str = parameter(..., "How the updates of a round are combined.", setting="aggregator")
 
+    def check(self, spec: RunSpec) -> None:
+        """Raises ValueError, "SETTING: ...", when the run's other settings do not fit the aggregator."""
+
 
 class FedAvgSpec(AggregatorSpec):
     """Federated averaging (McMahan et al. 2017, Algorithm 1)."""
@@ -33,7 +38,38 @@ class FedAvgSpec(AggregatorSpec):
     name: Literal["fedavg"] = "fedavg"
 
 
-AGGREGATOR_SPECS: dict[str, type[AggregatorSpec]] = {"fedavg": FedAvgSpec}
+class LoraAggregatorSpec(AggregatorSpec):
+    """Base of those that know LoRA's factors: the adapter has pairs of A and B, and nothing else."""
+
+    def check(self, spec: RunSpec) -> None:
+        if spec.peft.roles != LORA_ROLES:
+            raise ValueError(
+                f"aggregator: {self.name} needs an adapter of LoRA's factors A and B alone, which the PEFT method "
+                f"{spec.peft.method} does not have; set another --aggregator, or --peft-method lora"
+            )
+
+
+class AlternatingSpec(LoraAggregatorSpec):
+    """RoLoRA (Chen et al. 2025, arXiv 2502.01755)."""
+
+    summary = "B trains in odd rounds, A in even ones: the exact mean of LoRA's products, for half the uploads (RoLoRA)"
+
+    name: Literal["alternating"] = "alternating"
+
+
+class FfaSpec(LoraAggregatorSpec):
+    """FFA-LoRA (Sun et al. 2024, arXiv 2403.12313)."""
+
+    summary = "only LoRA's B trains: the exact mean of the products, for half the uploads (FFA-LoRA)"
+
+    name: Literal["ffa"] = "ffa"
+
+
+AGGREGATOR_SPECS: dict[str, type[AggregatorSpec]] = {
+    "fedavg": FedAvgSpec,
+    "alternating": AlternatingSpec,
+    "ffa": FfaSpec,
+}
 AGGREGATORS = Variants(AGGREGATOR_SPECS, key="name", default="fedavg", kind="aggregator")
 
 

@@ -20,6 +20,10 @@ MAX_FEATURES = 1 << 20
 MAX_TARGETS = 256
 
 
+# What LoRA's factors are to it.
+LORA_ROLES = frozenset({"lora_A", "lora_B"})
+
+
 class PeftSpec(Parameters):
     """Base of the methods' parameters."""
 
@@ -27,6 +31,11 @@ class PeftSpec(Parameters):
     """What the method does, in a few words."""
 
     method: str = parameter(..., "What is trained in place of the base model's own weights.", setting="peft_method")
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """Roles of the adapter's tensors, for aggregators that need certain ones; empty: not known beforehand."""
+        return frozenset()
 
     @property
     def stated(self) -> dict[str, Any]:
@@ -74,6 +83,11 @@ class LoraSpec(PeftSpec):
             if "." in name:
                 raise ValueError(f"give the last part of the module's name: {name.rpartition('.')[2]}, not {name}")
         return targets
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """The two factors."""
+        return LORA_ROLES
 
     @property
     def stated(self) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class RunSpec(Parameters):
         return values
 
     @model_validator(mode="after")
-    def _check_strategy(self) -> Self:
+    def _check_variants(self) -> Self:
         self.selection.strategy.check(self)
+        self.aggregation.aggregator.check(self)
         return self

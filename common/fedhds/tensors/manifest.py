@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Self
 
@@ -208,6 +208,10 @@ class AdapterManifest:
     def roles(self) -> frozenset[str]:
         """What the tensors are to their PEFT method."""
         return frozenset(tensor.role for tensor in self.tensors)
+
+    def only(self, roles: frozenset[str]) -> AdapterManifest:
+        """The tensors with these roles alone, as the updates of a round have them in which the others do not train."""
+        return replace(self, tensors=tuple(tensor for tensor in self.tensors if tensor.role in roles))
 
     def parsed_config(self) -> dict[str, Any]:
         """The configuration as JSON; raises AdapterError when it is not an object."""

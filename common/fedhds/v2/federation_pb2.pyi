@@ -465,7 +465,7 @@ class TrainRequest(_message.Message):
 
     @_builtins.property
     def trainable_roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Roles of the tensors that train in this round; empty: all of them."""
+        """Roles of the tensors that train in this round, which alone the update has; empty: all of them."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The interface of aggregators: which tensors train in a round, and how updates of one tensor combine."""
+"""The interface of aggregators: which tensors train in a round, and how the updates of them combine."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ class Update:
 
 
 class Aggregator(ABC):
-    """Combines updates, tensor by tensor. `parameters` is everywhere the aggregator's own part of the specification.
+    """Combines updates, one group of tensors after the other.
+
+    `parameters` is everywhere the aggregator's own part of the specification.
 
     Implementations MUST give the same bytes whatever the order in which updates arrive (they come sorted by site),
-    MUST depend on nothing but their arguments, and MUST NOT keep tensors of all updates in memory: a rule that compares
-    all of them, such as a median, takes block after block.
+    MUST depend on nothing but their arguments, and MUST NOT keep more in memory than one group of all updates: a rule
+    that compares all of them, such as a median, takes block after block.
     """
 
     description: ClassVar[str]
@@ -44,19 +46,24 @@ class Aggregator(ABC):
     def weights(
         self, parameters: Any, updates: Sequence[Update], read: Callable[[int, TensorSpec], FloatArray]
     ) -> Shares:
-        """Shares float64 (n,) of the updates, which sum to 1; `read(i, tensor)` gives the i-th update's difference.
+        """Shares float64 (n,) of the updates, which sum to 1; `read(i, tensor)` gives the i-th update's difference,
+        zeros where a tensor does not train.
 
-        By default those that rows give. A rule that looks at the updates streams their tensors here.
+        By default those that the run gives them. A rule that looks at the updates streams their tensors here.
         """
         return np.array([update.share for update in updates], dtype=np.float64)
+
+    def groups(self, tensors: Sequence[TensorSpec]) -> list[Sequence[TensorSpec]]:
+        """The tensors that train in a round, as those that combine together; by default each by itself."""
+        return [(tensor,) for tensor in tensors]
 
     @abstractmethod
     def combine(
         self,
         parameters: Any,
-        tensor: TensorSpec,
-        current: FloatArray,
+        group: Sequence[TensorSpec],
+        current: Sequence[FloatArray],
         shares: Shares,
-        update: Callable[[int], FloatArray],
-    ) -> FloatArray:
-        """The combined value of one tensor, of the shape of `current`; `update(i)` reads the i-th update's value."""
+        update: Callable[[int], Sequence[FloatArray]],
+    ) -> Sequence[FloatArray]:
+        """The combined values of a group's tensors, of the shapes of `current`; `update(i)` reads the i-th update's."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fedhds.spec import FedAvgSpec
+from fedhds.spec import AggregatorSpec
 from fedhds.tensors.manifest import TensorSpec
 from fedhds_server.aggregation.base import Aggregator, FloatArray, Shares
 
@@ -18,15 +18,16 @@ class FedAvg(Aggregator):
 
     def combine(
         self,
-        parameters: FedAvgSpec,
-        tensor: TensorSpec,
-        current: FloatArray,
+        parameters: AggregatorSpec,
+        group: Sequence[TensorSpec],
+        current: Sequence[FloatArray],
         shares: Shares,
-        update: Callable[[int], FloatArray],
-    ) -> FloatArray:
+        update: Callable[[int], Sequence[FloatArray]],
+    ) -> Sequence[FloatArray]:
         # A running sum in float64 over updates in the order of sites: the result cannot depend on which came first,
-        # and memory is that of one tensor.
-        total = np.zeros(current.shape, dtype=np.float64)
+        # and memory is that of one group.
+        totals = [np.zeros(value.shape, dtype=np.float64) for value in current]
         for index, share in enumerate(shares):
-            total += share * update(index)
-        return total.astype(np.float32)
+            for total, values in zip(totals, update(index), strict=True):
+                total += share * values
+        return [total.astype(np.float32) for total in totals]

@@ -1,4 +1,4 @@
-"""From updates on disk to the next global adapter: weights, combination, server optimizer; one tensor in memory."""
+"""From updates on disk to the next global adapter: weights, combination, server optimizer; one group in memory."""
 
 from __future__ import annotations
 
@@ -54,9 +54,10 @@ def aggregate(
             return _unchanged(current, slots, scratch)
         with ExitStack() as stack:
             base = stack.enter_context(AdapterReader(current, manifest))
-            readers = [
-                stack.enter_context(AdapterReader(update.path, manifest, differences=True)) for update in ordered
-            ]
+            rule = spec.aggregator
+            trainable = aggregator.trainable(rule, round_number, manifest.roles)
+            trained = manifest.only(trainable)
+            readers = [stack.enter_context(AdapterReader(update.path, trained, differences=True)) for update in ordered]
             before = {name: stack.enter_context(AdapterReader(path, manifest)) for name, path in slots.items()}
             paths = {name: scratch(f"slot-{name}") for name in optimizer.slots}
             adapter_path = scratch("aggregate")
@@ -64,9 +65,18 @@ def aggregate(
             slot_writers = {
                 name: stack.enter_context(AdapterWriter.open(path, manifest)) for name, path in paths.items()
             }
-            rule = spec.aggregator
-            shares = aggregator.weights(rule, ordered, lambda index, tensor: _difference(readers[index], base, tensor))
-            trainable = aggregator.trainable(rule, round_number, manifest.roles)
+            shares = aggregator.weights(
+                rule,
+                ordered,
+                lambda index, tensor: (
+                    _difference(readers[index], base, tensor)
+                    if tensor.role in trainable
+                    else np.zeros(tensor.shape, dtype=np.float32)
+                ),
+            )
+            groups = {group[0]: group for group in aggregator.groups(trained.tensors)}
+            # What is combined of a group whose tensors are not all written yet.
+            combined: dict[TensorSpec, FloatArray] = {}
             largest = np.float32(largest_value(spec.adapter_dtype))
             for tensor in manifest.tensors:
                 value = base.tensor(tensor)
@@ -77,9 +87,14 @@ def aggregate(
                     for name in optimizer.slots
                 }
                 new: tuple[FloatArray, Mapping[str, FloatArray]] = value, old
-                if tensor.role in trainable:
-                    combined = aggregator.combine(rule, tensor, value, shares, partial(_value, readers, value, tensor))
-                    new = optimizer.step(spec.optimizer, value, combined, old, round_number)
+                if tensor in groups:
+                    group = groups[tensor]
+                    values = [value, *(base.tensor(other) for other in group[1:])]
+                    results = aggregator.combine(rule, group, values, shares, partial(_values, readers, values, group))
+                    combined.update(zip(group, results, strict=True))
+                    del values, results
+                if tensor in combined:
+                    new = optimizer.step(spec.optimizer, value, combined.pop(tensor), old, round_number)
                 # A step may go beyond the updates, and so beyond what the adapter's type holds.
                 writer.add(tensor, _finite(tensor, np.clip(new[0], -largest, largest)))
                 for name, slot_writer in slot_writers.items():
@@ -107,9 +122,12 @@ def _finite(tensor: TensorSpec, values: FloatArray) -> FloatArray:
     return values
 
 
-def _value(readers: Sequence[AdapterReader], current: FloatArray, tensor: TensorSpec, index: int) -> FloatArray:
-    values = readers[index].tensor(tensor)
-    return current + values if readers[index].is_difference else values
+def _values(
+    readers: Sequence[AdapterReader], current: Sequence[FloatArray], group: Sequence[TensorSpec], index: int
+) -> list[FloatArray]:
+    reader = readers[index]
+    values = [reader.tensor(tensor) for tensor in group]
+    return [start + value for start, value in zip(current, values, strict=True)] if reader.is_difference else values
 
 
 def _difference(reader: AdapterReader, base: AdapterReader, tensor: TensorSpec) -> FloatArray:

@@ -23,6 +23,7 @@ from fedhds_server.coordinator import Coordinator
 from fedhds_server.rpc.adapter_config import check_adapter_config
 from fedhds_server.run.state import Task
 from fedhds_server.workflows import TASK_KINDS
+from fedhds_server.workflows.training import trainable_roles
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ async def check_result(
             check_update,
             path,
             state.adapter_manifest,
+            roles=trainable_roles(state, task.round_number),
             current=current,
             max_norm=spec.max_update_norm,
             dtype=spec.adapter_dtype,
@@ -113,18 +115,26 @@ def named_upload(task_id: str, result: Any) -> Artifact | None:
 
 
 def check_update(
-    path: Path, manifest: AdapterManifest, *, current: Path, max_norm: float, dtype: AdapterDtype = "float32"
+    path: Path,
+    manifest: AdapterManifest,
+    *,
+    current: Path,
+    max_norm: float,
+    roles: frozenset[str] | None = None,
+    dtype: AdapterDtype = "float32",
 ) -> None:
     """Checks names, shapes, types and values of an update, and its distance from the adapter `current`.
 
-    Values must be finite in the type `dtype` of the global adapter. The distance is the L2 norm of the difference over
-    all tensors; a `max_norm` of 0 allows any. Raises AdapterError, naming the tensor if there is one.
+    It must have the tensors whose roles are in `roles` (None: all), and no others. Values must be finite in the type
+    `dtype` of the global adapter. The distance is the L2 norm of the difference over its tensors; a `max_norm` of 0
+    allows any. Raises AdapterError, naming the tensor if there is one.
     """
+    trained = manifest.only(manifest.roles if roles is None else roles)
     square, largest = 0.0, largest_value(dtype)
     with ExitStack() as stack, np.errstate(over="ignore"):
-        reader = stack.enter_context(AdapterReader(path, manifest, differences=True))
+        reader = stack.enter_context(AdapterReader(path, trained, differences=True))
         base = stack.enter_context(AdapterReader(current, manifest)) if max_norm or reader.is_difference else None
-        for tensor in manifest.tensors:
+        for tensor in trained.tensors:
             value = difference = reader.tensor(tensor)
             if base is not None:
                 start = base.tensor(tensor)

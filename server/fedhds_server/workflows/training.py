@@ -41,15 +41,15 @@ class TrainingWorkflow(Workflow):
         return f"the aggregator {spec.aggregator.name} with the server optimizer {spec.optimizer.name}"
 
     def request(self, state: RunState, task: Task) -> pb.TrainRequest:
-        rule, adapter_roles = state.spec.aggregation.aggregator, state.adapter_manifest.roles
-        roles = AGGREGATORS[rule.name].trainable(rule, task.round_number, adapter_roles)
+        roles = trainable_roles(state, task.round_number)
         return pb.TrainRequest(
             coreset=state.coreset_of(task.site),
-            trainable_roles=sorted(roles) if roles != adapter_roles else (),
+            trainable_roles=sorted(roles) if roles != state.adapter_manifest.roles else (),
         )
 
     def upload_sizes(self, state: RunState, task: Task) -> range:
-        return _update_sizes(state.manifest, state.spec.aggregation.wire_dtype)
+        roles = trainable_roles(state, task.round_number)
+        return _update_sizes(state.manifest, roles, state.spec.aggregation.wire_dtype)
 
     def upload_of(self, result: Any) -> Artifact | None:
         trained = read(result)
@@ -90,10 +90,17 @@ class TrainingWorkflow(Workflow):
         return workspace.aggregate(state, stage)
 
 
-@functools.lru_cache(maxsize=1)
-def _update_sizes(manifest: str, wire_dtype: str) -> range:
+def trainable_roles(state: RunState, round_number: int) -> frozenset[str]:
+    """Roles of the tensors that train in a round, which alone its updates have."""
+    rule = state.spec.aggregation.aggregator
+    return AGGREGATORS[rule.name].trainable(rule, round_number, state.adapter_manifest.roles)
+
+
+@functools.lru_cache(maxsize=2)
+def _update_sizes(manifest: str, roles: frozenset[str], wire_dtype: str) -> range:
     # Asked for with every open task, after every save.
-    return CODECS[wire_dtype].sizes(AdapterManifest.from_proto(unpacked(manifest, pb.AdapterManifest)))
+    whole = AdapterManifest.from_proto(unpacked(manifest, pb.AdapterManifest))
+    return CODECS[wire_dtype].sizes(whole.only(roles))
 
 
 def contributions(stage: Stage) -> dict[str, pb.TrainResult]:
