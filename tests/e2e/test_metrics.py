@@ -50,7 +50,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[S
             *("--selection-clip-norm=1", "--selection-noise-multiplier=2", "--released-centroids=2", FLAG),
         )
         rows = write_rows(federation.folder / "a.jsonl", {"sun": 20, "sea": 20})
-        held_out = write_rows(federation.folder / "held-out.jsonl", {"sun": 4})
+        held_out = write_rows(federation.folder / "held-out.jsonl", {"sun": 5})
         client = federation.client("a", f"--data={rows}", f"--eval-data={held_out}", FLAG)
         server.wait_for("after round 2, a measures")
         address = f"--server={federation.address()}"
@@ -98,7 +98,7 @@ def test_the_metrics_tell_what_the_status_tells(scraped: Scraped) -> None:
 def test_a_client_tells_its_work_and_what_it_has_spent(scraped: Scraped) -> None:
     client = scraped.client
     assert client("fedhds_client_connected") == 1
-    assert client("fedhds_client_rows", use="evaluate") == 4
+    assert client("fedhds_client_rows", use="evaluate") == 5
     assert client("fedhds_client_task_seconds_count", task="select") == 1
     assert client("fedhds_client_task_seconds_count", task="train") >= 2
     assert 0 < client("fedhds_client_epsilon", unit="client") < 10

@@ -64,7 +64,7 @@ def ends(daemon: Daemon, status: int, *words: str) -> None:
 
 
 def test_a_run_without_home_and_account(homeless: Federation) -> None:
-    data, held_out = rows(homeless), rows(homeless, "e.jsonl", 2)
+    data, held_out = rows(homeless), rows(homeless, "e.jsonl", 3)
     server = homeless.server(*FLAGS)
     site = homeless.client("a", f"--data={data}", f"--eval-data={held_out}")
     ends(site, 0, "rouge_l")

@@ -125,7 +125,7 @@ def paused(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[st
         }.items():
             rows = write_rows(federation.folder / f"{name}.jsonl", dict.fromkeys(topics, 20))
             federation.client(name, f"--data={rows}")
-        held_out = write_rows(federation.folder / "held-out.jsonl", {"sun": 4})
+        held_out = write_rows(federation.folder / "held-out.jsonl", {"sun": 5})
         federation.client("evaluator", f"--eval-data={held_out}")
         fail_with(federation.folder / "run", ATTACK)
         server.wait_for("after round 4, evaluator measures")

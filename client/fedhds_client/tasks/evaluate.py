@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from fedhds.errors import TaskError
+from fedhds.errors import PrivacyError, TaskError
 from fedhds.v2 import federation_pb2 as pb
 from fedhds_client.tasks.base import SiteTask, TaskContext, TaskResult
 
@@ -22,6 +22,10 @@ class EvaluateTask(SiteTask):
         site, models, number = context.site, context.models, context.task.round_number
         if site.held_out is None:
             raise TaskError("this site has no rows to evaluate on")
+        if len(site.held_out) < (floor := context.settings.min_cluster_rows):
+            raise PrivacyError(
+                f"this site has {len(site.held_out)} rows to evaluate on, and measures none below {floor}"
+            )
         models.model.load(context.adapter)
         sums = evaluate(
             models.model,
