@@ -99,6 +99,11 @@ def test_a_site_that_declares_a_huge_number_of_rows_does_not_take_the_budget_of_
     # What the others do not have it gives after all: the budget is met, and its weight is bounded in any case.
     assert counts({"a": 4, "b": 8, "liar": 10**8}, 60) == {"a": 4, "b": 8, "liar": 48}
     assert counts({"liar": 10**8}, 60) == {"liar": 60}
+    # Sites of one certificate share its part.
+    drawn = counts({"a": 100, "b": 200, **{f"liar/{number}": 10**7 for number in range(6)}}, 60)
+    assert drawn.pop("a") + drawn.pop("b") == 30
+    assert sum(drawn.values()) == 30
+    assert len(drawn) > 1
 
 
 def test_random_draws_differ_between_seeds_rounds_and_sites() -> None:

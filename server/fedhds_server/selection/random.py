@@ -10,26 +10,34 @@ import numpy as np
 import numpy.typing as npt
 
 from fedhds.v2 import selection_pb2 as pb
+from fedhds_server.run.parties import party_of
 from fedhds_server.selection.base import InterClientSelection, Report, Selection, SelectionContext
 
 
 class Random(InterClientSelection):
     """How many rows each site gives is drawn as if the pool lay in one place (multivariate hypergeometric).
 
-    But no site gives more than its largest share of a round's weight: what that exceeds is drawn from the others.
+    But no party gives more than its largest share of a round's weight: what that exceeds is drawn from the others.
     """
 
     def select(self, context: SelectionContext, reports: Mapping[str, Report]) -> Selection:
-        sites = sorted(context.rows)
-        pool = sum(context.rows.values())
+        groups: dict[str, list[str]] = {}
+        for site in sorted(context.rows):
+            groups.setdefault(party_of(site), []).append(site)
         rng = np.random.default_rng([context.spec.seed, context.round_number])
-        rows = np.array([context.rows[site] for site in sites], dtype=np.int64)
-        counts = _draw(rng, rows, min(context.budget or 0, pool), largest=context.spec.aggregation.max_weight_share)
+        shards = [np.array([context.rows[site] for site in sites], dtype=np.int64) for sites in groups.values()]
+        rows = np.array([shard.sum() for shard in shards], dtype=np.int64)
+        budget, largest = min(context.budget or 0, int(rows.sum())), context.spec.aggregation.max_weight_share
+        drawn = _draw(rng, rows, budget, largest=largest)
+        counts: dict[str, int] = {}
+        for sites, shard, count in zip(groups.values(), shards, drawn.tolist(), strict=True):
+            # Of one site nothing is left to chance, and nothing is drawn.
+            own = rng.multivariate_hypergeometric(shard, count, method="marginals") if len(sites) > 1 else [count]
+            counts |= {site: int(taken) for site, taken in zip(sites, own, strict=True) if taken}
         return Selection(
             {
-                site: pb.Coreset(random=pb.RandomRows(count=int(count), seed=_site_seed(context, site)))
-                for site, count in zip(sites, counts, strict=True)
-                if count
+                site: pb.Coreset(random=pb.RandomRows(count=count, seed=_site_seed(context, site)))
+                for site, count in counts.items()
             }
         )
 
@@ -37,7 +45,7 @@ class Random(InterClientSelection):
 def _draw(
     rng: np.random.Generator, rows: npt.NDArray[np.int64], budget: int, *, largest: float
 ) -> npt.NDArray[np.int64]:
-    """How many of its `rows` (n,) each site gives: none more than the share `largest` while others have rows left.
+    """How many of its `rows` (n,) each party gives: none more than the share `largest` while others have rows left.
 
     Beyond that share an update has no weight (aggregation.weights), and what a site declares cannot be checked.
     """
