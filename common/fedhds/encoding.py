@@ -20,7 +20,7 @@ def shown(text: str, *, keep: str = "") -> str:
     """`text` with a space for every character that could steer a terminal or forge a line of a log.
 
     Those are control characters, line ends and marks of writing direction, but for those in `keep`; what is not UTF-8
-    stays, for whoever writes it to escape.
+    stays: what writes it escapes it.
     """
     return "".join(
         character if character.isprintable() or character in keep or "\ud800" <= character <= "\udfff" else " "
