@@ -171,7 +171,7 @@ def manifest(model: Path) -> AdapterManifest:
 
 @pytest.fixture
 async def world(tmp_path: Path, model: Path, manifest: AdapterManifest) -> AsyncIterator[World]:
-    write_rows(tmp_path / "rows.jsonl", {"bees": 4})
+    write_rows(tmp_path / "rows.jsonl", {"bees": 8})
     spec = RunSpec.of(model=str(model), rounds=1, lora_rank=2, max_length=64, max_new_tokens=2)
     (tmp_path / "coordinator").mkdir()
     coordinator = Coordinator(spec.model_dump_json(), manifest, tmp_path / "coordinator")
