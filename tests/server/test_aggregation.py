@@ -242,7 +242,9 @@ def test_any_cohort_gives_the_same_bytes_in_any_order(
         assert results[0] == results[1]
 
 
-def test_memory_does_not_grow_with_the_cohort(aggregator: Aggregator, optimizer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", sorted(AGGREGATORS.keys() - {"svd"}))
+def test_memory_does_not_grow_with_the_cohort(name: str, optimizer: str, tmp_path: Path) -> None:
+    aggregator = AGGREGATORS[name]
     side = 256
     manifest = lora_manifest({f"{n}.lora_{factor}.weight": (side, side) for n in range(2) for factor in "AB"})
     current, path = tmp_path / "current", tmp_path / "update"
@@ -258,6 +260,22 @@ def test_memory_does_not_grow_with_the_cohort(aggregator: Aggregator, optimizer:
         tracemalloc.stop()
     # One tensor of each update would be 40 tensors.
     assert peak < 16 * 4 * side * side
+
+
+def test_memory_of_svd_is_that_of_one_layer_of_the_cohort(tmp_path: Path) -> None:
+    peaks = []
+    for layers in (1, 4):
+        shapes = {"A": (8, 256), "B": (256, 8)}
+        manifest = lora_manifest({f"{n}.lora_{key}.weight": shapes[key] for n in range(layers) for key in "AB"})
+        path = written(tmp_path / "update", 1, manifest=manifest)
+        updates = [Update(f"{number:02}", path, 1 / 40) for number in range(40)]
+        tracemalloc.start()
+        try:
+            combined(tmp_path, path, updates, manifest=manifest, aggregator=AGGREGATORS["svd"])
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
 
 
 def test_an_update_that_does_not_fit_is_refused_by_name_and_gives_no_file(
@@ -563,7 +581,61 @@ def test_an_update_with_tensors_that_do_not_train_is_refused(tmp_path: Path) -> 
         check_update(half, MANIFEST, current=whole, max_norm=0)
 
 
-@pytest.mark.parametrize("name", ["alternating", "ffa"])
+@pytest.mark.parametrize("sites", [1, 2, 5])
+def test_svd_is_the_truncated_svd_of_the_dense_mean(tmp_path: Path, sites: int) -> None:
+    current = written(tmp_path / "current", 0)
+    updates = updates_of(tmp_path, {f"{number}": number + 1 for number in range(sites)})
+    combined(tmp_path, current, updates, aggregator=AGGREGATORS["svd"])
+    result = read(tmp_path / "aggregate")
+    u, values, vt = np.linalg.svd(dense_mean(current, updates, MANIFEST))
+    np.testing.assert_allclose(product(result), (u[:, :2] * values[:2]) @ vt[:2], rtol=1e-5, atol=1e-5)
+    # Balanced: each factor has the root of the singular values.
+    a, b = result[A.name].astype(np.float64), result[B.name].astype(np.float64)
+    np.testing.assert_allclose(a @ a.T, np.diag(values[:2]), atol=1e-5)
+    np.testing.assert_allclose(b.T @ b, np.diag(values[:2]), atol=1e-5)
+    assert (a[np.arange(2), np.abs(a).argmax(axis=1)] > 0).all()
+
+
+def test_svd_keeps_a_new_adapter_trainable(tmp_path: Path) -> None:
+    def values(spec: TensorSpec) -> FloatArray:
+        return np.zeros(spec.shape, np.float32) if spec == B else np.arange(6, dtype=np.float32).reshape(spec.shape)
+
+    def one_direction(spec: TensorSpec) -> FloatArray:
+        return np.ones(spec.shape, np.float32) * (1 if spec == A else [2, 0])
+
+    write_adapter(tmp_path / "zero", MANIFEST, values, "float32")
+    write_adapter(tmp_path / "one", MANIFEST, one_direction, "float32")
+    combined(tmp_path, tmp_path / "zero", [Update("a", tmp_path / "zero", 1)], aggregator=AGGREGATORS["svd"])
+    assert all(np.array_equal(read(tmp_path / "aggregate")[spec.name], values(spec)) for spec in MANIFEST.tensors)
+    combined(tmp_path, tmp_path / "zero", [Update("a", tmp_path / "one", 1)], aggregator=AGGREGATORS["svd"])
+    result = read(tmp_path / "aggregate")
+    np.testing.assert_allclose(product(result), 2, rtol=1e-6)
+    # The second direction has B = 0, and an A through which it can learn.
+    assert not result[B.name][:, 1].any()
+    assert np.linalg.norm(result[A.name][1]) > 1
+
+
+def test_svd_at_a_rank_above_the_layers_width(tmp_path: Path) -> None:
+    manifest = lora_manifest({"q.lora_A.weight": (8, 3), "q.lora_B.weight": (4, 8)})
+    path = written(tmp_path / "update", 1, manifest=manifest)
+    updates = [Update("a", path, 1)]
+    combined(tmp_path, path, updates, manifest=manifest, aggregator=AGGREGATORS["svd"])
+    products = []
+    for file in (path, tmp_path / "aggregate"):
+        with AdapterReader(file, manifest) as reader:
+            a, b = (reader.tensor(spec) for spec in manifest.tensors)
+            products.append(b @ a)
+    np.testing.assert_allclose(products[1], products[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{"server_optimizer": "momentum"}, {"wire_dtype": "int8"}])
+def test_svd_refuses_what_adds_up_factors_of_several_rounds(fields: dict[str, str]) -> None:
+    [(setting, value)] = fields.items()
+    with pytest.raises(ValueError, match=f"{setting}: {value} adds .* svd"):
+        RunSpec.of(model="m", rounds=1, aggregator="svd", **fields)
+
+
+@pytest.mark.parametrize("name", ["alternating", "ffa", "svd"])
 def test_rules_for_loras_factors_refuse_other_methods(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     class OtherSpec(PeftSpec):
         summary = "another one"

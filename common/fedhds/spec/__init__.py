@@ -5,6 +5,7 @@ from fedhds.spec.aggregation import (
     AggregationSpec,
     AggregatorSpec,
     FedAvgSpec,
+    SvdSpec,
     WireDtype,
 )
 from fedhds.spec.amounts import budget_rows
@@ -75,6 +76,7 @@ __all__ = [
     "SelectionPrivacySpec",
     "SelectionSpec",
     "StrategySpec",
+    "SvdSpec",
     "TrainingSpec",
     "WireDtype",
     "YogiSpec",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from fedhds.settings import Parameters, Variants, parameter
-from fedhds.spec.optimizer import OPTIMIZERS, OptimizerSpec
+from fedhds.spec.optimizer import OPTIMIZERS, NoOptimizerSpec, OptimizerSpec
 from fedhds.spec.peft import LORA_ROLES
 
 if TYPE_CHECKING:
@@ -65,10 +65,33 @@ class FfaSpec(LoraAggregatorSpec):
     name: Literal["ffa"] = "ffa"
 
 
+class SvdSpec(LoraAggregatorSpec):
+    """FlexLoRA's aggregation (Bai et al. 2024, arXiv 2402.11505) at one rank."""
+
+    summary = "the best approximation of the mean of LoRA's products at the adapter's rank (FlexLoRA)"
+
+    name: Literal["svd"] = "svd"
+
+    def check(self, spec: RunSpec) -> None:
+        """Its factors turn from round to round, so nothing of an earlier round can be added to them."""
+        super().check(spec)
+        if not isinstance(spec.aggregation.optimizer, NoOptimizerSpec):
+            raise ValueError(
+                f"server_optimizer: {spec.aggregation.optimizer.name} adds up the factors of several rounds, which have "
+                "another basis in each under the aggregator svd; set --server-optimizer none, or another --aggregator"
+            )
+        if spec.aggregation.wire_dtype == "int8":
+            raise ValueError(
+                "wire_dtype: int8 adds the rounding error of a round to the factors of the next, which have another basis "
+                "under the aggregator svd; set another --wire-dtype, or another --aggregator"
+            )
+
+
 AGGREGATOR_SPECS: dict[str, type[AggregatorSpec]] = {
     "fedavg": FedAvgSpec,
     "alternating": AlternatingSpec,
     "ffa": FfaSpec,
+    "svd": SvdSpec,
 }
 AGGREGATORS = Variants(AGGREGATOR_SPECS, key="name", default="fedavg", kind="aggregator")
 
