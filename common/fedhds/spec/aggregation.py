@@ -77,13 +77,13 @@ class SvdSpec(LoraAggregatorSpec):
         super().check(spec)
         if not isinstance(spec.aggregation.optimizer, NoOptimizerSpec):
             raise ValueError(
-                f"server_optimizer: {spec.aggregation.optimizer.name} adds up the factors of several rounds, which have "
-                "another basis in each under the aggregator svd; set --server-optimizer none, or another --aggregator"
+                f"server_optimizer: {spec.aggregation.optimizer.name} adds up the factors of several rounds, which "
+                "have another basis in each under the aggregator svd; set --server-optimizer none, or another --aggregator"
             )
         if spec.aggregation.wire_dtype == "int8":
             raise ValueError(
-                "wire_dtype: int8 adds the rounding error of a round to the factors of the next, which have another basis "
-                "under the aggregator svd; set another --wire-dtype, or another --aggregator"
+                "wire_dtype: int8 adds the rounding error of a round to the factors of the next, which have another "
+                "basis under the aggregator svd; set another --wire-dtype, or another --aggregator"
             )
 
 

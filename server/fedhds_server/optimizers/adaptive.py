@@ -40,18 +40,20 @@ class Adaptive(ServerOptimizer):
         delta -= value
         squares = self.squares(parameters, slots["squares"], np.square(delta))
         mean = self.mean(parameters, slots, delta)
-        new = {"squares": rounded(squares), "momentum": rounded(mean)}
+        new = {name: rounded({"squares": squares, "momentum": mean}[name]) for name in self.slots}
         np.sqrt(squares, out=squares)
         squares += parameters.tau
         mean *= parameters.learning_rate
         mean /= squares
         mean += value
-        return rounded(mean), {name: new[name] for name in self.slots}
+        return rounded(mean), new
 
     def mean(self, parameters: Any, slots: Mapping[str, FloatArray], delta: Doubles) -> Doubles:
         """The next m; may change `delta`."""
         delta *= 1 - parameters.beta1
-        delta += parameters.beta1 * slots["momentum"].astype(np.float64)
+        before = slots["momentum"].astype(np.float64)
+        before *= parameters.beta1
+        delta += before
         return delta
 
     @abstractmethod
@@ -92,5 +94,7 @@ class Adam(Adaptive):
     def squares(self, parameters: AdamSpec, before: FloatArray, square: Doubles) -> Doubles:
         """Their running mean."""
         square *= 1 - parameters.beta2
-        square += parameters.beta2 * before.astype(np.float64)
+        share = before.astype(np.float64)
+        share *= parameters.beta2
+        square += share
         return square
