@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from urllib.parse import unquote
 
 import grpc
 
@@ -17,6 +16,7 @@ from fedhds.v2 import status_pb2
 from fedhds.v2 import status_pb2_grpc as status_rpc
 from fedhds_server.coordinator import Coordinator
 from fedhds_server.coordinator.admission import Admission
+from fedhds_server.rpc.peers import host_of
 from fedhds_server.run.base_model import check_confirmation
 from fedhds_server.run.events import ModelConfirmed, RunPaused, RunResumed, RunStopped, SiteEvicted
 from fedhds_server.run.parties import party_of
@@ -136,9 +136,7 @@ def _operator(context: grpc.aio.ServicerContext, admission: Admission) -> str:
         if admission.is_revoked(peer.name, peer.key_fingerprint, peer.serial):
             raise NotPermitted(f"the certificate of {peer.name!r} is revoked")
         return peer.name
-    # gRPC names the peer "ipv4:127.0.0.1:4711" or "ipv6:%5B::1%5D:4711".
-    host = unquote(context.peer()).partition(":")[2].rpartition(":")[0]
-    if not is_loopback(host):
+    if not is_loopback(host_of(context)):
         raise NotPermitted("without TLS a run is changed from the coordinator's own host only; call from there")
     return ""
 

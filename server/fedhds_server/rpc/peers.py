@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextvars import ContextVar
 from urllib.parse import unquote
 
 import grpc
@@ -31,10 +32,16 @@ def host_of(context: grpc.aio.ServicerContext) -> str:
 
 
 def _identity(context: grpc.aio.ServicerContext) -> PeerIdentity | None:
-    known = context.auth_context()
-    certificates = known.get("x509_pem_cert")
-    # Reading a certificate takes longer than all else that a call needs.
-    return _of_certificate(certificates[0]) if certificates else identity_of(known)
+    caller = _CALLER.get()
+    if caller is None or caller[0] is not context:
+        known = context.auth_context()
+        certificates = known.get("x509_pem_cert")
+        # Reading a certificate takes longer than all else that a call needs.
+        caller = context, _of_certificate(certificates[0]) if certificates else identity_of(known)
+        _CALLER.set(caller)
+    return caller[1]
 
 
+# The call that the current task answers, and who makes it: gRPC takes 20 µs to say so.
+_CALLER: ContextVar[tuple[grpc.aio.ServicerContext, PeerIdentity | None] | None] = ContextVar("caller", default=None)
 _of_certificate = functools.lru_cache(maxsize=4096)(identity_from_certificate)
