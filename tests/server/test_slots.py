@@ -99,14 +99,37 @@ async def test_sites_hear_which_roles_train_and_send_these_alone(tmp_path: Path)
         request = pb.TrainRequest()
         assert (await task_of(host, session)).task.request.Unpack(request)
         assert list(request.trainable_roles) == [role]
-        whole, artifact = written(host, 9.0)
-        await send(host, session, whole.read_bytes(), artifact)
-        refused = await complete(host, session, f"train/{number}/a", artifact)
-        assert "tensors differ from the run's manifest, 1 of them" in refused.reason
         await train(host, session, number, float(number), MANIFEST.only(frozenset({role})))
     with AdapterReader(host.artifacts.verified(host.coordinator.state.adapter), MANIFEST) as reader:
         assert (reader.tensor(B) == 1.0).all()
         assert (reader.tensor(A) == 2.0).all()
+    await host.stop()
+
+
+async def test_an_update_with_what_does_not_train_is_rejected(tmp_path: Path) -> None:
+    host = await start(tmp_path, aggregator="ffa")
+    session = await enroll(host)
+    task = (await task_of(host, session)).task
+    path, artifact = written(host, 9.0)
+    await send(host, session, path.read_bytes(), artifact)
+    answer = await complete(host, session, task.id, artifact)
+    assert not answer.accepted
+    assert "1 of them; the first is 'q.lora_A.weight'" in answer.reason
+    await host.stop()
+
+
+@pytest.mark.parametrize(("weight_by", "mean"), [("rows", 3.0), ("equal", 2.0)])
+async def test_updates_count_by_rows_or_equally(tmp_path: Path, weight_by: str, mean: float) -> None:
+    host = await start(tmp_path, min_sites=2, weight_by=weight_by, max_weight_share=1.0)
+    sessions = {site: await enroll(host, site, rows=rows) for site, rows in (("a", 1), ("b", 3))}
+    for (site, session), update, samples in zip(sessions.items(), (0.0, 4.0), (1, 3), strict=True):
+        task = (await task_of(host, session)).task
+        path, artifact = written(host, update)
+        await send(host, session, path.read_bytes(), artifact)
+        result = pb.TrainResult(update=artifact.to_proto(), samples=samples)
+        assert (await complete_with(host, session, task.id, result)).accepted, site
+    assert (await task_of(host, sessions["a"])).done.outcome == "completed"
+    assert value(host, host.coordinator.state.adapter) == mean
     await host.stop()
 
 

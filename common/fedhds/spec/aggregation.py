@@ -33,7 +33,7 @@ class AggregatorSpec(Parameters):
 class FedAvgSpec(AggregatorSpec):
     """Federated averaging (McMahan et al. 2017, Algorithm 1)."""
 
-    summary = "their mean, weighted by rows"
+    summary = "the weighted mean of each tensor"
 
     name: Literal["fedavg"] = "fedavg"
 
@@ -78,7 +78,8 @@ class SvdSpec(LoraAggregatorSpec):
         if not isinstance(spec.aggregation.optimizer, NoOptimizerSpec):
             raise ValueError(
                 f"server_optimizer: {spec.aggregation.optimizer.name} adds up the factors of several rounds, which "
-                "have another basis in each under the aggregator svd; set --server-optimizer none, or another --aggregator"
+                "have another basis in each under the aggregator svd; set --server-optimizer none, or another "
+                "--aggregator"
             )
         if spec.aggregation.wire_dtype == "int8":
             raise ValueError(
@@ -101,6 +102,11 @@ class AggregationSpec(Parameters):
 
     aggregator: Annotated[AggregatorSpec, AGGREGATORS] = Field(default_factory=AGGREGATORS.make_default)
     optimizer: Annotated[OptimizerSpec, OPTIMIZERS] = Field(default_factory=OPTIMIZERS.make_default)
+    weight_by: Literal["rows", "equal"] = parameter(
+        "rows",
+        "How much an update counts. rows: as many as the site trained on; equal: all sites that trained the same. "
+        "--max-weight-share bounds both.",
+    )
     wire_dtype: WireDtype = parameter(
         "float32",
         "Tensor type of adapters on the wire. int8: sites send the difference to the global adapter in 8 bits, and add "

@@ -37,7 +37,7 @@ class Aggregator(ABC):
     """
 
     description: ClassVar[str]
-    """What is averaged and how, for the model card."""
+    """What is averaged and how, for the model card, which adds how updates are weighted."""
 
     def trainable(self, parameters: Any, round_number: int, roles: frozenset[str]) -> frozenset[str]:
         """Roles of the tensors that train in a round, one at least of the adapter's `roles`; the others stay."""

@@ -1,4 +1,4 @@
-"""FedIT's rule: the mean of every tensor by itself, weighted by rows (Zhang et al. 2023, Shepherd)."""
+"""FedIT's rule: the weighted mean of every tensor by itself (Zhang et al. 2023, Shepherd)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedhds_server.aggregation.base import Aggregator, FloatArray, Shares
 class FedAvg(Aggregator):
     """Weighted mean. The mean of A times the mean of B is not the mean of B A: the error grows with client drift."""
 
-    description = "FedAvg: the mean of each tensor, weighted by rows"
+    description = "FedAvg: the mean of each tensor"
 
     def combine(
         self,

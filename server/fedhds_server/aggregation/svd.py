@@ -24,7 +24,7 @@ class Svd(Aggregator):
     one layer's factors of all sites. LoRA's scale is one factor of all products, and changes nothing here.
     """
 
-    description = "the best approximation of the weighted mean of LoRA's products B A at the adapter's rank, by SVD"
+    description = "SVD: the best approximation, at the adapter's rank, of the mean of LoRA's products B A"
 
     def groups(self, tensors: Sequence[TensorSpec]) -> list[Sequence[TensorSpec]]:
         """Pairs of A and B."""

@@ -178,7 +178,9 @@ class Effects:
                     paths[site] = self._artifacts.verified(artifact)
             except DamagedArtifact as error:
                 damaged[site] = str(error)
-        shares = site_shares({site: results[site].samples for site in paths}, spec.max_weight_share)
+        by_rows = spec.weight_by == "rows"
+        counts = {site: results[site].samples if by_rows else min(results[site].samples, 1) for site in paths}
+        shares = site_shares(counts, spec.max_weight_share)
         updates = [Update(site, path, shares[site]) for site, path in paths.items()]
         result = aggregate(
             manifest,

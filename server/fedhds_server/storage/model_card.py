@@ -15,6 +15,7 @@ from fedhds.tensors.manifest import StopToken
 from fedhds_server.aggregation import AGGREGATORS
 
 # No dot first: ../model is a path.
+_WEIGHTED = {"rows": "by rows", "equal": "equally"}
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -72,7 +73,8 @@ def model_card(spec: RunSpec, facts: CardFacts) -> str:
             f"| PEFT method | {_method(spec)} |",
             f"| training | Adam, learning rate {training.learning_rate:g}, batch {training.batch_size}, "
             f"{training.local_epochs} local epochs, rows up to {model.max_length} tokens |",
-            f"| aggregation | {AGGREGATORS[spec.aggregation.aggregator.name].description} |",
+            f"| aggregation | {AGGREGATORS[spec.aggregation.aggregator.name].description}, "
+            f"weighted {_WEIGHTED[spec.aggregation.weight_by]} |",
             f"| server optimizer | {optimizer.name}: {optimizer.summary} |",
             f"| seed | {spec.seed} |",
             *[
