@@ -181,7 +181,7 @@ def test_reports_and_status_name_what_ran(outcome: Outcome) -> None:
     card = (outcome.run / "checkpoint" / "README.md").read_text()
     for words in (
         "median of the updates, value by value",
-        "FedAdagrad",
+        "zero-adagrad: with a step per value that shrinks",
         "ia3",
         "| selection | central",
         "sums of feat",
