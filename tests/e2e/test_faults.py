@@ -130,7 +130,7 @@ def test_a_run_whose_every_selection_failed_names_the_failures(federation: Feder
     site = federation.client("a", f"--data={shard(federation.folder)}", "--selection-max-epsilon=1")
     assert (server.wait(), site.wait()) == (1, 1)
     assert "no site could select; last failures: site a: PrivacyError: " in server.text
-    assert "no site could select; last failures: site a: PrivacyError: " in site.text
+    assert "no site could select; this site's last failure: PrivacyError: " in site.text
     assert "--selection-budget" not in server.text
 
 
