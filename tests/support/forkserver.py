@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -52,7 +53,9 @@ class Forked:
         self.args = words
         self.pid = pid
         self.returncode: int | None = None
-        self._status = status
+        self._status = status.detach()
+        weakref.finalize(self, os.close, self._status)
+        self._lock = threading.Lock()
 
     def poll(self) -> int | None:
         """The exit status, negative after a signal; None while it runs."""
@@ -63,13 +66,15 @@ class Forked:
     def wait(self, timeout: float | None = None) -> int:
         """The exit status. Raises TimeoutExpired after `timeout` seconds."""
         if self.returncode is None:
-            if timeout is not None and not select.select([self._status], [], [], timeout)[0]:
-                raise subprocess.TimeoutExpired(self.args, timeout)
-            answer = self._status.recv(64)
-            if not answer:
-                raise RuntimeError("the fork server has died")
-            self.returncode = int(answer)
-            self._status.close()
+            # For several threads: once the status is read, the closed connection wakes the others.
+            if not select.select([self._status], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            with self._lock:
+                if self.returncode is None:
+                    answer = os.read(self._status, 64)
+                    if not answer:
+                        raise RuntimeError("the fork server has died")
+                    self.returncode = int(answer)
         return self.returncode
 
     def send_signal(self, number: int) -> None:

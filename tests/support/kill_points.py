@@ -11,7 +11,7 @@ import re
 import runpy
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -203,25 +203,30 @@ def in_site(points: Points) -> None:
             points.reached(f"CompleteTask heard on {request.result.TypeName().rpartition('.')[2]}")
         return answer
 
-    def cut(stream: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """`stream`, with a point where a third message follows."""
+    async def counted(messages: Any, name: str) -> AsyncIterator[Any]:
+        """`messages`, with a point where a third one follows."""
+        number = 0
+        async for message in messages:
+            number += 1
+            if number == 4:
+                points.reached(name)
+            yield message
 
-        async def counted(messages: Any) -> AsyncIterator[Any]:
-            number = 0
-            async for message in messages:
-                number += 1
-                if number == 4:
-                    points.reached(name)
-                yield message
+    class CountedDownload:
+        """A call whose messages are counted."""
 
-        if name == "upload underway":
-            return lambda requests: stream(counted(requests))
-        return lambda request: counted(stream(request))
+        def __init__(self, call: Any) -> None:
+            self.cancel = call.cancel
+            self._call = call
+
+        def __aiter__(self) -> AsyncIterator[Any]:
+            return counted(self._call, "download underway")
 
     def noted_create(self: Any, *args: Any, **kwargs: Any) -> None:
         create(self, *args, **kwargs)
-        self.federation.Upload = cut(self.federation.Upload, "upload underway")
-        self.federation.Download = cut(self.federation.Download, "download underway")
+        upload, download = self.federation.Upload, self.federation.Download
+        self.federation.Upload = lambda requests: upload(counted(requests, "upload underway"))
+        self.federation.Download = lambda request: CountedDownload(download(request))
 
     computation.Control.report = noted_report  # type: ignore[assignment, method-assign]
     rpc_client.CoordinatorClient.call = noted_call  # type: ignore[method-assign]
