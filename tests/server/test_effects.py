@@ -13,6 +13,7 @@ from fedhds.errors import StorageError
 from fedhds.tensors.artifact import Artifact
 from fedhds.v2 import status_pb2
 from fedhds_server.coordinator import effects
+from fedhds_server.coordinator.uploads import owner_of
 from fedhds_server.run.events import WriteCheckpoint
 from tests.support.host import Host, complete, enroll, refused, send, start, task_of, written
 
@@ -100,13 +101,14 @@ async def test_an_end_that_cannot_be_saved_costs_no_update(tmp_path: Path, monke
 
 async def test_what_is_remembered_of_a_sites_uploads_does_not_grow(tmp_path: Path) -> None:
     host = await start(tmp_path)
-    presence = host.coordinator.presence
-    sent = [Artifact(f"{number:064x}", 1) for number in range(100)]
+    await task_of(host, await enroll(host))
+    uploads, (_, right) = host.coordinator.uploads, written(host, 0.5)
+    sent = [Artifact(f"{number:064x}", right.size) for number in range(100)]
     for artifact in sent:
-        presence.uploads("a", artifact)
-    assert presence.uploaded("a", sent[-1])
-    assert not presence.uploaded("b", sent[-1])
-    assert sum(presence.uploaded("a", artifact) for artifact in sent) < 10
+        await uploads.begin("a", artifact, 0)
+    assert uploads.needs(sent[-1], owner_of("a"))
+    assert not uploads.needs(sent[-1], owner_of("b"))
+    assert sum(uploads.needs(artifact) for artifact in sent) == 1
     await host.stop()
 
 

@@ -159,7 +159,7 @@ async def test_a_deadline_closes_a_round_with_its_quorum_and_a_pause_holds_it_up
     await until(lambda: host.coordinator.state.phase.over)
     assert [closed.contributions for closed in host.coordinator.state.closed_rounds] == [{"a": 10}]
     path, artifact = written(host, 0.25)
-    await send(host, b, path.read_bytes(), artifact)
+    assert isinstance(await refused(send(host, b, path.read_bytes(), artifact)), TaskError)
     late = await complete(host, b, slow.id, artifact)
     assert (late.accepted, "too late" in late.reason) == (False, True)
     assert "the deadline of 0.5 s is reached" in "\n".join(line.message for line in (await status(host)).journal)

@@ -11,9 +11,11 @@ import pytest
 
 from fedhds.errors import ArtifactError, RequestError, StorageError
 from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.codecs import CODECS
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import selection_pb2
-from tests.support.host import Host, complete, complete_with, enroll, refused, send, start, task_of, written
+from fedhds_server.coordinator.uploads import owner_of
+from tests.support.host import MANIFEST, Host, complete, complete_with, enroll, refused, send, start, task_of, written
 
 CLOSED = ("train/9/a", "train/1/nobody", "select/0/a", "evaluate/0/a", "never/1/a", "", "train/1/a/b")
 
@@ -34,13 +36,18 @@ async def first_round(host: Host) -> tuple[str, str, Artifact]:
 
 
 async def announce(host: Host, session: str, artifact: Artifact) -> None:
-    """Starts an upload of `artifact`, so that it counts as one of the site's own."""
+    """Starts an upload of `artifact`, so that it counts as one of the site's own, if its task has such a size."""
+    taken = artifact.size in CODECS["float32"].sizes(MANIFEST)
     with pytest.raises(grpc.aio.AioRpcError):
         await send(host, session, b"x" * (artifact.size + 1), artifact, chunk=artifact.size + 1)
-    assert host.coordinator.presence.uploaded(host.coordinator.state.sites["a"].name, artifact)
+    assert host.coordinator.uploads.needs(artifact, owner_of("a")) == taken
 
 
-@pytest.mark.parametrize("size", [1, 5, 1 << 19])
+# The last one is the adapter's own and a byte.
+SIZES = [1, 5, 1 << 19, 249]
+
+
+@pytest.mark.parametrize("size", SIZES)
 async def test_a_closed_task_that_names_the_global_adapter_with_a_wrong_size_does_not_delete_it(
     host: Host, size: int
 ) -> None:
@@ -57,16 +64,17 @@ async def test_a_closed_task_that_names_the_global_adapter_with_a_wrong_size_doe
 async def test_a_late_result_that_names_the_global_adapter_does_not_delete_it(host: Host) -> None:
     a, b, adapter = await first_round(host)
     content = host.artifacts.path(adapter).read_bytes()
-    await announce(host, a, Artifact(adapter.digest, 7))
+    await announce(host, a, Artifact(adapter.digest, adapter.size + 1))
     await host.federation.FailTask(pb.FailTaskRequest(session=a, task_id="train/1/a", kind="E", reason="r"))
-    assert not (await complete(host, a, "train/1/a", Artifact(adapter.digest, 7))).accepted
+    assert not (await complete(host, a, "train/1/a", Artifact(adapter.digest, adapter.size + 1))).accepted
+    await host.coordinator.effects.done()
     assert host.artifacts.path(adapter).read_bytes() == content
     path, artifact = written(host, 1.0)
     await send(host, b, path.read_bytes(), artifact)
     assert (await complete(host, b, "train/1/b", artifact)).accepted
 
 
-@pytest.mark.parametrize("size", [1, 5, 1 << 19])
+@pytest.mark.parametrize("size", SIZES)
 async def test_an_open_task_that_names_the_global_adapter_with_a_wrong_size_does_not_delete_it(
     host: Host, size: int
 ) -> None:
@@ -81,9 +89,10 @@ async def test_an_open_task_that_names_the_global_adapter_with_a_wrong_size_does
 async def test_a_rejected_result_that_names_the_global_adapter_does_not_delete_it(host: Host) -> None:
     a, _, adapter = await first_round(host)
     content = host.artifacts.path(adapter).read_bytes()
-    await announce(host, a, Artifact(adapter.digest, 7))
+    await announce(host, a, Artifact(adapter.digest, adapter.size + 1))
     answer = await complete(host, a, "train/1/a", adapter, samples=11)
     assert "claims 11 samples" in answer.reason
+    await host.coordinator.effects.done()
     assert host.artifacts.path(adapter).read_bytes() == content
 
 
@@ -105,17 +114,22 @@ async def test_a_site_cannot_delete_what_another_site_sent(host: Host) -> None:
     assert host.artifacts.has(artifact)
     assert (await complete(host, b, "train/1/b", artifact)).accepted
     # Now it counts, and stays no matter who says to have sent it.
-    await announce(host, a, Artifact(artifact.digest, 3))
-    for named in (artifact, Artifact(artifact.digest, 3)):
+    longer = Artifact(artifact.digest, artifact.size + 1)
+    await announce(host, a, longer)
+    for named in (artifact, longer):
         assert not (await complete(host, a, "train/9/a", named)).accepted
+    await host.coordinator.effects.done()
     assert host.artifacts.has(artifact)
 
 
-async def test_what_a_site_sent_for_a_closed_task_is_deleted(host: Host) -> None:
+async def test_what_a_site_sent_is_deleted_when_its_task_is_closed_without_it(host: Host) -> None:
     a, _, _ = await first_round(host)
     path, artifact = written(host, 1.0)
     await send(host, a, path.read_bytes(), artifact)
     assert not (await complete(host, a, "train/9/a", artifact)).accepted
+    assert host.artifacts.has(artifact)
+    await host.federation.FailTask(pb.FailTaskRequest(session=a, task_id="train/1/a", kind="E", reason="r"))
+    await host.coordinator.effects.done()
     assert not host.artifacts.has(artifact)
 
 
