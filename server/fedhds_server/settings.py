@@ -65,8 +65,8 @@ class ServerSettings(Parameters):
     )
     max_rows_per_site: int = parameter(
         1_000_000,
-        "Most rows that the sites of one certificate may declare, for training and for evaluation each. Nobody can check "
-        "them, and what a share in --selection-budget is taken of grows with them.",
+        "Most rows that the sites of one certificate may declare, for training and for evaluation each. Nobody can "
+        "check them, and what a share in --selection-budget is taken of grows with them.",
         group="Sites",
         ge=1,
         le=10**8,

@@ -100,8 +100,8 @@ class Store(ArtifactStore):
         self.uploads: list[int] = []
         self.downloads: list[int] = []
 
-    def append(self, artifact: Artifact, offset: int, chunk: bytes | memoryview) -> None:
-        super().append(artifact, offset, chunk)
+    def append(self, artifact: Artifact, offset: int, chunk: bytes | memoryview, owner: str = "") -> None:
+        super().append(artifact, offset, chunk, owner)
         self.uploads.append(offset)
         if self.on_chunk:
             self.on_chunk()

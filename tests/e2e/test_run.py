@@ -65,9 +65,7 @@ def test_a_run_ends_with_an_adapter_that_peft_loads_and_every_site_has(federatio
             "adapter_model.safetensors",
             "generation_config.json",
         ]
-        assert (adapter / "generation_config.json").read_bytes() == (
-            checkpoint / "generation_config.json"
-        ).read_bytes()
+        assert (adapter / "generation_config.json").read_bytes() == (checkpoint / "generation_config.json").read_bytes()
         assert json.loads((adapter / "generation_config.json").read_text()) == {"eos_token_id": [2]}
         assert (adapter / "adapter_model.safetensors").read_bytes() == (
             checkpoint / "adapter_model.safetensors"

@@ -89,7 +89,7 @@ def test_with_tls_the_certificate_gives_the_name() -> None:
 
 def test_shards_are_as_many_as_the_operator_allows() -> None:
     state = state_with(key=SITE_A.key_fingerprint)
-    with pytest.raises(EnrollmentRefused, match="'a' itself and not 'a/1'.*--max-shards"):
+    with pytest.raises(EnrollmentRefused, match=r"'a' itself and not 'a/1'.*--max-shards"):
         admit(state, "a/1", SITE_A, "")
     two = Limits(max_shards=2)
     assert admit(state, "a/1", SITE_A, "", limits=two)
@@ -138,7 +138,7 @@ def test_rows_are_bounded_by_certificate_and_counted_once() -> None:
         check_registration(state, FINGERPRINT, MANIFEST, rows, False, site=name, limits=limits)
         state.sites[name] = Site(name=name, rows=rows, state=SiteState.ENROLLED)
     check_registration(state, FINGERPRINT, MANIFEST, 70, False, site="a", limits=limits)
-    with pytest.raises(EnrollmentRefused, match="71 rows, and the other sites of its certificate 30; .* 100, .*-rows"):
+    with pytest.raises(EnrollmentRefused, match=r"71 rows, and the other sites of its certificate 30; .* 100, .*-rows"):
         check_registration(state, FINGERPRINT, MANIFEST, 71, False, site="a", limits=limits)
     with pytest.raises(EnrollmentRefused, match="11 rows"):
         check_registration(state, FINGERPRINT, MANIFEST, 11, False, site="a/2", limits=limits)

@@ -75,7 +75,8 @@ def test_a_quorum_needs_parties() -> None:
     for number, site in enumerate(("m/1", "m/2", "m/3"), 7):
         update(run, site, number)
     progress = CohortProgress.of(run.state)
-    assert progress and progress.target == 3
+    assert progress
+    assert progress.target == 3
     assert progress.message.startswith("1 of 3 updates")
     update(run, "a", 20)
     update(run, "b", 21)
@@ -84,7 +85,8 @@ def test_a_quorum_needs_parties() -> None:
 
 def test_fast_names_of_one_party_do_not_close_a_round_for_the_others() -> None:
     run = training("a", "b", "m/1", "m/2", "m/3", over_selection=0.5, cohort_fraction=0.67)
-    assert run.state.stage and run.state.stage.target == 2
+    assert run.state.stage
+    assert run.state.stage.target == 2
     for number, site in enumerate(("m/1", "m/2", "m/3"), 7):
         update(run, site, number)
     assert doing(run) == "training"

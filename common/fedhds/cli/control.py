@@ -56,9 +56,7 @@ def stop(
 def evict(
     site: Annotated[
         str,
-        typer.Argument(
-            help="The site's name, as `fedhds status` shows it, or its key's fingerprint, also in advance."
-        ),
+        typer.Argument(help="The site's name, as `fedhds status` shows it, or its key's fingerprint, also in advance."),
     ],
     reason: Reason,
     server: Server = DEFAULT_SERVER,

@@ -71,7 +71,9 @@ def session_secret(proposed: str) -> str:
     return proposed or secrets.token_hex(32)
 
 
-def admit(state: RunState, name: str, peer: PeerIdentity | None, *sessions: str, limits: Limits = DEFAULT_LIMITS) -> str:
+def admit(
+    state: RunState, name: str, peer: PeerIdentity | None, *sessions: str, limits: Limits = DEFAULT_LIMITS
+) -> str:
     """Checks that the caller may have `name`; returns the key to pin, empty without TLS.
 
     With TLS the certificate decides: the name is its name or, where the operator allows shards, its name, "/" and a
