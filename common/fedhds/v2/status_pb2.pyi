@@ -357,7 +357,7 @@ class GetStatusResponse(_message.Message):
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What the operator should mend while the run goes on, each in one line: a list that cannot be read, for example."""
+        """What the operator should fix while the run goes on, each in one line: a list that cannot be read, for example."""
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ class SiteList:
 
     @property
     def problem(self) -> str:
-        """What the operator should mend; empty when all is well."""
+        """What the operator should fix; empty when all is well."""
         if self._error:
             return f"{self._setting}: {self._error}; the version before is still in force"
         if self._expires and self._expires < datetime.now(UTC):
@@ -139,7 +139,7 @@ class Admission:
 
     @property
     def warnings(self) -> list[str]:
-        """What the operator should mend."""
+        """What the operator should fix."""
         return [known.problem for known in self._lists if known.problem]
 
     def refresh(self) -> None:

@@ -105,7 +105,7 @@ class Coordinator:
 
     @property
     def warnings(self) -> list[str]:
-        """What the operator should mend while the run goes on."""
+        """What the operator should fix while the run goes on."""
         return self.admission.warnings
 
     async def run(self) -> None:
