@@ -155,6 +155,7 @@ def test_groups_come_in_the_order_in_which_people_decide() -> None:
         "Rounds",
         "Evaluation",
         "Server",
+        "Sites",
     ]
 
 
