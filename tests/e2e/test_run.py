@@ -121,6 +121,7 @@ def test_a_site_of_two_processes_is_one_site(federation: Federation, strategy: s
     server = federation.server("--rounds=1", f"--selection-strategy={strategy}", *budget, "--min-sites=2")
     shards = [write_rows(folder / f"{name}.jsonl", {"sun": 12, "moon": 9}) for name in "ab"]
     flags = federation.client_flags("site", "--data", *shards)
+    flags = [*(flag for flag in flags if flag != "--name=site"), "--name", "a", "b"]
     site = federation.start("site", *launched(["--no_python", str(BIN / "fedhds-client"), *map(str, flags)]))
     assert (server.wait(), site.wait()) == (0, 0), server.text + site.text
     assert "2 updates" in server.text
