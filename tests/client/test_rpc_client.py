@@ -37,9 +37,11 @@ from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
 from fedhds.transfer import chunks
 from fedhds.v2 import federation_pb2 as pb
-from fedhds.v2 import federation_pb2_grpc as rpc
 from fedhds_client.rpc_client import CoordinatorClient
+from fedhds_server.coordinator.admission import Admission
+from fedhds_server.coordinator.uploads import Upload, owner_of
 from fedhds_server.rpc.federation import FederationServicer
+from fedhds_server.run.state import RunState, Site
 from fedhds_server.storage.artifacts import ArtifactStore
 from tests.support.tls_servers import serving
 
@@ -185,33 +187,28 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
-    adapters: dict[int, Artifact] = {}
-    tasks: dict[str, Any] = {}
-
-    async def site_of(session: str) -> Any:
+    async def site_of(session: str, key: str = "") -> Any:
         if session != SESSION:
             raise SessionLost("the session is not known")
-        return SimpleNamespace(name="ward")
+        return SimpleNamespace(name="ward", key="", serial="")
 
     async def next_task(site: Any, wait_s: float) -> None:
         await asyncio.sleep(wait_s)
 
+    async def begin(site: str, artifact: Artifact, offset: int) -> Upload:
+        return Upload(site, artifact)
+
     def noted(*_: object) -> None:
         return None
 
-    phase = SimpleNamespace(over=False)
-    state = SimpleNamespace(
-        adapters=adapters,
-        tasks=tasks,
-        phase=phase,
-        round_number=3,
-        message="wait",
-        paused=None,
-        spec=RunSpec.of(model="m", rounds=5),
-    )
-    made = World(tmp_path, Store(tmp_path / "artifacts"), adapters, tasks)
-    presence = SimpleNamespace(site_of=site_of, next_task=next_task, uploads=noted, received=noted)
-    coordinator = cast(Any, SimpleNamespace(presence=presence, state=state, artifacts=made.store))
+    sites = {"ward": Site(name="ward")}
+    state = RunState(run_id="r", spec=RunSpec.of(model="m", rounds=5), round_number=3, message="wait", sites=sites)
+    made = World(tmp_path, Store(tmp_path / "artifacts"), state.adapters, state.tasks)
+    turn, timers = asyncio.Lock(), SimpleNamespace(progress=SimpleNamespace(heard=noted))
+    presence = SimpleNamespace(site_of=site_of, next_task=next_task, received=noted, turn=lambda site: turn)
+    uploads = SimpleNamespace(begin=begin, check=noted, needs=lambda *_: True)
+    parts = {"presence": presence, "uploads": uploads, "admission": Admission(), "timers": timers}
+    coordinator = cast(Any, SimpleNamespace(state=state, artifacts=made.store, **parts))
     server = grpc.aio.server(interceptors=(made.faults,))
     FederationServicer(lambda: coordinator).register(server)
     made.relay.server_port = server.add_insecure_port("127.0.0.1:0")
@@ -459,7 +456,7 @@ async def test_the_time_for_which_a_poll_is_held_does_not_count_as_silence(world
     request = pb.NextTaskRequest(session=SESSION, wait_s=1.5)
     async with _after(1.2, world.relay.cut):
         answer = await client.call(client.federation.NextTask, request, wait_s=1.5)
-    assert answer.wait.reason == "wait"
+    assert answer.wait.reason == "waiting for 2 more sites"
     assert world.faults.calls == ["NextTask"] * 2
 
 
@@ -522,7 +519,7 @@ async def test_a_coordinator_that_does_not_say_how_large_chunks_are_to_be_gets_t
 async def test_an_upload_of_a_restarted_site_goes_on_too(world: World) -> None:
     path = world.folder / "update"
     artifact = _file(path, 3 * CHUNK_SIZE)
-    world.store.append(artifact, 0, path.read_bytes()[: CHUNK_SIZE + 1])
+    world.store.append(artifact, 0, path.read_bytes()[: CHUNK_SIZE + 1], owner_of("ward"))
     await world.client().upload(SESSION, path, artifact)
     assert world.store.uploads[1:] == [CHUNK_SIZE + 1, 2 * CHUNK_SIZE + 1]
     assert world.store.has(artifact)
@@ -531,7 +528,7 @@ async def test_an_upload_of_a_restarted_site_goes_on_too(world: World) -> None:
 async def test_an_upload_whose_last_byte_arrived_just_before_the_connection_broke_is_made_durable(world: World) -> None:
     path = world.folder / "update"
     artifact = _file(path, CHUNK_SIZE + 3)
-    world.store.append(artifact, 0, path.read_bytes())
+    world.store.append(artifact, 0, path.read_bytes(), owner_of("ward"))
     assert not world.store.has(artifact)
     await world.client().upload(SESSION, path, artifact)
     assert world.store.has(artifact)
@@ -550,7 +547,7 @@ async def test_an_upload_that_is_there_already_sends_no_bytes(world: World) -> N
 async def test_an_upload_onto_damaged_bytes_is_made_again(world: World) -> None:
     path = world.folder / "update"
     artifact = _file(path, 3 * CHUNK_SIZE)
-    world.store.append(artifact, 0, bytes(CHUNK_SIZE))
+    world.store.append(artifact, 0, bytes(CHUNK_SIZE), owner_of("ward"))
     await world.client().upload(SESSION, path, artifact)
     assert world.store.path(artifact).read_bytes() == path.read_bytes()
 
@@ -703,19 +700,3 @@ async def test_a_download_of_what_the_coordinator_does_not_have_is_an_error(worl
     with pytest.raises(ArtifactError, match="there is no such global adapter"):
         await world.client().download(SESSION, Artifact("0" * 64, 5), world.folder / "fetched")
     assert not (world.folder / "fetched").exists()
-
-
-async def test_an_answer_may_be_as_large_as_the_centers_of_thousands_of_clusters() -> None:
-    class Large(rpc.FederationServicer):
-        async def NextTask(self, request: Any, context: Any) -> pb.NextTaskResponse:  # noqa: N802
-            return pb.NextTaskResponse(wait=pb.Wait(reason="x" * (20 << 20)))
-
-    server = grpc.aio.server()
-    rpc.add_FederationServicer_to_server(Large(), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    client = CoordinatorClient(f"127.0.0.1:{port}", None, reconnect_timeout_s=1.0)
-    answer = await client.call(client.federation.NextTask, pb.NextTaskRequest(session=SESSION))
-    assert len(answer.wait.reason) == 20 << 20
-    await client.close()
-    await server.stop(None)
