@@ -103,13 +103,15 @@ def test_a_site_whose_model_lacks_the_targets_tells_the_operator_who_sets_them(f
     data = [str(shard(federation.folder, name)) for name in ("one", "two")]
     site = federation.client("a", "--data", *data)
     assert site.wait() == 2, site.text
-    message = "ModelError: the model has no linear module 'nope_proj'"
+    message = (
+        "ModelError: --lora-targets, which the operator of the coordinator sets, names 'nope_proj', which this model does"
+    )
     server.wait_for(f"site a/one left: {message}")
     server.wait_for(f"site a/two left: {message}")
     answer = programs.run("fedhds", "status", "--server", federation.address(), "--json")
     assert answer.returncode == 0, answer.stderr
     status = json.loads(answer.stdout)
-    assert "--lora-targets is set by the operator of the coordinator" in status["message"]
+    assert "--lora-targets, which the operator of the coordinator sets," in status["message"]
     assert [told["state"] for told in status["sites"]] == ["left", "left"]
     assert all(told["last_error"].startswith(message) for told in status["sites"])
     assert status["spec"]["peft"]["targets"] == ["q_proj", "nope_proj"]
