@@ -83,7 +83,7 @@ def scene(secured: Secured, undisturbed: Undisturbed) -> Iterator[Scene]:
     tasks = {name: attacker.task() for name, attacker in attackers.items()}
     made = Scene(federation, flags, attackers, tasks, early, pulse, grown, silent)
     yield made
-    with storm(federation):
+    with burst(federation):
         for attacker in attackers.values():
             attacker.leave()
         # All that was theirs goes with them.
@@ -162,12 +162,12 @@ def first_manifests(federation: SecureFederation) -> tuple[list[grpc.StatusCode]
 
 
 @contextmanager
-def storm(federation: SecureFederation) -> Iterator[None]:
+def burst(federation: SecureFederation) -> Iterator[None]:
     """Attacks again and again while the run ends."""
     ended = threading.Event()
 
     def attack() -> None:
-        attacker = Attacker(federation, "storm", federation.certificate("storm"))
+        attacker = Attacker(federation, "burst", federation.certificate("burst"))
         large = bytes(LARGE)
         with suppress(grpc.RpcError, ValueError):
             while not ended.is_set():
@@ -179,8 +179,8 @@ def storm(federation: SecureFederation) -> Iterator[None]:
                 ended.wait(0.2)
         attacker.close()
 
-    federation.certificate("storm")
-    thread = threading.Thread(target=attack, name="storm")
+    federation.certificate("burst")
+    thread = threading.Thread(target=attack, name="burst")
     thread.start()
     try:
         yield

@@ -67,7 +67,7 @@ async def test_a_peer_whose_calls_never_say_anything_has_a_bounded_number_of_the
     for call in silent:
         call.cancel()
     await asyncio.gather(*ended[10:], return_exceptions=True)
-    # Whoever ends makes room again.
+    # One that ends makes room again.
     await host.federation.Heartbeat(pb.HeartbeatRequest(session=session), timeout=20)
     await host.stop()
 

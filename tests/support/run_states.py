@@ -9,6 +9,7 @@ from pathlib import Path
 from fedhds.runtime.http import served
 from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.manifest import AdapterManifest, Initial, TensorSpec
 from fedhds_server.coordinator import Coordinator
 from fedhds_server.dashboard.dashboard import Dashboard
 from fedhds_server.leadership.gate import LeaderGate
@@ -25,11 +26,13 @@ from fedhds_server.run.state import (
     SiteState,
     Stage,
     Task,
+    packed,
 )
 from fedhds_server.storage.artifacts import ArtifactStore
 from tests.support.stores import Place
 
 ADAPTER = Artifact("0" * 64, 1000)
+MANIFEST = AdapterManifest((TensorSpec("q.lora_A.weight", (1, 1), "lora_A", Initial.zeros(), None),), "{}")
 
 
 METRICS = {"loss": MetricSum(value_sum=16.0, weight=8), "rouge_l": MetricSum(value_sum=2.0, weight=4)}
@@ -52,6 +55,7 @@ def of_sites(count: int, rounds: int = 3) -> RunState:
             replies={names[0]: Reply(task_id=f"train/{rounds + 1}/{names[0]}", artifact=ADAPTER)},
         ),
         adapters={rounds: ADAPTER},
+        manifest=packed(MANIFEST.to_proto()),
         closed_rounds=[
             ClosedRound(round_number=number, cohort=names, contributions=dict.fromkeys(names, 1), loss=0.5, seconds=2.0)
             for number in range(1, rounds + 1)
