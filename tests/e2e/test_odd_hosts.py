@@ -128,7 +128,7 @@ def test_a_run_over_files_and_folders_whose_names_are_not_utf_8(federation: Fede
         table = pyarrow.Table.from_pylist([json.loads(line) for line in data.read_text().splitlines()])
         with shard.open("wb") as file:
             pyarrow.parquet.write_table(table, file)
-    shutil.copy(rows(federation, "e.jsonl", 2), folder / f"{CAFE}-e.jsonl")
+    shutil.copy(rows(federation, "e.jsonl", 3), folder / f"{CAFE}-e.jsonl")
     server = federation.server(*FLAGS)
     files = (f"--data={shard}", f"--eval-data={folder / f'{CAFE}-e.jsonl'}")
     flags = (f"--state={folder / 'state'}", f"--out={folder / 'out'}", "--log-format=json")
