@@ -106,7 +106,7 @@ def _names(settings: ClientSettings, tls: TlsFiles | None) -> list[str]:
     """One name per site: the certificate's or --name, followed by the shard's where there are several."""
     files = settings.data or ((settings.eval_data,) if settings.eval_data else ())
     stems = [file.name.split(".")[0] for file in files]
-    given = settings.name or ()
+    given = tuple(dict.fromkeys(settings.name or ()))
     base = given[0] if given else None
     if tls:
         base = own_identity(tls).name
@@ -116,10 +116,8 @@ def _names(settings: ClientSettings, tls: TlsFiles | None) -> list[str]:
                 f"the certificate is {base!r}'s and gives no other name; drop --name {' '.join(given)!r}",
             )
     if len(given) > 1:
-        if len(set(given)) != len(stems):
-            raise SettingsError(
-                "--name", f"has {len(set(given))} different names for {len(stems)} shards; give one for each"
-            )
+        if len(given) != len(stems):
+            raise SettingsError("--name", f"has {len(given)} names for {len(stems)} shards; give one for each")
         names = list(given)
     elif base is None:
         names = [f"{socket.gethostname()}-{stem}" for stem in stems]

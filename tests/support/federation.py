@@ -141,11 +141,12 @@ class Federation:
 
     def client_flags(self, name: str, *flags: object, server: str | None = None) -> list[object]:
         """Flags of a site."""
+        named = any(str(flag).startswith("--name") for flag in flags)
         return [
             f"--server={server or self.address()}",
             f"--state={self.folder / 'state' / name}",
             f"--out={self.folder / 'out' / name}",
-            *(self._tls_flags(name) if self.tls else [f"--name={name}"]),
+            *(self._tls_flags(name) if self.tls else [] if named else [f"--name={name}"]),
             *flags,
         ]
 
