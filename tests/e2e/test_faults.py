@@ -103,7 +103,7 @@ def test_a_site_whose_model_lacks_the_targets_tells_the_operator_who_sets_them(f
     data = [str(shard(federation.folder, name)) for name in ("one", "two")]
     site = federation.client("a", "--data", *data)
     assert site.wait() == 2, site.text
-    message = "ModelError: --lora-targets, which the operator of the coordinator sets, names 'nope_proj', which this model does"
+    message = "ModelError: --lora-targets, which the operator of the coordinator sets, names 'nope_proj'"
     server.wait_for(f"site a/one left: {message}")
     server.wait_for(f"site a/two left: {message}")
     answer = programs.run("fedhds", "status", "--server", federation.address(), "--json")
