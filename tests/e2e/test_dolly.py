@@ -36,7 +36,8 @@ def test_sites_with_parts_of_dolly_tune_a_model_that_was_pretrained(federation: 
         "--min-evaluators=1",
         "--evaluate-every=0",
     )
-    sites = federation.client("sites", "--data", *sorted((folder / "shards").glob("site-*.jsonl")))
+    shards = sorted((folder / "shards").glob("site-*.jsonl"))
+    sites = federation.client("sites", "--data", *shards, "--name", *(shard.stem for shard in shards))
     evaluator = federation.client("evaluator", f"--eval-data={folder / 'shards' / 'unseen.jsonl'}")
     assert server.wait(400) == 0, server.text
     assert [sites.wait(), evaluator.wait()] == [0, 0], sites.text + evaluator.text
