@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 
 from fedhds.spec import RunSpec
+from fedhds.spec.peft import MAX_FEATURES
 from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.codecs import CODECS
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import federation_pb2_grpc as rpc
 from fedhds.v2 import transfer_pb2
@@ -155,8 +157,18 @@ async def test_an_artifact_of_three_gib_goes_both_ways_in_bounded_memory(federat
     os.truncate(sparse, SIZE)
     adapter = Artifact.of_file(sparse)
     sparse.rename(folder / "artifacts" / adapter.digest)
-    manifest = lora_manifest({"q.lora_B.weight": (4, 2)})
-    spec = RunSpec.of(model=str(federation.model), rounds=1, max_length=256, max_new_tokens=4, lora_rank=2)
+    rank = SIZE // (2 * 4 * MAX_FEATURES)
+    manifest = lora_manifest({"q.lora_A.weight": (rank, MAX_FEATURES), "q.lora_B.weight": (MAX_FEATURES, rank)})
+    spec = RunSpec.of(
+        model=str(federation.model),
+        rounds=1,
+        selection_strategy="full",
+        min_sites=1,
+        max_length=256,
+        max_new_tokens=4,
+        lora_rank=rank,
+        max_adapter_size=4096,
+    )
     known = dict.fromkeys(("weights", "config", "tokenizer", "template"), "ab" * 32) | {"feature_model": ""}
     fingerprint = pb.ModelFingerprint(**known)
     state = RunState(run_id="r", spec=spec, fingerprint=known, manifest=packed(manifest.to_proto()))
@@ -168,18 +180,24 @@ async def test_an_artifact_of_three_gib_goes_both_ways_in_bounded_memory(federat
     store.close()
     # A fork would begin with the memory of all programs.
     federation.installed = True
-    server = federation.server("--rounds=1")
+    flags = (f"--lora-rank={rank}", "--selection-strategy=full", "--min-sites=1", "--max-adapter-size=4096")
+    server = federation.server("--rounds=1", *flags)
     pattern = os.urandom(CHUNK)
     digest = hashlib.sha256()
     for _ in range(SIZE // CHUNK):
         digest.update(pattern)
-    update = Artifact(digest.hexdigest(), SIZE)
+    # The header of an update comes on top of its tensors.
+    rest = CODECS["float32"].sizes(manifest).start - SIZE
+    assert 0 < rest < CHUNK
+    digest.update(pattern[:rest])
+    update = Artifact(digest.hexdigest(), SIZE + rest)
 
     async def parts() -> AsyncIterator[transfer_pb2.UploadRequest]:
         yield transfer_pb2.UploadRequest(header=transfer_pb2.UploadHeader(session=session, artifact=update.to_proto()))
         message = transfer_pb2.UploadRequest(chunk=pattern)
         for _ in range(SIZE // CHUNK):
             yield message
+        yield transfer_pb2.UploadRequest(chunk=pattern[:rest])
 
     started = time.monotonic()
     async with grpc.aio.insecure_channel(federation.address()) as channel:
@@ -189,10 +207,13 @@ async def test_an_artifact_of_three_gib_goes_both_ways_in_bounded_memory(federat
             session=session, fingerprint=fingerprint, manifest=manifest.to_proto(), rows=9
         )
         await federating.Register(registration)
+        # Uploads need an open task.
+        while not (await federating.NextTask(pb.NextTaskRequest(session=session, wait_s=5))).HasField("task"):
+            pass
         before = peak_memory(server.process.pid)
         await federating.Upload(parts())
         held = await federating.GetUpload(transfer_pb2.GetUploadRequest(session=session, artifact=update.to_proto()))
-        assert held.offset == SIZE
+        assert held.offset == update.size
         digest, received = hashlib.sha256(), 0
         async for message in federating.Download(
             transfer_pb2.DownloadRequest(session=session, artifact=adapter.to_proto())
