@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PROTO_BIN := .venv-proto/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-fast coverage e2e-compose upgrade-fixture bench-selection bench-transport lint \
+.PHONY: help setup demo test test-fast test-slow coverage e2e-compose upgrade-fixture bench-selection bench-transport lint \
   format proto proto-check docs wheel wheelhouse images clean
 
 help:  ## print this list
@@ -29,7 +29,10 @@ test: $(STAMP)  ## run the tests
 	$(PYTEST)
 
 test-fast: $(STAMP)  ## run those of the tests that start no process of fedhds and are not slow
-	$(PYTEST) -m 'not e2e and not slow and not compose'
+	$(PYTEST) -m 'not e2e and not slow and not compose and not long'
+
+test-slow: $(STAMP)  ## run the long tests, which `make test` leaves out
+	$(PYTEST) -m long
 
 # No part of `make test`: counting branches makes Python much slower. Programs are measured too, until a test kills them.
 coverage: $(STAMP)  ## run the tests and print which branches of the three packages they take

@@ -19,7 +19,7 @@ from tests.support.tiny import write_rows
 pytestmark = pytest.mark.e2e
 
 SITES = "ab"
-# Rank 64 makes the adapter large enough to find its disk full half-way.
+# Rank 64 makes an adapter larger than what is left of its disk.
 FLAGS = ("--rounds=2", "--selection-strategy=full", "--min-sites=2", "--lora-rank=64")
 
 
@@ -71,7 +71,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_disk_that_is_full_half_way_through_an_upload(federation: Federation, small_disk: Path) -> None:
+def test_a_disk_without_room_for_an_upload(federation: Federation, small_disk: Path) -> None:
     undisturbed = outcome(federation, "plain", *begin(federation, "plain"))
     server, sites = begin(federation, "small/run")
     server.wait_for("round 1 of 2 opens")
@@ -80,8 +80,8 @@ def test_a_disk_that_is_full_half_way_through_an_upload(federation: Federation, 
     with filler.open("wb") as file:
         usage = shutil.disk_usage(small_disk)
         file.write(os.urandom(max(0, usage.free - len(undisturbed) // 2)))
-    server.wait_for("the disk is full")
-    assert list((small_disk / "run" / "artifacts").glob("*.part")), "an upload had begun"
+    # It is seen before the first byte is taken, or where something else fills the disk meanwhile, at a write.
+    server.wait_for("make room there")
     filler.unlink()
     assert outcome(federation, "small/run", server, sites) == undisturbed
 

@@ -11,6 +11,7 @@ import re
 import runpy
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -26,21 +27,24 @@ class Points:
         self._folder = folder
         self._pattern = re.compile(pattern)
         self._known: set[str] = set()
+        self.undivided = threading.RLock()
+        """What is done while this is held has no point of another thread in its middle."""
 
     def reached(self, *names: str) -> None:
         """Leaves the files of points that are one; dies when one of them is new and the pattern names it."""
-        dies = False
-        for name in names:
-            if name in self._known:
-                continue
-            self._known.add(name)
-            try:
-                os.close(os.open(self._folder / name, os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                continue
-            dies = dies or bool(self._pattern.fullmatch(name))
-        if dies:
-            os.kill(os.getpid(), signal.SIGKILL)
+        with self.undivided:
+            dies = False
+            for name in names:
+                if name in self._known:
+                    continue
+                self._known.add(name)
+                try:
+                    os.close(os.open(self._folder / name, os.O_CREAT | os.O_EXCL))
+                except FileExistsError:
+                    continue
+                dies = dies or bool(self._pattern.fullmatch(name))
+            if dies:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def after(self, owner: Any, attribute: str, name: str = "") -> None:
         """Puts a point after every call of `owner.attribute`."""
@@ -110,9 +114,11 @@ def in_coordinator(points: Points) -> None:
         return noted
 
     def noted_save(*args: Any) -> None:
-        save(*args)
-        points.reached(*(f"{name} committed" for name in handled))
-        handled.clear()
+        # Nothing else kills between a commit and its point, which would then never be reached.
+        with points.undivided:
+            save(*args)
+            points.reached(*(f"{name} committed" for name in handled))
+            handled.clear()
 
     def on_commit(_: object) -> None:
         points.reached(*(f"{name} uncommitted" for name in handled))
