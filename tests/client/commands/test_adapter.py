@@ -1,64 +1,33 @@
-"""`fedhds evaluate` and `fedhds export`."""
+"""`fedhds evaluate`."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import typer
-from peft import PeftModel, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from fedhds.errors import DataError, ModelError, UsageError
-from fedhds.spec import RunSpec
-from fedhds.tensors.safetensors import write_adapter
-from fedhds_client.commands import adapter as commands
-from fedhds_client.models import loading
-from fedhds_client.models.adapter import AdapterModel
-from fedhds_client.models.loading import load_base_model
-from tests.support.tiny import make_model, write_rows
+from fedhds_client.commands.adapter import evaluate
+from tests.support.tiny import write_rows
 
 app = typer.Typer()
-app.command()(commands.evaluate)
-app.command()(commands.export)
-IDS = torch.tensor([[5, 9, 40, 77, 12]])
+app.command()(evaluate)
+
+
+@app.callback()
+def _keeps_the_name() -> None:
+    """With one command alone, typer would take no name."""
 
 
 def _fedhds(*arguments: object) -> str:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama, stored in bfloat16."""
-    folder = make_model(tmp_path_factory.mktemp("llama"))
-    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter folder for it, as a site receives one."""
-    folder = tmp_path_factory.mktemp("adapter")
-    spec = RunSpec.of(model=str(llama), rounds=1, lora_rank=4)
-    manifest = AdapterModel(load_base_model(str(llama), device="cpu"), spec).manifest()
-    write_adapter(
-        folder / "adapter_model.safetensors", manifest, lambda tensor: tensor.initial_value(3) + 0.05, "float32"
-    )
-    (folder / "adapter_config.json").write_text(manifest.config)
-    (folder / "README.md").write_text("# A model card\n")
-    (folder / "generation_config.json").write_text('{"eos_token_id": [9, 2]}')
-    (folder / "notes.txt").write_text("not the adapter's")
-    return folder
 
 
 @pytest.fixture
@@ -80,117 +49,7 @@ def test_evaluate_compares_base_and_adapter(llama: Path, adapter: Path, rows: Pa
         assert cell in table
 
 
-def test_export_copies_the_adapter_and_nothing_else(adapter: Path, tmp_path: Path) -> None:
-    _fedhds("export", "--adapter", adapter, "--out", tmp_path / "new" / "copy")
-    copied = {file.name: file.read_bytes() for file in (tmp_path / "new" / "copy").iterdir()}
-    assert set(copied) == {"adapter_config.json", "adapter_model.safetensors", "generation_config.json", "README.md"}
-    assert all((adapter / name).read_bytes() == content for name, content in copied.items())
-
-
-def _logits(module: Any) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = module(input_ids=IDS).logits
-    return logits
-
-
-@pytest.mark.parametrize("named", [True, False])
-def test_export_merges_into_the_type_that_the_base_model_is_stored_in(
-    llama: Path, adapter: Path, tmp_path: Path, named: bool
-) -> None:
-    out = tmp_path / "merged"
-    _fedhds("export", "--adapter", adapter, "--out", out, "--merged", *(("--model", llama) if named else ()))
-    assert not (out / "adapter_config.json").exists()
-    merged: Any = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
-    assert merged.dtype == torch.bfloat16
-    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    plain = _logits(base)
-    tuned = _logits(PeftModel.from_pretrained(base, adapter).eval())
-    got = _logits(merged.float())
-    # Off by no more than the rounding of the merged weights.
-    assert (got - tuned).abs().max() < 0.1 * (plain - tuned).abs().max()
-    assert AutoTokenizer.from_pretrained(out).eos_token == "</s>"
-    # Generation with it stops where the adapter's answers end.
-    assert merged.generation_config.eos_token_id == [9, 2]
-
-
-@pytest.mark.parametrize("bits", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
-def test_a_quantized_base_model_is_merged_as_it_computes(bits: dict[str, Any], tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
-    base, folder, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
-    make_model(base, hidden=64)
-    plain: Any = AutoModelForCausalLM.from_pretrained(
-        base, quantization_config=BitsAndBytesConfig(**bits), device_map={"": "cpu"}
-    )
-    plain.save_pretrained(base)
-    adapter = AdapterModel(load_base_model(str(base), device="cpu"), RunSpec.of(model=str(base), rounds=1, lora_rank=4))
-    folder.mkdir()
-    path = folder / "adapter_model.safetensors"
-    write_adapter(path, adapter.manifest(), lambda tensor: tensor.initial_value(3) + 0.05, "float32")
-    (folder / "adapter_config.json").write_text(adapter.manifest().config)
-    adapter.load(path)
-    _fedhds("export", "--adapter", folder, "--out", out, "--merged")
-    merged: Any = AutoModelForCausalLM.from_pretrained(out)
-    assert "quantization_config" not in json.loads((out / "config.json").read_text())
-    change = (_logits(plain).float() - _logits(adapter.module).float()).abs().max()
-    # Eight bits are computed with rounded activations, too.
-    assert (_logits(merged) - _logits(adapter.module).float()).abs().max() < 0.2 * change
-
-
-class _Quantizer:
-    """As transformers leaves on a quantized model."""
-
-    def __init__(self, fails: bool) -> None:
-        self._fails = fails
-
-    def dequantize(self, model: Any, dtype: torch.dtype) -> Any:
-        if self._fails:
-            raise NotImplementedError("this method has no way back")
-        del model.hf_quantizer
-        with torch.no_grad():
-            model.model.norm.weight.mul_(2)
-        return model.to(dtype)
-
-
-@pytest.mark.parametrize("fails", [True, False])
-def test_a_quantization_is_undone_before_merging_or_the_cure_is_named(
-    fails: bool, llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, load = tmp_path / "out", loading.load_base_model
-
-    def quantized(name: str, **options: Any) -> Any:
-        base = load(name, **options)
-        base.model.hf_quantizer = _Quantizer(fails)
-        return base
-
-    monkeypatch.setattr(loading, "load_base_model", quantized)
-    if fails:
-        with pytest.raises(UsageError, match=r"cannot undo it \(NotImplementedError\); name the model .* with --model"):
-            _fedhds("export", "--adapter", adapter, "--out", out, "--merged")
-        assert not out.exists()
-    else:
-        _fedhds("export", "--adapter", adapter, "--out", out, "--merged")
-        norm = AutoModelForCausalLM.from_pretrained(out).model.norm.weight
-        assert torch.equal(norm, 2 * AutoModelForCausalLM.from_pretrained(llama).model.norm.weight)
-
-
-def test_an_adapter_that_cannot_be_merged_is_named_as_such(llama: Path, tmp_path: Path) -> None:
-    folder, out = tmp_path / "prompt", tmp_path / "out"
-    base: Any = AutoModelForCausalLM.from_pretrained(llama)
-    prompt: Any = get_peft_model(base, PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
-    prompt.save_pretrained(folder, save_embedding_layers=False)
-    with pytest.raises(UsageError, match="cannot merge this kind of adapter"):
-        _fedhds("export", "--adapter", folder, "--out", out, "--merged")
-    assert not out.exists()
-    _fedhds("export", "--adapter", folder, "--out", out)
-    assert (out / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
-
-
 def test_bad_input_is_a_persons_mistake(llama: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(UsageError, match=r"lacks adapter_config\.json and adapter_model\.safetensors"):
-        _fedhds("export", "--adapter", tmp_path, "--out", out)
     with pytest.raises(UsageError, match="lacks"):
         _fedhds("evaluate", "--model", llama, "--data", rows, "--adapter", rows)
     with pytest.raises(DataError, match="no such file"):
@@ -199,29 +58,6 @@ def test_bad_input_is_a_persons_mistake(llama: Path, adapter: Path, rows: Path, 
         _fedhds("evaluate", "--model", tmp_path / "absent", "--data", rows)
     with pytest.raises(ModelError, match="is an adapter; give the base model"):
         _fedhds("evaluate", "--model", adapter, "--data", rows)
-    with pytest.raises(UsageError, match="not empty"):
-        _fedhds("export", "--adapter", adapter, "--out", llama)
-    with pytest.raises(UsageError, match="not empty"):
-        _fedhds("export", "--adapter", adapter, "--out", rows)
-    with pytest.raises(UsageError, match="cannot write"):
-        _fedhds("export", "--adapter", adapter, "--out", rows / "below")
-
-
-def test_an_adapter_that_names_no_base_model_needs_one(adapter: Path, tmp_path: Path) -> None:
-    folder, out = shutil.copytree(adapter, tmp_path / "nameless"), tmp_path / "out"
-    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
-    for content in (json.dumps(config), "{", "[]"):
-        (folder / "adapter_config.json").write_text(content)
-        with pytest.raises(UsageError, match="name it with --model"):
-            _fedhds("export", "--adapter", folder, "--out", out, "--merged")
-    assert not out.exists()
-
-
-def test_a_base_model_that_does_not_fit_leaves_no_folder(adapter: Path, tmp_path: Path) -> None:
-    wide = make_model(tmp_path / "wide", hidden=48)
-    with pytest.raises(ModelError, match="does not fit"):
-        _fedhds("export", "--adapter", adapter, "--out", tmp_path / "out", "--merged", "--model", wide)
-    assert not (tmp_path / "out").exists()
 
 
 def test_help_needs_no_heavy_import() -> None:
