@@ -27,7 +27,7 @@ from fedhds.v2 import transfer_pb2 as fedhds_dot_v2_dot_transfer__pb2
 from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65\x64hds/v2/federation.proto\x12\tfedhds.v2\x1a\x19\x66\x65\x64hds/v2/selection.proto\x1a\x18\x66\x65\x64hds/v2/transfer.proto\x1a\x19google/protobuf/any.proto\"{\n\rEnrollRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x19\n\x11protocol_versions\x18\x02 \x03(\r\x12\x16\n\x0e\x66\x65\x64hds_version\x18\x03 \x01(\t\x12\x18\n\x10previous_session\x18\x04 \x01(\t\x12\x0f\n\x07session\x18\x05 \x01(\t\"v\n\x0e\x45nrollResponse\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12\x0c\n\x04spec\x18\x03 \x01(\t\x12\x0e\n\x06run_id\x18\x04 \x01(\t\x12\x1b\n\x13heartbeat_timeout_s\x18\x05 \x01(\x01\"o\n\x10ModelFingerprint\x12\x0f\n\x07weights\x18\x01 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\t\x12\x11\n\ttokenizer\x18\x03 \x01(\t\x12\x10\n\x08template\x18\x04 \x01(\t\x12\x15\n\rfeature_model\x18\x05 \x01(\t\"\x97\x01\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\'\n\x07initial\x18\x04 \x01(\x0e\x32\x16.fedhds.v2.InitialKind\x12\r\n\x05\x62ound\x18\x05 \x01(\x01\x12\x17\n\nscale_axis\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_scale_axis\"%\n\tStopToken\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\"t\n\x0f\x41\x64\x61pterManifest\x12&\n\x07tensors\x18\x01 \x03(\x0b\x32\x15.fedhds.v2.TensorSpec\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\t\x12)\n\x0bstop_tokens\x18\x03 \x03(\x0b\x32\x14.fedhds.v2.StopToken\"\xbc\x01\n\x0fRegisterRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x30\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1b.fedhds.v2.ModelFingerprint\x12,\n\x08manifest\x18\x03 \x01(\x0b\x32\x1a.fedhds.v2.AdapterManifest\x12\x0c\n\x04rows\x18\x04 \x01(\x04\x12\x11\n\tevaluates\x18\x05 \x01(\x08\x12\x17\n\x0f\x65valuation_rows\x18\x06 \x01(\x04\"\x12\n\x10RegisterResponse\"2\n\x0fNextTaskRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0e\n\x06wait_s\x18\x02 \x01(\x01\"}\n\x10NextTaskResponse\x12\x1f\n\x04task\x18\x01 \x01(\x0b\x32\x0f.fedhds.v2.TaskH\x00\x12\x1f\n\x04wait\x18\x02 \x01(\x0b\x32\x0f.fedhds.v2.WaitH\x00\x12\x1f\n\x04\x64one\x18\x03 \x01(\x0b\x32\x0f.fedhds.v2.DoneH\x00\x42\x06\n\x04next\"\x86\x01\n\x04Task\x12\n\n\x02id\x18\x01 \x01(\t\x12\x14\n\x0cround_number\x18\x02 \x01(\r\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\'\n\x07\x61\x64\x61pter\x18\x04 \x01(\x0b\x32\x16.fedhds.v2.ArtifactRef\x12%\n\x07request\x18\x05 \x01(\x0b\x32\x14.google.protobuf.Any\"L\n\x0cTrainRequest\x12#\n\x07\x63oreset\x18\x01 \x01(\x0b\x32\x12.fedhds.v2.Coreset\x12\x17\n\x0ftrainable_roles\x18\x02 \x03(\t\"\x16\n\x04Wait\x12\x0e\n\x06reason\x18\x01 \x01(\t\"}\n\x04\x44one\x12\x0f\n\x07outcome\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\'\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x16.fedhds.v2.ArtifactRef\x12\x16\n\x0e\x61\x64\x61pter_config\x18\x04 \x01(\t\x12\x12\n\nmodel_card\x18\x05 \x01(\t\"F\n\x10HeartbeatRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x10\n\x08progress\x18\x03 \x01(\x01\"&\n\x11HeartbeatResponse\x12\x11\n\twithdrawn\x18\x01 \x01(\x08\"]\n\x13\x43ompleteTaskRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12$\n\x06result\x18\x03 \x01(\x0b\x32\x14.google.protobuf.Any\"J\n\x14\x43ompleteTaskResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x10\n\x08rejected\x18\x03 \x01(\x08\"\x8b\x01\n\x0bTrainResult\x12&\n\x06update\x18\x01 \x01(\x0b\x32\x16.fedhds.v2.ArtifactRef\x12\x0f\n\x07samples\x18\x02 \x01(\x04\x12\x11\n\x04loss\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07train_s\x18\x04 \x01(\x01\x12\x16\n\x0etruncated_rows\x18\x05 \x01(\x04\x42\x07\n\x05_loss\"\xa1\x01\n\x10\x45valuationResult\x12\x0c\n\x04rows\x18\x01 \x01(\x04\x12\x39\n\x07metrics\x18\x02 \x03(\x0b\x32(.fedhds.v2.EvaluationResult.MetricsEntry\x1a\x44\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.fedhds.v2.MetricSum:\x02\x38\x01\".\n\tMetricSum\x12\x11\n\tvalue_sum\x18\x01 \x01(\x01\x12\x0e\n\x06weight\x18\x02 \x01(\x01\"Q\n\x0f\x46\x61ilTaskRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x12\n\x10\x46\x61ilTaskResponse\")\n\x16\x43onfirmDeliveryRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\"\x19\n\x17\x43onfirmDeliveryResponse\"=\n\x0cLeaveRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x0f\n\rLeaveResponse*t\n\x0bInitialKind\x12\x1c\n\x18INITIAL_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12INITIAL_KIND_ZEROS\x10\x01\x12\x15\n\x11INITIAL_KIND_ONES\x10\x02\x12\x18\n\x14INITIAL_KIND_UNIFORM\x10\x03\x32\x99\x06\n\nFederation\x12=\n\x06\x45nroll\x12\x18.fedhds.v2.EnrollRequest\x1a\x19.fedhds.v2.EnrollResponse\x12\x43\n\x08Register\x12\x1a.fedhds.v2.RegisterRequest\x1a\x1b.fedhds.v2.RegisterResponse\x12\x43\n\x08NextTask\x12\x1a.fedhds.v2.NextTaskRequest\x1a\x1b.fedhds.v2.NextTaskResponse\x12\x46\n\tHeartbeat\x12\x1b.fedhds.v2.HeartbeatRequest\x1a\x1c.fedhds.v2.HeartbeatResponse\x12O\n\x0c\x43ompleteTask\x12\x1e.fedhds.v2.CompleteTaskRequest\x1a\x1f.fedhds.v2.CompleteTaskResponse\x12\x43\n\x08\x46\x61ilTask\x12\x1a.fedhds.v2.FailTaskRequest\x1a\x1b.fedhds.v2.FailTaskResponse\x12\x46\n\tGetUpload\x12\x1b.fedhds.v2.GetUploadRequest\x1a\x1c.fedhds.v2.GetUploadResponse\x12?\n\x06Upload\x12\x18.fedhds.v2.UploadRequest\x1a\x19.fedhds.v2.UploadResponse(\x01\x12\x45\n\x08\x44ownload\x12\x1a.fedhds.v2.DownloadRequest\x1a\x1b.fedhds.v2.DownloadResponse0\x01\x12X\n\x0f\x43onfirmDelivery\x12!.fedhds.v2.ConfirmDeliveryRequest\x1a\".fedhds.v2.ConfirmDeliveryResponse\x12:\n\x05Leave\x12\x17.fedhds.v2.LeaveRequest\x1a\x18.fedhds.v2.LeaveResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65\x64hds/v2/federation.proto\x12\tfedhds.v2\x1a\x19\x66\x65\x64hds/v2/selection.proto\x1a\x18\x66\x65\x64hds/v2/transfer.proto\x1a\x19google/protobuf/any.proto\"{\n\rEnrollRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x19\n\x11protocol_versions\x18\x02 \x03(\r\x12\x16\n\x0e\x66\x65\x64hds_version\x18\x03 \x01(\t\x12\x18\n\x10previous_session\x18\x04 \x01(\t\x12\x0f\n\x07session\x18\x05 \x01(\t\"v\n\x0e\x45nrollResponse\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12\x0c\n\x04spec\x18\x03 \x01(\t\x12\x0e\n\x06run_id\x18\x04 \x01(\t\x12\x1b\n\x13heartbeat_timeout_s\x18\x05 \x01(\x01\"o\n\x10ModelFingerprint\x12\x0f\n\x07weights\x18\x01 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\t\x12\x11\n\ttokenizer\x18\x03 \x01(\t\x12\x10\n\x08template\x18\x04 \x01(\t\x12\x15\n\rfeature_model\x18\x05 \x01(\t\"\x97\x01\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\'\n\x07initial\x18\x04 \x01(\x0e\x32\x16.fedhds.v2.InitialKind\x12\r\n\x05\x62ound\x18\x05 \x01(\x01\x12\x17\n\nscale_axis\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_scale_axis\"%\n\tStopToken\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\"t\n\x0f\x41\x64\x61pterManifest\x12&\n\x07tensors\x18\x01 \x03(\x0b\x32\x15.fedhds.v2.TensorSpec\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\t\x12)\n\x0bstop_tokens\x18\x03 \x03(\x0b\x32\x14.fedhds.v2.StopToken\"\xd5\x01\n\x0fRegisterRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x30\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1b.fedhds.v2.ModelFingerprint\x12,\n\x08manifest\x18\x03 \x01(\x0b\x32\x1a.fedhds.v2.AdapterManifest\x12\x0c\n\x04rows\x18\x04 \x01(\x04\x12\x11\n\tevaluates\x18\x05 \x01(\x08\x12\x17\n\x0f\x65valuation_rows\x18\x06 \x01(\x04\x12\x17\n\x0fvalidation_rows\x18\x07 \x01(\x04\"\x12\n\x10RegisterResponse\"2\n\x0fNextTaskRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0e\n\x06wait_s\x18\x02 \x01(\x01\"}\n\x10NextTaskResponse\x12\x1f\n\x04task\x18\x01 \x01(\x0b\x32\x0f.fedhds.v2.TaskH\x00\x12\x1f\n\x04wait\x18\x02 \x01(\x0b\x32\x0f.fedhds.v2.WaitH\x00\x12\x1f\n\x04\x64one\x18\x03 \x01(\x0b\x32\x0f.fedhds.v2.DoneH\x00\x42\x06\n\x04next\"\x86\x01\n\x04Task\x12\n\n\x02id\x18\x01 \x01(\t\x12\x14\n\x0cround_number\x18\x02 \x01(\r\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\'\n\x07\x61\x64\x61pter\x18\x04 \x01(\x0b\x32\x16.fedhds.v2.ArtifactRef\x12%\n\x07request\x18\x05 \x01(\x0b\x32\x14.google.protobuf.Any\"L\n\x0cTrainRequest\x12#\n\x07\x63oreset\x18\x01 \x01(\x0b\x32\x12.fedhds.v2.Coreset\x12\x17\n\x0ftrainable_roles\x18\x02 \x03(\t\"\x16\n\x04Wait\x12\x0e\n\x06reason\x18\x01 \x01(\t\"}\n\x04\x44one\x12\x0f\n\x07outcome\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\'\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x16.fedhds.v2.ArtifactRef\x12\x16\n\x0e\x61\x64\x61pter_config\x18\x04 \x01(\t\x12\x12\n\nmodel_card\x18\x05 \x01(\t\"F\n\x10HeartbeatRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x10\n\x08progress\x18\x03 \x01(\x01\"&\n\x11HeartbeatResponse\x12\x11\n\twithdrawn\x18\x01 \x01(\x08\"]\n\x13\x43ompleteTaskRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12$\n\x06result\x18\x03 \x01(\x0b\x32\x14.google.protobuf.Any\"J\n\x14\x43ompleteTaskResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x10\n\x08rejected\x18\x03 \x01(\x08\"\x8b\x01\n\x0bTrainResult\x12&\n\x06update\x18\x01 \x01(\x0b\x32\x16.fedhds.v2.ArtifactRef\x12\x0f\n\x07samples\x18\x02 \x01(\x04\x12\x11\n\x04loss\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07train_s\x18\x04 \x01(\x01\x12\x16\n\x0etruncated_rows\x18\x05 \x01(\x04\x42\x07\n\x05_loss\"\xa1\x01\n\x10\x45valuationResult\x12\x0c\n\x04rows\x18\x01 \x01(\x04\x12\x39\n\x07metrics\x18\x02 \x03(\x0b\x32(.fedhds.v2.EvaluationResult.MetricsEntry\x1a\x44\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.fedhds.v2.MetricSum:\x02\x38\x01\".\n\tMetricSum\x12\x11\n\tvalue_sum\x18\x01 \x01(\x01\x12\x0e\n\x06weight\x18\x02 \x01(\x01\"Q\n\x0f\x46\x61ilTaskRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x12\n\x10\x46\x61ilTaskResponse\")\n\x16\x43onfirmDeliveryRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\"\x19\n\x17\x43onfirmDeliveryResponse\"=\n\x0cLeaveRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x0f\n\rLeaveResponse*t\n\x0bInitialKind\x12\x1c\n\x18INITIAL_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12INITIAL_KIND_ZEROS\x10\x01\x12\x15\n\x11INITIAL_KIND_ONES\x10\x02\x12\x18\n\x14INITIAL_KIND_UNIFORM\x10\x03\x32\x99\x06\n\nFederation\x12=\n\x06\x45nroll\x12\x18.fedhds.v2.EnrollRequest\x1a\x19.fedhds.v2.EnrollResponse\x12\x43\n\x08Register\x12\x1a.fedhds.v2.RegisterRequest\x1a\x1b.fedhds.v2.RegisterResponse\x12\x43\n\x08NextTask\x12\x1a.fedhds.v2.NextTaskRequest\x1a\x1b.fedhds.v2.NextTaskResponse\x12\x46\n\tHeartbeat\x12\x1b.fedhds.v2.HeartbeatRequest\x1a\x1c.fedhds.v2.HeartbeatResponse\x12O\n\x0c\x43ompleteTask\x12\x1e.fedhds.v2.CompleteTaskRequest\x1a\x1f.fedhds.v2.CompleteTaskResponse\x12\x43\n\x08\x46\x61ilTask\x12\x1a.fedhds.v2.FailTaskRequest\x1a\x1b.fedhds.v2.FailTaskResponse\x12\x46\n\tGetUpload\x12\x1b.fedhds.v2.GetUploadRequest\x1a\x1c.fedhds.v2.GetUploadResponse\x12?\n\x06Upload\x12\x18.fedhds.v2.UploadRequest\x1a\x19.fedhds.v2.UploadResponse(\x01\x12\x45\n\x08\x44ownload\x12\x1a.fedhds.v2.DownloadRequest\x1a\x1b.fedhds.v2.DownloadResponse0\x01\x12X\n\x0f\x43onfirmDelivery\x12!.fedhds.v2.ConfirmDeliveryRequest\x1a\".fedhds.v2.ConfirmDeliveryResponse\x12:\n\x05Leave\x12\x17.fedhds.v2.LeaveRequest\x1a\x18.fedhds.v2.LeaveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,8 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EVALUATIONRESULT_METRICSENTRY']._loaded_options = None
   _globals['_EVALUATIONRESULT_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_INITIALKIND']._serialized_start=2436
-  _globals['_INITIALKIND']._serialized_end=2552
+  _globals['_INITIALKIND']._serialized_start=2461
+  _globals['_INITIALKIND']._serialized_end=2577
   _globals['_ENROLLREQUEST']._serialized_start=121
   _globals['_ENROLLREQUEST']._serialized_end=244
   _globals['_ENROLLRESPONSE']._serialized_start=246
@@ -51,49 +51,49 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ADAPTERMANIFEST']._serialized_start=672
   _globals['_ADAPTERMANIFEST']._serialized_end=788
   _globals['_REGISTERREQUEST']._serialized_start=791
-  _globals['_REGISTERREQUEST']._serialized_end=979
-  _globals['_REGISTERRESPONSE']._serialized_start=981
-  _globals['_REGISTERRESPONSE']._serialized_end=999
-  _globals['_NEXTTASKREQUEST']._serialized_start=1001
-  _globals['_NEXTTASKREQUEST']._serialized_end=1051
-  _globals['_NEXTTASKRESPONSE']._serialized_start=1053
-  _globals['_NEXTTASKRESPONSE']._serialized_end=1178
-  _globals['_TASK']._serialized_start=1181
-  _globals['_TASK']._serialized_end=1315
-  _globals['_TRAINREQUEST']._serialized_start=1317
-  _globals['_TRAINREQUEST']._serialized_end=1393
-  _globals['_WAIT']._serialized_start=1395
-  _globals['_WAIT']._serialized_end=1417
-  _globals['_DONE']._serialized_start=1419
-  _globals['_DONE']._serialized_end=1544
-  _globals['_HEARTBEATREQUEST']._serialized_start=1546
-  _globals['_HEARTBEATREQUEST']._serialized_end=1616
-  _globals['_HEARTBEATRESPONSE']._serialized_start=1618
-  _globals['_HEARTBEATRESPONSE']._serialized_end=1656
-  _globals['_COMPLETETASKREQUEST']._serialized_start=1658
-  _globals['_COMPLETETASKREQUEST']._serialized_end=1751
-  _globals['_COMPLETETASKRESPONSE']._serialized_start=1753
-  _globals['_COMPLETETASKRESPONSE']._serialized_end=1827
-  _globals['_TRAINRESULT']._serialized_start=1830
-  _globals['_TRAINRESULT']._serialized_end=1969
-  _globals['_EVALUATIONRESULT']._serialized_start=1972
-  _globals['_EVALUATIONRESULT']._serialized_end=2133
-  _globals['_EVALUATIONRESULT_METRICSENTRY']._serialized_start=2065
-  _globals['_EVALUATIONRESULT_METRICSENTRY']._serialized_end=2133
-  _globals['_METRICSUM']._serialized_start=2135
-  _globals['_METRICSUM']._serialized_end=2181
-  _globals['_FAILTASKREQUEST']._serialized_start=2183
-  _globals['_FAILTASKREQUEST']._serialized_end=2264
-  _globals['_FAILTASKRESPONSE']._serialized_start=2266
-  _globals['_FAILTASKRESPONSE']._serialized_end=2284
-  _globals['_CONFIRMDELIVERYREQUEST']._serialized_start=2286
-  _globals['_CONFIRMDELIVERYREQUEST']._serialized_end=2327
-  _globals['_CONFIRMDELIVERYRESPONSE']._serialized_start=2329
-  _globals['_CONFIRMDELIVERYRESPONSE']._serialized_end=2354
-  _globals['_LEAVEREQUEST']._serialized_start=2356
-  _globals['_LEAVEREQUEST']._serialized_end=2417
-  _globals['_LEAVERESPONSE']._serialized_start=2419
-  _globals['_LEAVERESPONSE']._serialized_end=2434
-  _globals['_FEDERATION']._serialized_start=2555
-  _globals['_FEDERATION']._serialized_end=3348
+  _globals['_REGISTERREQUEST']._serialized_end=1004
+  _globals['_REGISTERRESPONSE']._serialized_start=1006
+  _globals['_REGISTERRESPONSE']._serialized_end=1024
+  _globals['_NEXTTASKREQUEST']._serialized_start=1026
+  _globals['_NEXTTASKREQUEST']._serialized_end=1076
+  _globals['_NEXTTASKRESPONSE']._serialized_start=1078
+  _globals['_NEXTTASKRESPONSE']._serialized_end=1203
+  _globals['_TASK']._serialized_start=1206
+  _globals['_TASK']._serialized_end=1340
+  _globals['_TRAINREQUEST']._serialized_start=1342
+  _globals['_TRAINREQUEST']._serialized_end=1418
+  _globals['_WAIT']._serialized_start=1420
+  _globals['_WAIT']._serialized_end=1442
+  _globals['_DONE']._serialized_start=1444
+  _globals['_DONE']._serialized_end=1569
+  _globals['_HEARTBEATREQUEST']._serialized_start=1571
+  _globals['_HEARTBEATREQUEST']._serialized_end=1641
+  _globals['_HEARTBEATRESPONSE']._serialized_start=1643
+  _globals['_HEARTBEATRESPONSE']._serialized_end=1681
+  _globals['_COMPLETETASKREQUEST']._serialized_start=1683
+  _globals['_COMPLETETASKREQUEST']._serialized_end=1776
+  _globals['_COMPLETETASKRESPONSE']._serialized_start=1778
+  _globals['_COMPLETETASKRESPONSE']._serialized_end=1852
+  _globals['_TRAINRESULT']._serialized_start=1855
+  _globals['_TRAINRESULT']._serialized_end=1994
+  _globals['_EVALUATIONRESULT']._serialized_start=1997
+  _globals['_EVALUATIONRESULT']._serialized_end=2158
+  _globals['_EVALUATIONRESULT_METRICSENTRY']._serialized_start=2090
+  _globals['_EVALUATIONRESULT_METRICSENTRY']._serialized_end=2158
+  _globals['_METRICSUM']._serialized_start=2160
+  _globals['_METRICSUM']._serialized_end=2206
+  _globals['_FAILTASKREQUEST']._serialized_start=2208
+  _globals['_FAILTASKREQUEST']._serialized_end=2289
+  _globals['_FAILTASKRESPONSE']._serialized_start=2291
+  _globals['_FAILTASKRESPONSE']._serialized_end=2309
+  _globals['_CONFIRMDELIVERYREQUEST']._serialized_start=2311
+  _globals['_CONFIRMDELIVERYREQUEST']._serialized_end=2352
+  _globals['_CONFIRMDELIVERYRESPONSE']._serialized_start=2354
+  _globals['_CONFIRMDELIVERYRESPONSE']._serialized_end=2379
+  _globals['_LEAVEREQUEST']._serialized_start=2381
+  _globals['_LEAVEREQUEST']._serialized_end=2442
+  _globals['_LEAVERESPONSE']._serialized_start=2444
+  _globals['_LEAVERESPONSE']._serialized_end=2459
+  _globals['_FEDERATION']._serialized_start=2580
+  _globals['_FEDERATION']._serialized_end=3373
 # @@protoc_insertion_point(module_scope)

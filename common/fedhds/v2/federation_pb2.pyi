@@ -292,6 +292,7 @@ class RegisterRequest(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     EVALUATES_FIELD_NUMBER: _builtins.int
     EVALUATION_ROWS_FIELD_NUMBER: _builtins.int
+    VALIDATION_ROWS_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """The session of EnrollResponse."""
     rows: _builtins.int
@@ -300,6 +301,10 @@ class RegisterRequest(_message.Message):
     """Whether the site evaluates on held-out rows."""
     evaluation_rows: _builtins.int
     """Held-out rows at the site, above 0 if it evaluates and 0 if not; bounds the rows of its evaluations."""
+    validation_rows: _builtins.int
+    """Rows that validate at the site: their loss chooses the best round and may end the run early. 0: it validates none.
+    Bounds the rows of its validations.
+    """
     @_builtins.property
     def fingerprint(self) -> Global___ModelFingerprint:
         """Fingerprint of the base model at the site."""
@@ -317,10 +322,11 @@ class RegisterRequest(_message.Message):
         rows: _builtins.int = ...,
         evaluates: _builtins.bool = ...,
         evaluation_rows: _builtins.int = ...,
+        validation_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluates", b"evaluates", "evaluation_rows", b"evaluation_rows", "fingerprint", b"fingerprint", "manifest", b"manifest", "rows", b"rows", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluates", b"evaluates", "evaluation_rows", b"evaluation_rows", "fingerprint", b"fingerprint", "manifest", b"manifest", "rows", b"rows", "session", b"session", "validation_rows", b"validation_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -423,7 +429,7 @@ class Task(_message.Message):
     round_number: _builtins.int
     """Round that the task belongs to: 1 is the first; 0 is before it."""
     kind: _builtins.str
-    """What to do: "select", "train", "evaluate" or another kind that both sides know."""
+    """What to do: "select", "train", "evaluate", "validate" or another kind that both sides know."""
     @_builtins.property
     def adapter(self) -> _transfer_pb2.ArtifactRef:
         """Global adapter that the task starts from."""
@@ -524,7 +530,7 @@ class Done(_message.Message):
     """The model card, Markdown with front matter."""
     @_builtins.property
     def adapter(self) -> _transfer_pb2.ArtifactRef:
-        """Last global adapter (safetensors); absent when there is none."""
+        """The global adapter (safetensors) that the run delivers, the last or the best one; absent when there is none."""
 
     def __init__(
         self,
@@ -610,8 +616,8 @@ class CompleteTaskRequest(_message.Message):
     """The task's id."""
     @_builtins.property
     def result(self) -> _any_pb2.Any:
-        """What came out: a TrainResult of "train", an EvaluationResult of "evaluate", a report of the run's strategy of
-        "select", or the LongMessage that stands for it.
+        """What came out: a TrainResult of "train", an EvaluationResult of "evaluate" and "validate", a report of the run's
+        strategy of "select", or the LongMessage that stands for it.
         """
 
     def __init__(
@@ -705,7 +711,7 @@ Global___TrainResult: _TypeAlias = TrainResult  # noqa: Y015
 
 @_typing.final
 class EvaluationResult(_message.Message):
-    """Result of an "evaluate" task."""
+    """Result of an "evaluate" or "validate" task."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

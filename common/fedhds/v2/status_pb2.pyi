@@ -295,10 +295,15 @@ class GetStatusResponse(_message.Message):
     MODEL_GIVEN_BY_FIELD_NUMBER: _builtins.int
     MODEL_CONFIRMED_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    VALIDATIONS_FIELD_NUMBER: _builtins.int
+    BEST_ROUND_FIELD_NUMBER: _builtins.int
+    BEST_CHECKPOINT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Identifies the run."""
     phase: _builtins.str
-    """"enrolling", "selecting", "grouping", "training", "aggregating", "finishing", "completed", "stopped" or "failed"."""
+    """"enrolling", "selecting", "grouping", "training", "aggregating", "validating", "finishing", "completed", "stopped" or
+    "failed".
+    """
     round_number: _builtins.int
     """Round in progress, or the last one."""
     message: _builtins.str
@@ -327,6 +332,10 @@ class GetStatusResponse(_message.Message):
     """The site that registered first, and so gave the base model."""
     model_confirmed: _builtins.bool
     """Whether an operator has confirmed the base model."""
+    best_round: _builtins.int
+    """Round with the lowest validation loss so far, 0 for the untrained adapter; absent while no site has validated."""
+    best_checkpoint: _builtins.str
+    """Folder of the best round's adapter on the coordinator's host; empty while there is none."""
     @_builtins.property
     def sites(self) -> _containers.RepeatedCompositeFieldContainer[Global___SiteStatus]:
         """Every site that ever enrolled, by name."""
@@ -359,6 +368,10 @@ class GetStatusResponse(_message.Message):
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What the operator should fix while the run goes on, each in one line: a list that cannot be read, for example."""
 
+    @_builtins.property
+    def validations(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvaluationStatus]:
+        """Validations, by round: means over the rows whose loss chooses the best round. Not those of `evaluations`."""
+
     def __init__(
         self,
         *,
@@ -386,13 +399,21 @@ class GetStatusResponse(_message.Message):
         model_given_by: _builtins.str = ...,
         model_confirmed: _builtins.bool = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        validations: _abc.Iterable[Global___EvaluationStatus] | None = ...,
+        best_round: _builtins.int | None = ...,
+        best_checkpoint: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_paused", b"_paused", "cohort", b"cohort", "paused", b"paused"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_round", b"_best_round", "_paused", b"_paused", "best_round", b"best_round", "cohort", b"cohort", "paused", b"paused"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_paused", b"_paused", "bytes_received", b"bytes_received", "checkpoint", b"checkpoint", "closed_rounds", b"closed_rounds", "cohort", b"cohort", "evaluations", b"evaluations", "fedhds_version", b"fedhds_version", "journal", b"journal", "message", b"message", "model_confirmed", b"model_confirmed", "model_fingerprint", b"model_fingerprint", "model_given_by", b"model_given_by", "now", b"now", "paused", b"paused", "phase", b"phase", "pool_rows", b"pool_rows", "protocol_versions", b"protocol_versions", "round_number", b"round_number", "run_id", b"run_id", "running_s", b"running_s", "site_states", b"site_states", "sites", b"sites", "spec", b"spec", "trained_rows", b"trained_rows", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_round", b"_best_round", "_paused", b"_paused", "best_checkpoint", b"best_checkpoint", "best_round", b"best_round", "bytes_received", b"bytes_received", "checkpoint", b"checkpoint", "closed_rounds", b"closed_rounds", "cohort", b"cohort", "evaluations", b"evaluations", "fedhds_version", b"fedhds_version", "journal", b"journal", "message", b"message", "model_confirmed", b"model_confirmed", "model_fingerprint", b"model_fingerprint", "model_given_by", b"model_given_by", "now", b"now", "paused", b"paused", "phase", b"phase", "pool_rows", b"pool_rows", "protocol_versions", b"protocol_versions", "round_number", b"round_number", "run_id", b"run_id", "running_s", b"running_s", "site_states", b"site_states", "sites", b"sites", "spec", b"spec", "trained_rows", b"trained_rows", "validations", b"validations", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__best_round: _TypeAlias = _typing.Literal["best_round"]  # noqa: Y015
+    _WhichOneofArgType__best_round: _TypeAlias = _typing.Literal["_best_round", b"_best_round"]  # noqa: Y015
     _WhichOneofReturnType__paused: _TypeAlias = _typing.Literal["paused"]  # noqa: Y015
     _WhichOneofArgType__paused: _TypeAlias = _typing.Literal["_paused", b"_paused"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__best_round) -> _WhichOneofReturnType__best_round | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__paused) -> _WhichOneofReturnType__paused | None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
@@ -498,6 +519,7 @@ class SiteStatus(_message.Message):
     BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
     DELIVERED_FIELD_NUMBER: _builtins.int
     REJECTIONS_FIELD_NUMBER: _builtins.int
+    VALIDATES_FIELD_NUMBER: _builtins.int
     site: _builtins.str
     """The site's name."""
     state: _builtins.str
@@ -515,7 +537,9 @@ class SiteStatus(_message.Message):
     delivered: _builtins.bool
     """It has the final adapter."""
     rejections: _builtins.int
-    """Results that did not pass validation."""
+    """Results that did not pass the coordinator's checks."""
+    validates: _builtins.bool
+    """Whether it validates."""
     def __init__(
         self,
         *,
@@ -528,10 +552,11 @@ class SiteStatus(_message.Message):
         bytes_received: _builtins.int = ...,
         delivered: _builtins.bool = ...,
         rejections: _builtins.int = ...,
+        validates: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_received", b"bytes_received", "delivered", b"delivered", "evaluates", b"evaluates", "last_error", b"last_error", "rejections", b"rejections", "rows", b"rows", "site", b"site", "state", b"state", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_received", b"bytes_received", "delivered", b"delivered", "evaluates", b"evaluates", "last_error", b"last_error", "rejections", b"rejections", "rows", b"rows", "site", b"site", "state", b"state", "task", b"task", "validates", b"validates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -585,7 +610,7 @@ Global___RoundStatus: _TypeAlias = RoundStatus  # noqa: Y015
 
 @_typing.final
 class EvaluationStatus(_message.Message):
-    """Evaluations of one round's adapter, over all evaluators."""
+    """Evaluations, or validations, of one round's adapter, over all sites that measured it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -639,7 +664,7 @@ class EvaluationStatus(_message.Message):
     rows: _builtins.int
     """Rows measured."""
     evaluators: _builtins.int
-    """Certificates whose sites evaluated."""
+    """Certificates whose sites measured."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Means by metric: "loss" in nats per response token, "rouge_l" from 0 to 1, and what else the sites measure."""

@@ -70,6 +70,7 @@ class Site(_Record):
     rows: int = 0
     evaluates: bool = False
     evaluation_rows: int = 0  # held-out rows that it declared; 0 for one that registered before these were
+    validation_rows: int = 0  # rows that validate; 0: it validates none
     last_error: str = ""
     last_accepted: str = ""  # task whose result was accepted last: a site whose answer was lost asks again
     last_result: str = ""  # tells that result from another of the same task; empty for one before this was kept
@@ -87,7 +88,12 @@ class Site(_Record):
     @property
     def registered(self) -> bool:
         """Whether it has declared what it brings, and so has the run's base model."""
-        return self.rows > 0 or self.evaluates
+        return self.rows > 0 or self.evaluates or self.validates
+
+    @property
+    def validates(self) -> bool:
+        """Whether it holds rows that choose the best round."""
+        return self.validation_rows > 0
 
     @property
     def excluded(self) -> bool:
@@ -223,11 +229,21 @@ class RunState(_Record):
     closed_rounds: list[ClosedRound] = Field(default_factory=list)
     evaluations: dict[int, dict[str, Evaluation]] = Field(default_factory=dict)  # round -> evaluator -> sums
     failed_evaluations: list[str] = Field(default_factory=list)  # tasks that failed after the last round, for good
+    validations: dict[int, dict[str, Evaluation]] = Field(default_factory=dict)  # round -> validating site -> sums
+    validated_round: int = -1  # all rounds up to it are validated, or nobody could
+    best_round: int | None = None  # the lowest validation loss so far; None while no site has validated
+    improved_round: int | None = None  # the last one that was better by more than early stopping asks
 
     @property
     def adapter(self) -> Artifact:
         """The newest global adapter; raises ValueError before the first."""
         return self.adapters[max(self.adapters)]
+
+    @property
+    def delivered_round(self) -> int:
+        """The round whose adapter sites get; raises ValueError before the first."""
+        best = self.best_round if self.spec.evaluation.deliver == "best" else None
+        return max(self.adapters) if best is None else best
 
     @property
     def artifacts(self) -> set[Artifact]:
@@ -266,6 +282,12 @@ class RunState(_Record):
         return sorted(
             site.name for site in sites if site.state is SiteState.ENROLLED and site.evaluates and not site.excluded
         )
+
+    @property
+    def validators(self) -> list[str]:
+        """Sites that validate, by name: also those that load their model, or a restart would decide who counts."""
+        sites = self.sites.values()
+        return sorted(site.name for site in sites if site.live and site.validates and not site.excluded)
 
     @property
     def trained_rows(self) -> int:
