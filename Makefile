@@ -25,14 +25,17 @@ demo: $(STAMP)  ## run a whole federation on this machine (MODEL=, STRATEGY=, RO
 
 # One thread each: the tests run in as many processes as there are cores, and so do those that they start.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
-test: $(STAMP)  ## run the tests
+test: $(STAMP)  ## run the tests but for the long ones
 	$(PYTEST)
+	@echo "The long tests (make test-slow) last passed: $$(cat tests/long-tests.txt)"
 
 test-fast: $(STAMP)  ## run those of the tests that start no process of fedhds and are not slow
 	$(PYTEST) -m 'not e2e and not slow and not compose and not long'
 
-test-slow: $(STAMP)  ## run the long tests, which `make test` leaves out
+test-slow: $(STAMP)  ## run the long tests, which `make test` leaves out, and note when they passed
 	$(PYTEST) -m long
+	@echo "$$(date -u +%F) at $$(git describe --always --dirty --exclude '*'), $$(nproc) cores, $$(uname -m)" \
+	  | tee tests/long-tests.txt
 
 # No part of `make test`: counting branches makes Python much slower. Programs are measured too, until a test kills them.
 coverage: $(STAMP)  ## run the tests and print which branches of the three packages they take
