@@ -218,7 +218,7 @@ def test_the_card_tells_how_the_adapter_was_made() -> None:
         "| selection | fedhds-aligned, per-round, budget 1.5% |",
         "| rows trained on | 30 of 2000 (1.5%) |",
         "| PEFT method | lora, rank 4, alpha 12, dropout 0.05, targets q_proj, v_proj |",
-        "| training | Adam, learning rate 0.001, batch 4, 1 local epochs, rows up to 1024 tokens |",
+        "| training | Adam, learning rate 0.001, constant schedule, batch 4, 1 local epoch, rows up to 1024 tokens |",
         "| aggregation | FedAvg: the mean of each tensor, weighted by rows |",
         "| server optimizer | momentum: with momentum over rounds (FedAvgM) |",
         "| seed | 7 |",

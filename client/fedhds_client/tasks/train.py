@@ -55,6 +55,8 @@ class TrainTask(SiteTask):
             models.prompter,
             spec.training,
             seed=spec.seed + int(file_key(task.id)[:12], 16),
+            round_number=task.round_number,
+            rounds=spec.rounds.count,
             trainable_roles=roles,
             progress=context.control.report,
             cancelled=context.control.cancelled,
@@ -70,8 +72,8 @@ class TrainTask(SiteTask):
         update = keep_update(
             path, models.model, context.adapter, outcome, round_number=task.round_number, trainable_roles=roles
         )
-        text = "%s: round %d trained in %.1f s, loss %.4f"
-        logger.info(text, site.name, task.round_number, outcome.seconds, outcome.loss)
+        text = "%s: round %d trained in %.1f s (%.0f tokens/s), loss %.4f"
+        logger.info(text, site.name, task.round_number, outcome.seconds, outcome.tokens_per_s, outcome.loss)
         return TaskResult(update.result(min_rows=context.settings.min_cluster_rows), update)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,21 +14,37 @@ import torch
 from fedhds.errors import TaskError
 from fedhds.spec import TrainingSpec
 from fedhds_client.computation import Cancelled
-from fedhds_client.data.prompts import Encoded, Prompter
+from fedhds_client.data.prompts import Prompter
 from fedhds_client.data.shard import Shard
 from fedhds_client.models.adapter import AdapterModel
+from fedhds_client.training.batches import shuffled_batches, steps_of, steps_of_pass
 from fedhds_client.training.response_loss import ResponseLoss
+from fedhds_client.training.schedule import learning_rate
+from fedhds_client.training.step_gradient import MeanGradient, StepGradient
 
 
 @dataclass(frozen=True, slots=True)
 class TrainOutcome:
-    """`loss`: mean over the response tokens of the last epoch, in nats."""
+    """What training did.
+
+    `loss`: mean over the response tokens of the last pass over the rows, in nats, without the proximal term.
+    `loss_rows`: distinct rows behind it. `response_tokens`: those of one pass; where there was none, as many as the
+    rows that were trained on promise. `tokens`: all that were computed, prompts with them and padding without.
+    """
 
     samples: int
     loss: float
     seconds: float
     truncated_rows: int
     steps: int
+    loss_rows: int
+    response_tokens: int
+    tokens: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of prompts and responses a second."""
+        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 def train(
@@ -37,7 +55,10 @@ def train(
     spec: TrainingSpec,
     *,
     seed: int,
+    round_number: int = 1,
+    rounds: int = 1,
     trainable_roles: frozenset[str] = frozenset(),
+    step_gradient: Callable[[ResponseLoss, Sequence[torch.nn.Parameter]], StepGradient] = MeanGradient,
     progress: Callable[[float], None],
     cancelled: Callable[[], bool],
 ) -> TrainOutcome:
@@ -51,65 +72,94 @@ def train(
     if not rows:
         raise ValueError("there are no rows to train on")
     started = time.monotonic()
-    loss_of = ResponseLoss(model)
     parameters = model.parameters(trainable_roles)
+    optimizer = _optimizer(parameters, spec)
+    gradient_of = step_gradient(ResponseLoss(model), parameters)
+    start = [parameter.detach().clone() for parameter in parameters] if spec.proximal_mu else []
+    order = torch.Generator().manual_seed(seed % 2**63)
+    steps, pass_steps = steps_of(spec, len(rows)), steps_of_pass(spec, len(rows))
+    truncated: set[int] = set()
+    # Of the newest pass; of the first one, for the weight.
+    recent: deque[tuple[float, int, list[int]]] = deque(maxlen=pass_steps)
+    first_rows = first_tokens = tokens = 0
+    with _training(model, parameters, optimizer, seed):
+        for step, ids in enumerate(shuffled_batches(rows, spec, order)):
+            if cancelled():
+                raise Cancelled("training was stopped")
+            batch = [prompter.encode(shard[row]) for row in ids]
+            truncated.update(row for row, encoded in zip(ids, batch, strict=True) if encoded.truncated)
+            total, count = gradient_of(batch)
+            if not math.isfinite(total):
+                raise TaskError("the training loss is not finite; the operator can lower --learning-rate")
+            if any(parameter.grad is not None for parameter in parameters):
+                _pull_back(parameters, start, spec.proximal_mu)
+                rate = learning_rate(spec, round_number=round_number, rounds=rounds, step=step, steps=steps)
+                _step(optimizer, parameters, rate, spec.max_grad_norm)
+            recent.append((total, count, ids))
+            tokens += sum(len(encoded.input_ids) for encoded in batch)
+            if step < pass_steps:
+                first_rows, first_tokens = first_rows + len(ids), first_tokens + count
+            progress((step + 1) / steps)
+    return TrainOutcome(
+        samples=len(rows),
+        loss=sum(total for total, _, _ in recent) / max(sum(count for _, count, _ in recent), 1),
+        seconds=time.monotonic() - started,
+        truncated_rows=len(truncated),
+        steps=steps,
+        loss_rows=len({row for _, _, ids in recent for row in ids}),
+        response_tokens=round(first_tokens * len(rows) / first_rows),
+        tokens=tokens,
+    )
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], spec: TrainingSpec) -> torch.optim.Optimizer:
+    if spec.weight_decay:
+        return torch.optim.AdamW(parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    return torch.optim.Adam(parameters, lr=spec.learning_rate)
+
+
+@contextmanager
+def _training(
+    model: AdapterModel, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, seed: int
+) -> Iterator[None]:
+    """Only `parameters` take gradients, dropout acts and comes from `seed`; behind it all is as before."""
     trained = set(parameters)
     frozen = [parameter for parameter in model.parameters() if parameter not in trained]
-    optimizer = torch.optim.Adam(parameters, lr=spec.learning_rate)
-    order = torch.Generator().manual_seed(seed % 2**63)
-    steps = math.ceil(len(rows) / spec.batch_size)
-    truncated: set[int] = set()
+    devices = [model.device] if model.device.type == "cuda" else []
     model.module.train()
     for parameter in frozen:
         parameter.requires_grad_(False)
-    devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed % 2**63)
-            for epoch in range(spec.local_epochs):
-                loss_sum, tokens = 0.0, 0
-                shuffled = [rows[i] for i in torch.randperm(len(rows), generator=order).tolist()]
-                for step in range(steps):
-                    if cancelled():
-                        raise Cancelled("training was stopped")
-                    ids = shuffled[step * spec.batch_size : (step + 1) * spec.batch_size]
-                    batch = [prompter.encode(shard[row]) for row in ids]
-                    truncated.update(row for row, encoded in zip(ids, batch, strict=True) if encoded.truncated)
-                    total, count = _step(loss_of, batch, optimizer, parameters, spec.max_grad_norm)
-                    loss_sum, tokens = loss_sum + total, tokens + count
-                    progress((epoch * steps + step + 1) / (steps * spec.local_epochs))
+            yield
     except torch.OutOfMemoryError as error:
-        raise TaskError(
-            "the device ran out of memory in training; the operator can lower --batch-size or --max-length"
-        ) from error
+        raise TaskError("the device ran out of memory in training; the operator can lower --max-length") from error
     finally:
         model.module.eval()
         for parameter in frozen:
             parameter.requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
-    seconds = time.monotonic() - started
-    return TrainOutcome(len(rows), loss_sum / max(tokens, 1), seconds, len(truncated), steps=steps * spec.local_epochs)
+
+
+def _pull_back(parameters: Sequence[torch.nn.Parameter], start: Sequence[torch.Tensor], mu: float) -> None:
+    """Adds the gradient of mu/2 ||w - w_global||^2 (Li et al. 2020, FedProx); `start` is empty without it."""
+    for parameter, first in zip(parameters, start, strict=False):
+        pull = parameter.detach() - first
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.add_(pull, alpha=mu)
 
 
 def _step(
-    loss_of: ResponseLoss,
-    batch: Sequence[Encoded],
-    optimizer: torch.optim.Optimizer,
-    parameters: list[torch.nn.Parameter],
-    max_grad_norm: float,
-) -> tuple[float, int]:
-    """One optimizer step on the mean over the batch's response tokens; the sum of their losses, and their number."""
-    total, count = loss_of(batch)
-    if not count:
-        return 0.0, 0
-    value = float(total.detach())
-    if not math.isfinite(value):
-        raise TaskError("the training loss is not finite; the operator can lower --learning-rate")
-    optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(total / count)
+    optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], rate: float, max_grad_norm: float
+) -> None:
+    """Clips the gradients, makes one step with the learning rate `rate` and drops them."""
     # A finite loss can have a gradient that is not, and no later loss would tell of the last step's.
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     if not math.isfinite(float(norm)):
         raise TaskError("the training gradient is not finite; the operator can lower --learning-rate")
+    for group in optimizer.param_groups:
+        group["lr"] = rate
     optimizer.step()
-    return value, count
+    optimizer.zero_grad(set_to_none=True)

@@ -27,7 +27,7 @@ class ResponseLoss:
         # With the layers of adapters that have any.
         self._inner: Any = model.base.model
         self._pad = int(model.tokenizer.pad_token_id)
-        self._device = model.device
+        self.device = model.device
         self._split: bool | None = None
 
     def __call__(self, batch: Sequence[Encoded]) -> tuple[torch.Tensor, int]:
@@ -45,10 +45,10 @@ class ResponseLoss:
             targeted[i, :length] = torch.tensor(row.loss)
         # The first token of all has nothing before it that could predict it.
         targeted[:, 0] = False
-        ids, mask, targeted = ids.to(self._device), mask.to(self._device), targeted.to(self._device)
+        ids, mask, targeted = ids.to(self.device), mask.to(self.device), targeted.to(self.device)
         # Position t predicts token t + 1.
         before = targeted.roll(-1, dims=1)
-        targets = wanted.to(self._device)[targeted]
+        targets = wanted.to(self.device)[targeted]
         if self._split is None:
             self._split = self._can_split(ids, mask, before)
         with self._precision():
@@ -83,6 +83,6 @@ class ResponseLoss:
         return split.shape == whole.shape and torch.allclose(split.float(), whole.float(), rtol=1e-3, atol=1e-3)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self._device.type == "cuda" and self._inner.dtype == torch.bfloat16:
+        if self.device.type == "cuda" and self._inner.dtype == torch.bfloat16:
             return torch.autocast("cuda", dtype=torch.bfloat16)
         return contextlib.nullcontext()

@@ -36,6 +36,8 @@ class UpdateMetadata:
     truncated: int
     round_number: int
     residual: str = ""
+    loss_rows: int | None = None
+    """Rows behind `loss`; None: all samples, as earlier versions wrote it."""
 
     @classmethod
     def read(cls, note: Path) -> UpdateMetadata | None:
@@ -61,10 +63,11 @@ class FinishedUpdate:
 
     def result(self, *, min_rows: int = 1) -> pb.TrainResult:
         """The wire message; it leaves out a loss over fewer than `min_rows` rows."""
+        rows = self.metadata.samples if self.metadata.loss_rows is None else self.metadata.loss_rows
         return pb.TrainResult(
             update=self.artifact.to_proto(),
             samples=self.metadata.samples,
-            loss=self.metadata.loss if self.metadata.samples >= min_rows else None,
+            loss=self.metadata.loss if rows >= min_rows else None,
             train_s=self.metadata.seconds,
             truncated_rows=self.metadata.truncated,
         )
@@ -116,6 +119,7 @@ def keep_update(
             truncated=outcome.truncated_rows,
             round_number=round_number,
             residual=residual,
+            loss_rows=outcome.loss_rows,
         )
         replace_file(path.with_suffix(".json"), json.dumps(asdict(metadata)), private=True)
         for old in folder.glob("update-*"):

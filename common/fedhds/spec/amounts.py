@@ -13,6 +13,7 @@ MAX_COUNT = 2**31 - 1
 # What a site is asked for is bounded where its memory or time follow from it: a coordinator may mean harm.
 MAX_ROUNDS = 10**6
 MAX_EPOCHS = 10**4
+MAX_STEPS = 10**6
 MAX_BATCH = 1 << 14
 MAX_TOKENS = 1 << 20
 # Characters of a path or a name.

@@ -35,6 +35,10 @@ class CardFacts:
     """What ends an answer, the one that training puts there first."""
     medians: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     """By round and metric, over evaluators; rounds that only one evaluated have none."""
+    validations: Mapping[int, tuple[int, Mapping[str, float]]] = field(default_factory=dict)
+    """As `evaluations`, on the rows that chose the best round."""
+    best_round: int | None = None
+    """The round with the lowest validation loss; None where no site validated."""
 
 
 def model_card(spec: RunSpec, facts: CardFacts) -> str:
@@ -71,8 +75,9 @@ def model_card(spec: RunSpec, facts: CardFacts) -> str:
             f"| selection | {selection.strategy.name}, {selection.schedule}, budget {selection.budget} |",
             f"| rows trained on | {facts.samples} of {facts.rows} ({share}) |",
             f"| PEFT method | {_method(spec)} |",
-            f"| training | Adam, learning rate {training.learning_rate:g}, batch {training.batch_size}, "
-            f"{training.local_epochs} local epochs, rows up to {model.max_length} tokens |",
+            f"| training | {'AdamW' if training.weight_decay else 'Adam'}, learning rate {training.learning_rate:g}, "
+            f"{training.lr_schedule} schedule, batch {training.batch_size}, {training.amount}, rows up to "
+            f"{model.max_length} tokens |",
             f"| aggregation | {AGGREGATORS[spec.aggregation.aggregator.name].description}, "
             f"weighted {_WEIGHTED[spec.aggregation.weight_by]} |",
             f"| server optimizer | {optimizer.name}: {optimizer.summary} |",
@@ -86,6 +91,7 @@ def model_card(spec: RunSpec, facts: CardFacts) -> str:
             "",
             *_evaluation_lines(facts),
             "",
+            *_validation_lines(facts),
             "## Privacy",
             "",
             *filter(None, [selection.strategy.privacy_note(spec)]),
@@ -139,6 +145,27 @@ def _ends(facts: CardFacts) -> list[str]:
     return [
         f"Every answer was trained to end with the token {first}. Stop generation there{more}:",
         "`generation_config.json` says so, but PEFT does not read it from this folder.",
+    ]
+
+
+def _validation_lines(facts: CardFacts) -> list[str]:
+    if facts.best_round is None:
+        return []
+    best = "before the first round" if not facts.best_round else f"after round {facts.best_round}"
+    own = "; this is that adapter" if facts.best_round == facts.rounds else f"; this adapter is after {facts.rounds}"
+    losses = [
+        f"| {number or 'before'} | {rows} | {means['loss']:.4f} |" for number, (rows, means) in facts.validations.items()
+    ]
+    return [
+        "## Validation",
+        "",
+        "Rows of sites that neither train nor count in the evaluation above; their loss chose the best round.",
+        f"It was lowest {best}{own}.",
+        "",
+        f"| round | rows | {label_of('loss')} |",
+        "| --- | --- | --- |",
+        *losses,
+        "",
     ]
 
 

@@ -291,7 +291,7 @@ def test_memory_that_runs_out_says_what_to_lower(llama: Path, shard: Shard, monk
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(ResponseLoss, "__call__", exhaust)
-    with pytest.raises(TaskError, match=r"--batch-size or --max-length"):
+    with pytest.raises(TaskError, match=r"with a single row; the operator can lower --max-length"):
         _train(_adapter(llama, _spec()), shard, range(8), _spec())
 
 
