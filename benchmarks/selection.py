@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -197,16 +197,21 @@ def ended(row: Encoded, end: int) -> list[int]:
 class PooledStates(FeatureSpace):
     """All layers under every pooling, without projection: what every other space can be computed from."""
 
-    def features(self, states: tuple[torch.Tensor, ...], lengths: torch.Tensor) -> torch.Tensor:
+    def features(
+        self,
+        states: Mapping[int, torch.Tensor],
+        lengths: torch.Tensor,
+        centers: Mapping[int, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """float32 (batch, poolings * layers * hidden)."""
         pools = [replace(self, pooling=pooling) for pooling in POOLINGS]
-        return torch.cat([pool._pooled(layer, lengths) for pool in pools for layer in states], dim=1)
+        return torch.cat([vectors for pool in pools for vectors in pool.pooled(states, lengths).values()], dim=1)
 
 
 def project(states: FloatArray, space: FeatureSpace) -> FloatArray:
     """Features (n, dimension) of pooled states (n, poolings, layers, hidden): as if of rows of one token."""
     pooled = torch.from_numpy(np.ascontiguousarray(states[:, POOLINGS.index(space.pooling)]))
-    layers = tuple(pooled[:, layer, None] for layer in range(pooled.shape[1]))
+    layers = {layer: pooled[:, layer, None] for layer in space.layer_indices(pooled.shape[1])}
     features: FloatArray = space.features(layers, torch.ones(len(pooled), dtype=torch.int64)).numpy()
     return features
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from fedhds.errors import TaskError
+from fedhds_client.features.layer_states import LayerStates
 
 if TYPE_CHECKING:
     from fedhds_client.features.projection import FeatureSpace
@@ -25,6 +25,10 @@ _WINDOW_BATCHES = 32
 # On a CPU larger batches are no faster: 500 rows of Dolly took as long in batches of 4 as of 16 (a Llama of 192 wide,
 # one thread), and a third of the memory. A GPU wants them as large as its memory allows.
 _CPU_TOKENS = 1024
+
+
+States = Mapping[int, torch.Tensor]
+"""Hidden states (batch, tokens, hidden) by layer."""
 
 
 @dataclass(frozen=True)
@@ -46,29 +50,73 @@ def extract_features(
     pad_id: int,
     batch_size: int,
     progress: Callable[[float], None] = lambda share: None,
+    centers: Mapping[int, torch.Tensor] | None = None,
 ) -> Features:
     """Features of the rows `ids`, in that order, under `model` as it is: with its adapter, if PEFT put one on.
 
-    `encode(id)` gives the tokens of a whole row, prompt and response. `progress` hears the share that is done after
-    every batch; what it raises ends the extraction. The model computes in its own dtype, without dropout and, but for
-    prompt methods, without its LM head, and is left in the training or evaluation mode that it was in. Memory besides
-    the result: one window of token ids and one batch of hidden states.
+    `encode(id)` gives the tokens that the space looks at, `centers` is what `mean_states` gives for a centered space.
+    `progress` hears the share that is done after every batch; what it raises ends the extraction. The model computes in
+    its own dtype, without dropout, without the layers behind the highest one that the space names and, but for prompt
+    methods, without its LM head, and is left in the training or evaluation mode that it was in. Memory besides the
+    result: one window of token ids and one batch of hidden states.
 
     Raises TaskError when features are not finite, memory runs out or the space names a layer that is not there,
     ValueError for a row without tokens.
     """
-    body = _body(model)
     values = np.empty((len(ids), space.dimension), dtype=np.float32)
     done = 0
+
+    def take(places: list[int], states: States, lengths: torch.Tensor) -> None:
+        nonlocal done
+        batch = space.features(states, lengths, centers).cpu().numpy()
+        if not np.isfinite(batch).all():
+            raise TaskError(
+                "the model's hidden states are not finite; the adapter has diverged or the dtype is too narrow"
+            )
+        values[places] = batch
+        done += len(places)
+        progress(done / len(ids))
+
+    _run(model, encode, ids, space, take, pad_id=pad_id, batch_size=batch_size)
+    return Features(np.asarray(ids, dtype=np.int64), values)
+
+
+def mean_states(
+    model: nn.Module, rows: Sequence[Sequence[int]], space: FeatureSpace, *, pad_id: int, batch_size: int
+) -> dict[int, torch.Tensor]:
+    """Per layer of the space the mean (hidden,) of the rows' pooled states; raises as `extract_features` does."""
+    sums: dict[int, torch.Tensor] = {}
+
+    def take(places: list[int], states: States, lengths: torch.Tensor) -> None:
+        for layer, vectors in space.pooled(states, lengths).items():
+            total = vectors.sum(dim=0)
+            sums[layer] = sums[layer] + total if layer in sums else total
+
+    _run(model, rows.__getitem__, range(len(rows)), space, take, pad_id=pad_id, batch_size=batch_size)
+    return {layer: total / len(rows) for layer, total in sums.items()}
+
+
+def _run(
+    model: nn.Module,
+    encode: Callable[[int], Sequence[int]],
+    ids: Sequence[int],
+    space: FeatureSpace,
+    take: Callable[[list[int], States, torch.Tensor], None],
+    *,
+    pad_id: int,
+    batch_size: int,
+) -> None:
+    """Gives `take` batch by batch: places in `ids`, states of the space's layers, and the rows' lengths in tokens."""
+    body = _body(model)
+    layers: LayerStates | None = None
     try:
         with _evaluating(model), torch.inference_mode():
             for places, tokens in _batches(encode, ids, batch_size, _max_tokens(body)):
-                values[places] = _features(body, tokens, pad_id, space)
-                done += len(places)
-                progress(done / len(ids))
+                inputs, lengths = _padded(body, tokens, pad_id)
+                layers = layers or LayerStates(body, space, inputs)
+                take(places, layers.of(inputs), lengths)
     except torch.OutOfMemoryError as error:
         raise TaskError("the device ran out of memory in taking features; lower --inference-batch-size") from error
-    return Features(np.asarray(ids, dtype=np.int64), values)
 
 
 def _batches(
@@ -93,38 +141,17 @@ def _max_tokens(body: nn.Module) -> float:
     return _CPU_TOKENS if next(body.parameters()).device.type == "cpu" else math.inf
 
 
-def _features(
-    body: nn.Module, tokens: Sequence[Sequence[int]], pad_id: int, space: FeatureSpace
-) -> npt.NDArray[np.float32]:
-    """Features of one batch, float32 (batch, dimension)."""
+def _padded(
+    body: nn.Module, tokens: Sequence[Sequence[int]], pad_id: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Token ids and attention mask of a batch, each (batch, tokens), and the rows' lengths (batch,)."""
     device = next(body.parameters()).device
     lengths = torch.tensor([len(row) for row in tokens])
     longest = int(lengths.max())
     # Padded on the right, whichever side the tokenizer would choose: positions then count from each row's start.
     padded = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in tokens])
     mask = torch.arange(longest)[None, :] < lengths[:, None]
-    options = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
-    output = body(
-        input_ids=padded.to(device),
-        attention_mask=mask.long().to(device),
-        output_hidden_states=True,
-        **options,
-    )
-    # Prompt methods put positions of their own in front.
-    states = tuple(_of_streams(state, body)[:, -longest:] for state in output.hidden_states)
-    values: npt.NDArray[np.float32] = space.features(states, lengths).cpu().numpy()
-    if not np.isfinite(values).all():
-        raise TaskError("the model's hidden states are not finite; the adapter has diverged or the dtype is too narrow")
-    return values
-
-
-def _of_streams(state: torch.Tensor, body: Any) -> torch.Tensor:
-    """Hidden states (batch, tokens, hidden) of a layer that keeps several streams beside each other: their mean."""
-    if state.dim() == 3:
-        return state
-    # Gemma 3n has them in front of the batch, models with hyper-connections behind the tokens.
-    in_front = hasattr(body.config.get_text_config(decoder=True), "altup_num_inputs")
-    return state.mean(dim=0 if in_front else 2)
+    return {"input_ids": padded.to(device), "attention_mask": mask.long().to(device)}, lengths
 
 
 def _body(model: nn.Module) -> nn.Module:

@@ -12,17 +12,21 @@ import numpy as np
 from fedhds.errors import ModelError, TaskError
 from fedhds_client.computation import Cancelled, Control
 from fedhds_client.data.prompts import Prompter
+from fedhds_client.data.row_formats import Row
 from fedhds_client.data.shard import Shard
 from fedhds_client.distributed.process_group import Extract, ProcessGroup
 from fedhds_client.features.cache import cached_features
-from fedhds_client.features.extraction import Features, extract_features
+from fedhds_client.features.extraction import Features, extract_features, mean_states
 from fedhds_client.features.projection import FeatureSpace
+from fedhds_client.features.public_rows import PUBLIC_ROWS
 from fedhds_client.models.adapter import AdapterModel
 from fedhds_client.models.fingerprint import digest_of, fingerprint
 from fedhds_client.models.loading import load_base_model
 from fedhds_client.models.template_trial import try_template
 
 if TYPE_CHECKING:
+    import torch
+
     from fedhds.spec import RunSpec
     from fedhds_client.settings import ClientSettings
     from fedhds_client.site import Site
@@ -43,6 +47,8 @@ class ShardFeatures:
         self._own = bool(spec.selection.features.model)
         # By site: features of the last key. A strategy of many steps asks again within the second.
         self._recent: dict[str, tuple[str, Features]] = {}
+        # The centers of the last key.
+        self._public: tuple[str, dict[int, torch.Tensor]] | None = None
         if self._own:
             logger.info("loading the feature model %s", spec.selection.features.model)
             try:
@@ -72,9 +78,7 @@ class ShardFeatures:
         shard = site.shard
         if shard is None:
             raise TaskError("this site has no training rows to take features of")
-        key = "/".join(
-            (self._body.weights, "" if self._own else adapter.name, self._space.key, str(self._body.model.dtype))
-        )
+        key = self._key(adapter)
         recent = self._recent.get(site.name)
         if recent and recent[0] == key:
             return recent[1]
@@ -96,7 +100,7 @@ class ShardFeatures:
         features = cached_features(
             site.folder / "features",
             key=key,
-            encode=lambda row: self._encode(shard, row),
+            encode=lambda row: self._encode(shard[row]),
             ids=range(len(shard)),
             dimension=self._space.dimension,
             extract=extract,
@@ -121,16 +125,47 @@ class ShardFeatures:
             self._model.load(adapter)
         return extract_features(
             self._body.model if self._own else self._model.module,
-            lambda row: self._encode(shard, row),
+            lambda row: self._encode(shard[row]),
             rows,
             self._space,
-            pad_id=int(self._body.tokenizer.pad_token_id or 0),
+            pad_id=self._pad_id,
             batch_size=self._batch_size,
             progress=progress,
+            centers=self._centers(adapter) if self._space.centered else None,
         )
 
-    def _encode(self, shard: Shard, row: int) -> list[int]:
-        encoded = self._prompter.encode(shard[row])
+    @property
+    def _pad_id(self) -> int:
+        return int(self._body.tokenizer.pad_token_id or 0)
+
+    def _key(self, adapter: Path) -> str:
+        """All that features depend on besides a row's tokens."""
+        parts = [self._body.weights, "" if self._own else adapter.name, self._space.key, str(self._body.model.dtype)]
+        if self._space.centered:
+            # The tokens of the public rows.
+            parts += [self._prompter.fingerprint, str(self._prompter.max_length)]
+        return "/".join(parts)
+
+    def _centers(self, adapter: Path) -> dict[int, torch.Tensor]:
+        """Per layer the mean over the public rows, under the model that the rows' features are taken with."""
+        key = self._key(adapter)
+        if self._public is None or self._public[0] != key:
+            rows = [Row(number, question, "", answer) for number, (question, answer) in enumerate(PUBLIC_ROWS)]
+            means = mean_states(
+                self._body.model if self._own else self._model.module,
+                [self._encode(row) for row in rows],
+                self._space,
+                pad_id=self._pad_id,
+                batch_size=self._batch_size,
+            )
+            self._public = key, means
+        return self._public[1]
+
+    def _encode(self, row: Row) -> list[int]:
+        encoded = self._prompter.encode(row)
+        if self._space.pooling == "prompt-last":
+            # A row without a prompt still has one token.
+            return encoded.input_ids[: max(1, encoded.answer_start)]
         end = self._prompter.end_id
         if encoded.truncated and end is not None:
             # All rows end alike: else the last token's state says first of all whether a row was cut. On Dolly, where

@@ -10,12 +10,13 @@ from pydantic import AfterValidator
 from fedhds.settings import Parameters, parameter
 from fedhds.spec.amounts import MAX_NAME
 
-FeaturePooling = Literal["auto", "last", "mean"]
+FeaturePooling = Literal["auto", "last", "mean", "prompt-last"]
+FeatureCentering = Literal["none", "public"]
 
 
 def _check_layers(layers: str) -> str:
-    if not re.fullmatch(r"all|last|-?[0-9]+(,-?[0-9]+)*", layers):
-        raise ValueError("give all, last, or numbers such as 0,6,-1")
+    if not re.fullmatch(r"all|last|middle|-?[0-9]+(,-?[0-9]+)*", layers):
+        raise ValueError("give all, last, middle, or numbers such as 0,6,-1")
     return layers
 
 
@@ -24,16 +25,24 @@ class FeatureSpec(Parameters):
 
     layers: Annotated[str, AfterValidator(_check_layers)] = parameter(
         "all",
-        "Layers whose hidden states are a row's features: all, last, or numbers such as 0,6,-1, where 0 is the output "
-        "of the embeddings.",
+        "Layers whose hidden states are a row's features: all, last, middle, or numbers such as 0,6,-1, where 0 is the "
+        "output of the embeddings. No layer behind the highest of them is run.",
         setting="feature_layers",
         max_length=MAX_NAME,
     )
     pooling: FeaturePooling = parameter(
         "auto",
-        "Hidden state of a row's last token, or the mean over its tokens. auto: last for fedhds, as published; mean "
-        "for strategies that compare rows of different sites, where it covers the data better.",
+        "Hidden state of a row's last token, the mean over its tokens, or (prompt-last) the state from which the first "
+        "token of its answer is predicted, which says what is to be done next and needs no answer. auto: last for "
+        "fedhds, as published; mean for strategies that compare rows of different sites, where it covers the data "
+        "better.",
         setting="feature_pooling",
+    )
+    centering: FeatureCentering = parameter(
+        "none",
+        "public: take the mean feature of 64 rows that are part of fedhds off every row's, so that features differ by "
+        "what rows say, not by what all texts share; nothing is fitted on the rows of sites.",
+        setting="feature_centering",
     )
     dimension: int = parameter(
         256,

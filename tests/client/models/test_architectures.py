@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from fedhds.errors import ModelError, TaskError
 from fedhds.tensors.safetensors import write_adapter
 from fedhds_client.data.prompts import Encoded
 from fedhds_client.evaluation.generation import generate
+from fedhds_client.features import layer_states
 from fedhds_client.features.extraction import extract_features
+from fedhds_client.features.layer_states import LayerStates
 from fedhds_client.features.projection import FeatureSpace
 from fedhds_client.models.adapter import AdapterModel, InferenceModel
 from fedhds_client.models.loading import BaseModel
@@ -45,6 +48,8 @@ REFUSED = {
     # Its layers compute their gradients themselves, and only for their own weights.
     "reformer": "LoRA can train no linear layer of reformer; the operator of the coordinator sets --model",
 }
+# Features run all of their layers, as the input of a layer is not the hidden state before it.
+WHOLE = {"blt", "falcon_mamba", "hrm_text", "mamba", "mamba2", "prophetnet", "rwkv"}
 # Its relative positions depend on how long a row with its padding is.
 LOSS_TOLERANCE = {"prophetnet": 1e-3}
 
@@ -90,6 +95,7 @@ def test_the_architecture(architecture: str, tokenizer: Any, tmp_path: Path) -> 
     loss = _losses_agree(adapter, theirs, LOSS_TOLERANCE.get(architecture, 1e-4))
     _all_of_it_trains(adapter, loss)
     _features_do_not_depend_on_the_batch(adapter)
+    _layers_behind_the_middle_do_not_run(adapter, whole=architecture in WHOLE)
     merged = _logits(theirs.merge_and_unload(), ROWS[0])
     torch.testing.assert_close(merged, _logits(adapter.module, ROWS[0]), rtol=1e-4, atol=1e-4)
 
@@ -142,6 +148,21 @@ def _features_do_not_depend_on_the_batch(adapter: AdapterModel) -> None:
     alone, together = features(1), features(len(ROWS))
     assert np.isfinite(alone).all()
     np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-3 * np.abs(alone).max())
+
+
+def _layers_behind_the_middle_do_not_run(adapter: AdapterModel, *, whole: bool) -> None:
+    """Features of a middle layer are those that the whole body gives."""
+    space = FeatureSpace(5, 16, "middle")
+
+    def features() -> Any:
+        options: Any = {"pad_id": 0, "batch_size": len(ROWS)}
+        return extract_features(adapter.module, ROWS.__getitem__, range(len(ROWS)), space, **options).values
+
+    with patch.object(layer_states, "_say_whole") as said:
+        early = features()
+    assert said.called is whole
+    with patch.object(LayerStates, "_layers_that_give", lambda *_: None):
+        np.testing.assert_allclose(early, features(), rtol=1e-4, atol=1e-5 * np.abs(early).max())
 
 
 @pytest.mark.parametrize(
