@@ -20,6 +20,7 @@ from fedhds_server.run.quorum import CohortProgress
 from fedhds_server.run.rounds import activity
 from fedhds_server.run.state import Evaluation, MetricSum, RunState, Site, SiteState
 from fedhds_server.storage.base import JournalEntry
+from fedhds_server.storage.checkpoint import BEST
 from fedhds_server.storage.model_card import CardFacts, model_card
 
 Item = TypeVar("Item")
@@ -105,6 +106,7 @@ def status_of(
             bytes_received=site.bytes_received,
             delivered=site.delivered,
             rejections=site.rejections,
+            validates=site.validates,
         )
     for closed in _spaced(state.closed_rounds, limit, first=1):
         status.closed_rounds.add(
@@ -115,10 +117,14 @@ def status_of(
             loss=closed.loss,
             seconds=closed.seconds,
         )
-    for number in _spaced(sorted(state.evaluations), limit, first=0):
-        rows, means = means_of(state.evaluations[number])
-        evaluators, medians = medians_of(state.evaluations[number])
-        status.evaluations.add(round_number=number, rows=rows, metrics=means, medians=medians, evaluators=evaluators)
+    for measured, lines in ((state.evaluations, status.evaluations), (state.validations, status.validations)):
+        for number in _spaced(sorted(measured), limit, first=0):
+            rows, means = means_of(measured[number])
+            evaluators, medians = medians_of(measured[number])
+            lines.add(round_number=number, rows=rows, metrics=means, medians=medians, evaluators=evaluators)
+    if state.best_round is not None:
+        status.best_round, best = state.best_round, checkpoint.parent / BEST
+        status.best_checkpoint = str(best) if best.exists() else ""
     for number, entry in journal:
         status.journal.add(number=number, at=entry.at, message=entry.message, trouble=entry.trouble)
     if state.paused is not None:
@@ -149,6 +155,8 @@ def site_status_of(state: RunState, party: str) -> status_pb2.GetStatusResponse:
     for closed in whole.closed_rounds:
         status.closed_rounds.add().CopyFrom(closed)
         status.closed_rounds[-1].contributors[:] = sorted(own.intersection(closed.contributors))
+    if whole.HasField("best_round"):
+        status.best_round = whole.best_round
     if whole.HasField("paused"):
         status.paused = whole.paused
     return status
@@ -157,7 +165,7 @@ def site_status_of(state: RunState, party: str) -> status_pb2.GetStatusResponse:
 # Of GetStatusResponse: what every site hears in the course of the run.
 _PUBLIC_FIELDS = (
     *("run_id", "phase", "round_number", "spec", "running_s", "now", "fedhds_version", "protocol_versions"),
-    *("trained_rows", "pool_rows", "evaluations", "site_states"),
+    *("trained_rows", "pool_rows", "evaluations", "validations", "site_states"),
 )
 
 
@@ -183,8 +191,11 @@ def _spaced(items: Sequence[Item], limit: int | None, *, first: int) -> Sequence
     return [item for at, item in enumerate(items, first) if at % step == 0 or at in ends]
 
 
-def model_card_of(state: RunState) -> str:
-    """The model card of the last global adapter."""
+def model_card_of(state: RunState, round_number: int | None = None) -> str:
+    """The model card of the global adapter of a round, by default of the last one."""
+    if round_number is not None:
+        closed_rounds = [closed for closed in state.closed_rounds if closed.round_number <= round_number]
+        state = state.model_copy(update={"closed_rounds": closed_rounds})
     contributors = {site for closed in state.closed_rounds for site in closed.contributions}
     facts = CardFacts(
         # The round that is open has no part in the adapter yet.
@@ -196,6 +207,8 @@ def model_card_of(state: RunState) -> str:
         version=__version__,
         evaluations={number: means_of(sums) for number, sums in sorted(state.evaluations.items())},
         medians={number: medians_of(sums)[1] for number, sums in state.evaluations.items() if len(parties(sums)) > 1},
+        validations={number: means_of(sums) for number, sums in sorted(state.validations.items())},
+        best_round=state.best_round,
         stop_tokens=state.adapter_manifest.stop_tokens if state.manifest else (),
     )
     return model_card(state.spec, facts)

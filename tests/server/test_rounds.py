@@ -45,6 +45,7 @@ from tests.support.machine import (
     started,
     step,
     update,
+    validation,
     work,
 )
 
@@ -92,21 +93,23 @@ def test_all_activities_are_known() -> None:
     run = machine(min_sites=1, min_evaluators=1, rounds=1, selection_strategy="fedhds-aligned")
     seen = [doing(run)]
     join(run, "a")
-    join(run, "e", 0, evaluates=True)
+    join(run, "e", 0, evaluates=True, validation_rows=3)
     run.handle(AdapterDrawn(2.0, artifact(0)))
     for move in (
         lambda: report(run, "a"),
         lambda: select(run, "a"),
         lambda: update(run, "a"),
         lambda: aggregate(run, 1),
+        lambda: [validation(run, number, "e", 1.0) for number in (0, 1)],
         lambda: [evaluation(run, number, "e") for number in (0, 1)],
     ):
         seen.append(doing(run))
         move()
     seen.append(doing(run))
-    assert seen == ["enrolling", "selecting", "grouping", "training", "aggregating", "finishing", "completed"]
+    stages = ["enrolling", "selecting", "grouping", "training", "aggregating", "validating", "finishing", "completed"]
+    assert seen == stages
     assert set(activities()) == {*seen, "stopped", "failed"}
-    assert len(activities()) == 9
+    assert len(activities()) == 10
 
 
 def test_reports_are_asked_of_all_sites_when_the_strategy_needs_them() -> None:

@@ -49,9 +49,12 @@ def machine(*, selection_strategy: str = "full", **settings: object) -> RunMachi
     return RunMachine(RunState(run_id="r", spec=RunSpec.of(selection_strategy=selection_strategy, **values)))
 
 
-def join(run: RunMachine, site: str, rows: int = 10, *, evaluates: bool = False) -> list[Instruction]:
+def join(
+    run: RunMachine, site: str, rows: int = 10, *, evaluates: bool = False, validation_rows: int = 0
+) -> list[Instruction]:
     run.handle(SiteConnected(site, "", "s" + site))
-    return run.handle(SiteRegistered(1.0, site, rows, evaluates, {"weights": "w"}, MANIFEST))
+    registered = SiteRegistered(1.0, site, rows, evaluates, {"weights": "w"}, MANIFEST, validation_rows=validation_rows)
+    return run.handle(registered)
 
 
 def enrolled(sites: str = "ab", **settings: object) -> RunMachine:
@@ -103,6 +106,11 @@ def fail(run: RunMachine, site: str) -> list[Instruction]:
 def evaluation(run: RunMachine, round_number: int, site: str) -> list[Instruction]:
     metrics = {"loss": pb.MetricSum(value_sum=8, weight=4), "rouge_l": pb.MetricSum(value_sum=1, weight=2)}
     return received(run, f"evaluate/{round_number}/{site}", pb.EvaluationResult(rows=2, metrics=metrics))
+
+
+def validation(run: RunMachine, round_number: int, site: str, loss: float, tokens: int = 4) -> list[Instruction]:
+    metrics = {"loss": pb.MetricSum(value_sum=loss * tokens, weight=tokens)}
+    return received(run, f"validate/{round_number}/{site}", pb.EvaluationResult(rows=2, metrics=metrics))
 
 
 def resolve(run: RunMachine, outcome: Outcome) -> list[Instruction]:

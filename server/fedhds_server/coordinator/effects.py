@@ -37,7 +37,7 @@ from fedhds_server.run.state import RunState, Stage
 from fedhds_server.selection.base import Selection
 from fedhds_server.selection.record import newest_selection, write_selection
 from fedhds_server.status import model_card_of, status_of
-from fedhds_server.storage.checkpoint import write_checkpoint
+from fedhds_server.storage.checkpoint import BEST, LAST, write_checkpoint
 from fedhds_server.workflows import WORKFLOWS
 from fedhds_server.workflows.training import contributions
 
@@ -125,6 +125,9 @@ class Effects:
                 # Read here and not in the thread, as sites come and go meanwhile.
                 manifest, card = state.adapter_manifest, model_card_of(state)
                 await asyncio.to_thread(self._write_checkpoint, state.adapter, manifest, card)
+                if (best := state.best_round) is not None:
+                    adapter, card = state.adapters[best], model_card_of(state, best)
+                    await asyncio.to_thread(self._write_checkpoint, adapter, manifest, card, BEST)
                 report = status_of(self._coordinator.state, self._coordinator.checkpoint)
                 await asyncio.to_thread(self._write_report, report)
                 await self._sweep()
@@ -214,9 +217,9 @@ class Effects:
         self._artifacts.adopt(path, artifact)
         return artifact
 
-    def _write_checkpoint(self, adapter: Artifact, manifest: AdapterManifest, card: str) -> None:
+    def _write_checkpoint(self, adapter: Artifact, manifest: AdapterManifest, card: str, name: str = LAST) -> None:
         path = self._artifacts.verified(adapter)
-        write_checkpoint(self._folder, path, manifest.config, card, manifest.generation_config)
+        write_checkpoint(self._folder, path, manifest.config, card, manifest.generation_config, name=name)
 
     def _write_report(self, report: status_pb2.GetStatusResponse) -> None:
         replace_file(self._folder / "report.json", json.dumps(status_dict(report), indent=2))

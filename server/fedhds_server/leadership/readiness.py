@@ -93,7 +93,7 @@ class Readiness:
         if state:
             stage = state.stage
             answers = (stage.name, stage.closed, len(stage.replies)) if stage else ()
-            evaluations = sum(map(len, state.evaluations.values()))
+            evaluations = sum(map(len, [*state.evaluations.values(), *state.validations.values()]))
             progress = (state.phase, answers, evaluations, len(state.sites))
             if progress != self._progress:
                 self._progress, self._progressed_at = progress, time.monotonic()

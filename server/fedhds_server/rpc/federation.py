@@ -128,7 +128,7 @@ class FederationServicer(rpc.FederationServicer):
         def decide(state: RunState) -> SiteRegistered:
             if state.sites[site.name].state is SiteState.LEFT:
                 raise SessionLost("this site has left the run; enroll again")
-            rows, held_out = request.rows, request.evaluation_rows
+            rows, held_out, validation_rows = request.rows, request.evaluation_rows, request.validation_rows
             check_registration(
                 state,
                 fingerprint,
@@ -137,14 +137,18 @@ class FederationServicer(rpc.FederationServicer):
                 request.evaluates,
                 site=site.name,
                 evaluation_rows=held_out,
+                validation_rows=validation_rows,
                 limits=admission.limits,
             )
-            if request.evaluates and not admission.may_evaluate(site.name, site.key, site.serial):
+            if (request.evaluates or validation_rows) and not admission.may_evaluate(site.name, site.key, site.serial):
                 raise EnrollmentRefused(
-                    f"{site.party!r} is not on the list of sites that may evaluate; leave --eval-data out, or ask the "
-                    "operator of the coordinator"
+                    f"{site.party!r} is not on the list of sites that may evaluate; leave --eval-data, "
+                    "--validation-data and --holdout out, or ask the operator of the coordinator"
                 )
-            return SiteRegistered(time.time(), site.name, rows, request.evaluates, fingerprint, manifest, held_out)
+            evaluates = request.evaluates
+            return SiteRegistered(
+                time.time(), site.name, rows, evaluates, fingerprint, manifest, held_out, validation_rows
+            )
 
         try:
             await self._coordinator.post(decide)
@@ -373,7 +377,8 @@ def _task(state: RunState, task: Task) -> pb.Task:
 def _done(state: RunState, site: str) -> pb.Done:
     done = pb.Done(outcome=state.phase.value, message=for_site(state, site))
     if state.adapters:
-        done.adapter.CopyFrom(state.adapter.to_proto())
+        number = state.delivered_round
+        done.adapter.CopyFrom(state.adapters[number].to_proto())
         done.adapter_config = state.adapter_manifest.config
-        done.model_card = model_card_of(state)
+        done.model_card = model_card_of(state, number)
     return done

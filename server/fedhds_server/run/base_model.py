@@ -76,7 +76,7 @@ def model_confirmed(state: RunState, event: ModelConfirmed) -> list[Instruction]
         if site.registered and site.state is not SiteState.EVICTED:
             # Without a session it enrolls again, and is checked again.
             site.session, site.state, site.last_error = "", SiteState.LEFT, reason
-            site.rows, site.evaluates, site.evaluation_rows = 0, False, 0
+            site.rows, site.evaluates, site.evaluation_rows, site.validation_rows = 0, False, 0, 0
     note = Record(f"{reason}, not the one of site {state.model_given_by}: {event.reason}", trouble=True)
     return [note, *model_forgotten(state), Wake()]
 

@@ -71,6 +71,7 @@ class SiteRegistered:
     fingerprint: dict[str, str]
     manifest: AdapterManifest
     evaluation_rows: int = 0
+    validation_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +267,9 @@ class Resolve:
 
 @dataclass(frozen=True, slots=True)
 class WriteCheckpoint:
-    """Write the PEFT folder of the last global adapter and its card, and drop artifacts that nothing names."""
+    """Write the PEFT folders of the last and of the best global adapter with their cards, and drop artifacts that
+    nothing names.
+    """
 
 
 @dataclass(frozen=True, slots=True)

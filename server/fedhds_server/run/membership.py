@@ -42,7 +42,7 @@ class Limits:
     max_shards: int = 1
     """Most sites; with 1 only the one that has the certificate's own name."""
     max_rows: int = 1_000_000
-    """Most rows that all of them declare, for training and for evaluation each."""
+    """Most rows that all of them declare, for training, for evaluation and for validation each."""
 
 
 DEFAULT_LIMITS = Limits()
@@ -152,10 +152,11 @@ def check_registration(
     *,
     site: str = "",
     evaluation_rows: int = 0,
+    validation_rows: int = 0,
     limits: Limits = DEFAULT_LIMITS,
 ) -> None:
     """Checks what a site declares and that it has the run's base model; raises EnrollmentRefused, saying why."""
-    if not rows and not evaluates:
+    if not rows and not evaluates and not validation_rows:
         raise EnrollmentRefused("the site brings neither training rows nor held-out rows; give --data or --eval-data")
     if evaluates != (evaluation_rows > 0):
         raise EnrollmentRefused("a site that evaluates declares its held-out rows, and no other; reinstall fedhds")
@@ -164,6 +165,7 @@ def check_registration(
     for label, declared, before in (
         ("rows", rows, sum(other.rows for other in own)),
         ("held-out rows", evaluation_rows, sum(other.evaluation_rows for other in own)),
+        ("validation rows", validation_rows, sum(other.validation_rows for other in own)),
     ):
         if declared + before > limits.max_rows:
             more = f", and the other sites of its certificate {before}" if before else ""
@@ -193,10 +195,12 @@ def registered(state: RunState, event: SiteRegistered) -> list[Instruction]:
     site = state.sites[event.site]
     known = site.state is SiteState.ENROLLED
     site.rows, site.evaluates, site.evaluation_rows = event.rows, event.evaluates, event.evaluation_rows
+    site.validation_rows = event.validation_rows
     site.state, site.last_error = SiteState.ENROLLED, ""
     instructions: list[Instruction] = []
     if not known:
         brings = [f"{event.rows} rows"] * bool(event.rows) + ["held-out rows"] * event.evaluates
+        brings += [f"{event.validation_rows} rows to validate on"] * bool(event.validation_rows)
         instructions.append(Record(f"site {event.site} enrolled with {' and '.join(brings)}"))
         late = state.spec.selection.one_shot and state.round_number and event.site not in state.coresets
         if event.rows and late:

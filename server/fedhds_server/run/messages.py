@@ -7,6 +7,8 @@ from fedhds_server.run.quorum import CohortProgress
 from fedhds_server.run.state import Phase, RunState
 from fedhds_server.workflows import WORKFLOWS
 
+VALIDATING = "waiting for the validation of the last round"
+
 
 def missing(state: RunState) -> str:
     """Whom a run that has not begun waits for; empty when all are here."""
@@ -15,6 +17,8 @@ def missing(state: RunState) -> str:
     evaluators = rounds.min_evaluators - len(parties(state.evaluators))
     parts = [f"{sites} more site{'s' * (sites > 1)}"] if sites > 0 else []
     parts += [f"{evaluators} more evaluator{'s' * (evaluators > 1)}"] if evaluators > 0 else []
+    if state.spec.evaluation.needs_validation and not state.validators:
+        parts.append("a site with rows to validate on (--validation-data or --holdout)")
     return " and ".join(parts)
 
 
@@ -27,6 +31,6 @@ def for_site(state: RunState, site: str = "") -> str:
         return f"waiting for {missing(state) or 'the initial adapter'}"
     stage, progress = state.stage, CohortProgress.of(state)
     if stage is None:
-        return "waiting for the last evaluations" if state.phase is Phase.FINISHING else ""
+        return "waiting for the last evaluations" if state.phase is Phase.FINISHING else VALIDATING
     workflow = WORKFLOWS[stage.kind]
     return f"{workflow.title(state, stage)}: {progress.outline}" if progress else workflow.closing(state, stage)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fedhds.tensors.artifact import Artifact
-from fedhds_server.run import stages
+from fedhds_server.run import stages, validation
 from fedhds_server.run.events import (
     AdapterUpdated,
     CoresetsSelected,
@@ -17,7 +17,7 @@ from fedhds_server.run.events import (
     Wake,
     WriteCheckpoint,
 )
-from fedhds_server.run.messages import missing
+from fedhds_server.run.messages import VALIDATING, missing
 from fedhds_server.run.parties import parties
 from fedhds_server.run.quorum import CohortProgress, cohort_size, draw, listed
 from fedhds_server.run.state import ClosedRound, Phase, Reply, RunState, SiteState, Stage, packed
@@ -31,13 +31,16 @@ from fedhds_server.workflows.training import TrainingWorkflow, contributions
 _MAX_FAILED_ROUNDS = 3
 # In a message: one line for people.
 _MAX_ERRORS = 3
+_VALIDATING = "validating"
 _SELECT, _TRAIN, _EVALUATE = SelectionWorkflow.kind, TrainingWorkflow.kind, EvaluationTasks.kind
 
 
 def activity(state: RunState) -> str:
     """Where the run stands, for people: its phase, or what its open stage does."""
-    if state.phase is not Phase.RUNNING or state.stage is None:
-        return Phase.ENROLLING.value if state.phase is Phase.RUNNING else state.phase.value
+    if state.phase is not Phase.RUNNING:
+        return state.phase.value
+    if state.stage is None:
+        return _VALIDATING
     workflow = WORKFLOWS[state.stage.kind]
     return workflow.resolving if state.stage.closed else workflow.collecting
 
@@ -48,6 +51,7 @@ def activities() -> list[str]:
     return [
         Phase.ENROLLING.value,
         *running,
+        _VALIDATING,
         *(phase.value for phase in Phase if phase.over or phase is Phase.FINISHING),
     ]
 
@@ -56,9 +60,23 @@ def advance(state: RunState, at: float) -> list[Instruction]:
     """Moves on when enough has come."""
     if state.phase is Phase.ENROLLING:
         return _start_if_ready(state, at)
+    if state.phase.over:
+        return []
+    notes: list[Instruction] = []
+    if max(state.adapters) > state.validated_round:
+        before = state.artifacts
+        notes = _validated(state)
+        notes += _discards(before - state.artifacts)
+    if state.stage is not None or state.phase is Phase.FINISHING:
+        return [*notes, *_moved_on(state, at)]
+    waits = validation.is_validating(state)
+    return [*notes, *([] if waits else [*_go_on(state, at), Wake()])]
+
+
+def _moved_on(state: RunState, at: float) -> list[Instruction]:
     if state.phase is Phase.FINISHING and not _evaluating(state):
         stages.withdraw(state, kind=_EVALUATE)
-        return end(state, Phase.COMPLETED, f"{state.spec.rounds.count} rounds are done", at)
+        return end(state, Phase.COMPLETED, _completed(state), at)
     progress = CohortProgress.of(state)
     if progress is None:
         return []
@@ -90,9 +108,11 @@ def resolved(state: RunState, outcome: Outcome, at: float) -> list[Instruction]:
 
 
 def add_evaluations(state: RunState) -> None:
-    """Opens the tasks of evaluations that are due."""
+    """Opens the tasks of evaluations and validations that are due."""
     for task_id, number, site in missing_evaluations(state):
         stages.add_task(state, task_id, _EVALUATE, number, site)
+    for task_id, number, site in validation.missing_validations(state):
+        stages.add_task(state, task_id, validation.KIND, number, site)
 
 
 def end(state: RunState, phase: Phase, reason: str, at: float, *, failures: str = "") -> list[Instruction]:
@@ -242,8 +262,6 @@ def _round_closed(state: RunState, stage: Stage, outcome: AdapterUpdated, at: fl
     state.adapters[state.round_number] = outcome.adapter
     state.slots = dict(outcome.slots)
     state.stage = None
-    needed = {*evaluated_rounds(state), state.round_number}
-    state.adapters = {number: adapter for number, adapter in state.adapters.items() if number in needed}
     add_evaluations(state)
     notes.append(
         Record(
@@ -251,8 +269,21 @@ def _round_closed(state: RunState, stage: Stage, outcome: AdapterUpdated, at: fl
             + (f", training loss {loss:.4f}" if loss is not None else "")
         )
     )
-    notes += [WriteCheckpoint(), *_after_round(state, stage, at)]
+    notes += [WriteCheckpoint(), *_validated(state), *_after_round(state, stage, at)]
     return [*notes, *_discards(before - state.artifacts)]
+
+
+def _validated(state: RunState) -> list[Instruction]:
+    """Takes what validation says so far; adapters that are not needed any more are named no more."""
+    best = state.best_round
+    notes: list[Instruction] = [Record(note) for note in validation.settle(state)]
+    needed = {*evaluated_rounds(state), max(state.adapters), state.best_round}
+    state.adapters = {
+        number: adapter
+        for number, adapter in state.adapters.items()
+        if number in needed or number > state.validated_round
+    }
+    return [*notes, *[WriteCheckpoint()] * (state.best_round != best)]
 
 
 def _after_round(state: RunState, stage: Stage, at: float) -> list[Instruction]:
@@ -261,15 +292,34 @@ def _after_round(state: RunState, stage: Stage, at: float) -> list[Instruction]:
     if len(recent) == _MAX_FAILED_ROUNDS and all(closed.cohort and not closed.contributions for closed in recent):
         message = f"no site delivered an update in {_MAX_FAILED_ROUNDS} rounds in a row"
         return end(state, Phase.FAILED, message, at, failures=_failures(state, stage))
-    if state.round_number < state.spec.rounds.count:
-        return _open_round(state, at)
-    if not any(closed.contributions for closed in state.closed_rounds):
+    last = state.round_number == state.spec.rounds.count
+    if last and not any(closed.contributions for closed in state.closed_rounds):
         message = "no site delivered an update in any round, the adapter is untrained"
         return end(state, Phase.FAILED, message, at, failures=_failures(state, stage))
+    return _go_on(state, at)
+
+
+def _go_on(state: RunState, at: float) -> list[Instruction]:
+    """Opens the next round, or ends the run, once the last round is validated."""
+    if validation.is_validating(state):
+        state.message = VALIDATING
+        return []
+    reason = validation.early_stop(state) if state.round_number < state.spec.rounds.count else ""
+    if state.round_number < state.spec.rounds.count and not reason:
+        return _open_round(state, at)
     state.phase = Phase.FINISHING
     state.message = "waiting for the last evaluations"
     add_evaluations(state)
-    return advance(state, at)
+    note = [Record(f"the run stops early: {reason}")] if reason else []
+    return [*note, *advance(state, at)]
+
+
+def _completed(state: RunState) -> str:
+    """How many rounds are done, and why no more."""
+    reason, count = validation.early_stop(state), state.spec.rounds.count
+    if state.round_number == count or not reason:
+        return f"{count} rounds are done"
+    return f"{state.round_number} of {count} rounds are done: {reason}"
 
 
 def _failures(state: RunState, stage: Stage | None = None) -> str:

@@ -1,4 +1,4 @@
-"""The last global adapter as a PEFT folder with its model card, whole at every instant."""
+"""A global adapter as a PEFT folder with its model card, whole at every instant."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from pathlib import Path
 from fedhds.errors import StorageError
 from fedhds.runtime.files import sync
 
+LAST, BEST = "checkpoint", "checkpoint-best"
 
-def write_checkpoint(folder: Path, adapter: Path, config: str, card: str, generation_config: str = "") -> None:
-    """Makes `folder/checkpoint` a link to a new complete folder and removes the one before; raises StorageError.
+
+def write_checkpoint(
+    folder: Path, adapter: Path, config: str, card: str, generation_config: str = "", *, name: str = LAST
+) -> None:
+    """Makes `folder/name` a link to a new complete folder and removes the one before; raises StorageError.
 
     An empty `generation_config` is not written.
 
     The link is swapped by a rename, so that a reader, or a crash at any instant, finds one whole version.
     """
-    link, versions = folder / "checkpoint", folder / "checkpoints"
+    link, versions = folder / name, folder / f"{name}s"
     try:
         versions.mkdir(exist_ok=True)
         current = os.readlink(link) if link.is_symlink() else ""
@@ -34,9 +38,9 @@ def write_checkpoint(folder: Path, adapter: Path, config: str, card: str, genera
             sync(file)
         sync(version)
         sync(versions)
-        partial = folder / "checkpoint.partial"
+        partial = folder / f"{name}.partial"
         partial.unlink(missing_ok=True)
-        partial.symlink_to(Path("checkpoints") / version.name)
+        partial.symlink_to(Path(versions.name) / version.name)
         partial.replace(link)
         sync(folder)
         if current:

@@ -153,9 +153,8 @@ def _validation_lines(facts: CardFacts) -> list[str]:
         return []
     best = "before the first round" if not facts.best_round else f"after round {facts.best_round}"
     own = "; this is that adapter" if facts.best_round == facts.rounds else f"; this adapter is after {facts.rounds}"
-    losses = [
-        f"| {number or 'before'} | {rows} | {means['loss']:.4f} |" for number, (rows, means) in facts.validations.items()
-    ]
+    lines = facts.validations.items()
+    losses = [f"| {number or 'before'} | {rows} | {means['loss']:.4f} |" for number, (rows, means) in lines]
     return [
         "## Validation",
         "",

@@ -1,4 +1,8 @@
-"""Evaluation: sites with held-out rows measure global adapters beside the rounds; no stage waits for them."""
+"""Evaluation: sites with held-out rows measure global adapters beside the rounds; no stage waits for them.
+
+Validation is the same on other rows, by loss alone: it steers the run, so a round opens only when that of the round
+before is in.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,9 @@ from fedhds.errors import RequestError
 from fedhds.evaluation import METRICS
 from fedhds.tensors.artifact import Artifact
 from fedhds.v2 import federation_pb2 as pb
+from fedhds_server.run import validation
 from fedhds_server.run.events import Instruction, Record, ResultReceived
-from fedhds_server.run.state import Evaluation, MetricSum, Phase, RunState, Task
+from fedhds_server.run.state import Evaluation, MetricSum, Phase, RunState, Site, Task
 from fedhds_server.workflows.base import TaskKind
 
 _MAX_WEIGHT = 1e15
@@ -26,6 +31,7 @@ class EvaluationTasks(TaskKind):
     """A task for each evaluator and each evaluated round; results count whenever they come before the run's end."""
 
     kind = "evaluate"
+    _name, _rows, _measured = "evaluation", "held-out rows", "rows"
 
     def request(self, state: RunState, task: Task) -> None:
         return None
@@ -34,31 +40,55 @@ class EvaluationTasks(TaskKind):
         return state.adapters[task.round_number]
 
     def check(self, state: RunState, task: Task, result: Any) -> tuple[str, str] | None:
-        evaluation, declared = read(result), state.sites[task.site].evaluation_rows
+        evaluation, declared = read(result), self._declared(state.sites[task.site])
         # A site that registered with an older coordinator declared none.
         if declared and evaluation.rows > declared:
-            claim = f"the evaluation claims {evaluation.rows} rows, the site declared {declared} held-out rows"
+            claim = f"the {self._name} claims {evaluation.rows} rows, the site declared {declared} {self._rows}"
             return "evaluation", claim
         tokens = evaluation.rows * state.spec.model.max_length
         for name, metric in evaluation.metrics.items():
             if metric.weight > tokens:
-                claim = f"the evaluation weighs {name} with {metric.weight:g}, its {evaluation.rows} rows have at most"
-                return "evaluation", f"{claim} {tokens} tokens"
+                claim = f"the {self._name} weighs {name} with {metric.weight:g}"
+                return "evaluation", f"{claim}, its {evaluation.rows} rows have at most {tokens} tokens"
         return None
 
     def accept(self, state: RunState, task: Task, event: ResultReceived) -> list[Instruction]:
         evaluation = read(event.result)
-        state.evaluations.setdefault(task.round_number, {})[task.site] = evaluation
+        self._kept(state).setdefault(task.round_number, {})[task.site] = evaluation
         when = f"after round {task.round_number}" if task.round_number else "before the first round"
         means = [f"{name} {metric.value_sum / metric.weight:.4f}" for name, metric in evaluation.metrics.items()]
-        return [Record(f"{when}, {task.site} measures {', '.join(means)} on {evaluation.rows} rows")]
+        return [Record(f"{when}, {task.site} measures {', '.join(means)} on {evaluation.rows} {self._measured}")]
+
+    def _declared(self, site: Site) -> int:
+        return site.evaluation_rows
+
+    def _kept(self, state: RunState) -> dict[int, dict[str, Evaluation]]:
+        return state.evaluations
+
+
+class ValidationTasks(EvaluationTasks):
+    """A task for each validating site and each round; results that steer the run."""
+
+    kind = validation.KIND
+    _name, _rows, _measured = "validation", "validation rows", "validation rows"
+
+    def check(self, state: RunState, task: Task, result: Any) -> tuple[str, str] | None:
+        if "loss" not in read(result).metrics:
+            return "evaluation", "the validation has no loss"
+        return super().check(state, task, result)
+
+    def _declared(self, site: Site) -> int:
+        return site.validation_rows
+
+    def _kept(self, state: RunState) -> dict[int, dict[str, Evaluation]]:
+        return state.validations
 
 
 def evaluated_rounds(state: RunState) -> list[int]:
-    """Rounds whose adapters are evaluated, of those that have one now."""
+    """Rounds whose adapters are evaluated, of those that have one now: in the end the best one, too."""
     every = state.spec.evaluation.every
-    last = state.round_number if state.phase is Phase.FINISHING else state.spec.rounds.count
-    return sorted(number for number in state.adapters if number in (0, last) or (every and number % every == 0))
+    ends = (0, state.round_number, state.best_round) if state.phase is Phase.FINISHING else (0, state.spec.rounds.count)
+    return sorted(number for number in state.adapters if number in ends or (every and number % every == 0))
 
 
 def missing_evaluations(state: RunState) -> list[tuple[str, int, str]]:
