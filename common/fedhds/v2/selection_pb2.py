@@ -22,33 +22,46 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66\x65\x64hds/v2/selection.proto\x12\tfedhds.v2\"\x87\x01\n\x07\x43oreset\x12!\n\x03\x61ll\x18\x01 \x01(\x0b\x32\x12.fedhds.v2.AllRowsH\x00\x12\'\n\x06random\x18\x02 \x01(\x0b\x32\x15.fedhds.v2.RandomRowsH\x00\x12(\n\x05picks\x18\x03 \x01(\x0b\x32\x17.fedhds.v2.ClusterPicksH\x00\x42\x06\n\x04rows\"\t\n\x07\x41llRows\")\n\nRandomRows\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"e\n\x0c\x43lusterPicks\x12\x16\n\x0eselect_task_id\x18\x01 \x01(\t\x12(\n\x08\x63lusters\x18\x02 \x03(\x0b\x32\x16.fedhds.v2.ClusterPick\x12\x13\n\x0bunclustered\x18\x03 \x01(\x04\"0\n\x0b\x43lusterPick\x12\x12\n\ncluster_id\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\"\x85\x01\n\rClusterReport\x12\x11\n\tdimension\x18\x01 \x01(\r\x12&\n\tcentroids\x18\x02 \x03(\x0b\x32\x13.fedhds.v2.Centroid\x12\x11\n\tclip_norm\x18\x03 \x01(\x01\x12\x11\n\tnoise_std\x18\x04 \x01(\x01\x12\x13\n\x0bunclustered\x18\x05 \x01(\x04\"<\n\x08\x43\x65ntroid\x12\x12\n\ncluster_id\x18\x01 \x01(\r\x12\x0e\n\x06values\x18\x02 \x03(\x02\x12\x0c\n\x04size\x18\x03 \x01(\x04\"V\n\rKMeansCenters\x12\x11\n\tdimension\x18\x01 \x01(\r\x12\x0e\n\x06values\x18\x02 \x03(\x02\x12\x0c\n\x04last\x18\x03 \x01(\x08\x12\x14\n\x0ctarget_count\x18\x04 \x01(\r\"^\n\x0bKMeansStats\x12\x11\n\tdimension\x18\x01 \x01(\r\x12)\n\x08\x63lusters\x18\x02 \x03(\x0b\x32\x17.fedhds.v2.ClusterStats\x12\x11\n\tnoise_std\x18\x03 \x01(\x01\"a\n\x0c\x43lusterStats\x12\x12\n\ncluster_id\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\x12\x12\x0c\n\x04sums\x18\x03 \x03(\x10\x12\x14\n\x07nearest\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_nearestb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66\x65\x64hds/v2/selection.proto\x12\tfedhds.v2\x1a\x19google/protobuf/any.proto\"\xae\x01\n\x07\x43oreset\x12!\n\x03\x61ll\x18\x01 \x01(\x0b\x32\x12.fedhds.v2.AllRowsH\x00\x12\'\n\x06random\x18\x02 \x01(\x0b\x32\x15.fedhds.v2.RandomRowsH\x00\x12(\n\x05picks\x18\x03 \x01(\x0b\x32\x17.fedhds.v2.ClusterPicksH\x00\x12%\n\x06ranges\x18\x04 \x03(\x0b\x32\x15.fedhds.v2.ScoreRangeB\x06\n\x04rows\"o\n\x0f\x46ilteredRequest\x12%\n\x06ranges\x18\x01 \x03(\x0b\x32\x15.fedhds.v2.ScoreRange\x12\x0e\n\x06\x66ilter\x18\x02 \x01(\t\x12%\n\x07request\x18\x03 \x01(\x0b\x32\x14.google.protobuf.Any\"9\n\nScoreRange\x12\x0e\n\x06\x66ilter\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\x0c\n\x04last\x18\x03 \x01(\r\"C\n\x0eScoreHistogram\x12\x0e\n\x06\x66ilter\x18\x01 \x01(\t\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x12\x12\x11\n\tnoise_std\x18\x03 \x01(\x01\"\t\n\x07\x41llRows\")\n\nRandomRows\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"e\n\x0c\x43lusterPicks\x12\x16\n\x0eselect_task_id\x18\x01 \x01(\t\x12(\n\x08\x63lusters\x18\x02 \x03(\x0b\x32\x16.fedhds.v2.ClusterPick\x12\x13\n\x0bunclustered\x18\x03 \x01(\x04\"0\n\x0b\x43lusterPick\x12\x12\n\ncluster_id\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\"\x85\x01\n\rClusterReport\x12\x11\n\tdimension\x18\x01 \x01(\r\x12&\n\tcentroids\x18\x02 \x03(\x0b\x32\x13.fedhds.v2.Centroid\x12\x11\n\tclip_norm\x18\x03 \x01(\x01\x12\x11\n\tnoise_std\x18\x04 \x01(\x01\x12\x13\n\x0bunclustered\x18\x05 \x01(\x04\"<\n\x08\x43\x65ntroid\x12\x12\n\ncluster_id\x18\x01 \x01(\r\x12\x0e\n\x06values\x18\x02 \x03(\x02\x12\x0c\n\x04size\x18\x03 \x01(\x04\"V\n\rKMeansCenters\x12\x11\n\tdimension\x18\x01 \x01(\r\x12\x0e\n\x06values\x18\x02 \x03(\x02\x12\x0c\n\x04last\x18\x03 \x01(\x08\x12\x14\n\x0ctarget_count\x18\x04 \x01(\r\"^\n\x0bKMeansStats\x12\x11\n\tdimension\x18\x01 \x01(\r\x12)\n\x08\x63lusters\x18\x02 \x03(\x0b\x32\x17.fedhds.v2.ClusterStats\x12\x11\n\tnoise_std\x18\x03 \x01(\x01\"a\n\x0c\x43lusterStats\x12\x12\n\ncluster_id\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\x12\x12\x0c\n\x04sums\x18\x03 \x03(\x10\x12\x14\n\x07nearest\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_nearest\"2\n\rTargetQueries\x12\x11\n\tdimension\x18\x01 \x01(\r\x12\x0e\n\x06values\x18\x02 \x03(\x02\"\x85\x01\n\x0cTargetReport\x12\x11\n\tdimension\x18\x01 \x01(\r\x12\x0e\n\x06values\x18\x02 \x03(\x02\x12\x18\n\x10values_noise_std\x18\x03 \x01(\x01\x12%\n\x07queries\x18\x04 \x03(\x0b\x32\x14.fedhds.v2.QueryRows\x12\x11\n\tnoise_std\x18\x05 \x01(\x01\"-\n\tQueryRows\x12\x10\n\x08query_id\x18\x01 \x01(\r\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x12\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedhds.v2.selection_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CORESET']._serialized_start=41
-  _globals['_CORESET']._serialized_end=176
-  _globals['_ALLROWS']._serialized_start=178
-  _globals['_ALLROWS']._serialized_end=187
-  _globals['_RANDOMROWS']._serialized_start=189
-  _globals['_RANDOMROWS']._serialized_end=230
-  _globals['_CLUSTERPICKS']._serialized_start=232
-  _globals['_CLUSTERPICKS']._serialized_end=333
-  _globals['_CLUSTERPICK']._serialized_start=335
-  _globals['_CLUSTERPICK']._serialized_end=383
-  _globals['_CLUSTERREPORT']._serialized_start=386
-  _globals['_CLUSTERREPORT']._serialized_end=519
-  _globals['_CENTROID']._serialized_start=521
-  _globals['_CENTROID']._serialized_end=581
-  _globals['_KMEANSCENTERS']._serialized_start=583
-  _globals['_KMEANSCENTERS']._serialized_end=669
-  _globals['_KMEANSSTATS']._serialized_start=671
-  _globals['_KMEANSSTATS']._serialized_end=765
-  _globals['_CLUSTERSTATS']._serialized_start=767
-  _globals['_CLUSTERSTATS']._serialized_end=864
+  _globals['_CORESET']._serialized_start=68
+  _globals['_CORESET']._serialized_end=242
+  _globals['_FILTEREDREQUEST']._serialized_start=244
+  _globals['_FILTEREDREQUEST']._serialized_end=355
+  _globals['_SCORERANGE']._serialized_start=357
+  _globals['_SCORERANGE']._serialized_end=414
+  _globals['_SCOREHISTOGRAM']._serialized_start=416
+  _globals['_SCOREHISTOGRAM']._serialized_end=483
+  _globals['_ALLROWS']._serialized_start=485
+  _globals['_ALLROWS']._serialized_end=494
+  _globals['_RANDOMROWS']._serialized_start=496
+  _globals['_RANDOMROWS']._serialized_end=537
+  _globals['_CLUSTERPICKS']._serialized_start=539
+  _globals['_CLUSTERPICKS']._serialized_end=640
+  _globals['_CLUSTERPICK']._serialized_start=642
+  _globals['_CLUSTERPICK']._serialized_end=690
+  _globals['_CLUSTERREPORT']._serialized_start=693
+  _globals['_CLUSTERREPORT']._serialized_end=826
+  _globals['_CENTROID']._serialized_start=828
+  _globals['_CENTROID']._serialized_end=888
+  _globals['_KMEANSCENTERS']._serialized_start=890
+  _globals['_KMEANSCENTERS']._serialized_end=976
+  _globals['_KMEANSSTATS']._serialized_start=978
+  _globals['_KMEANSSTATS']._serialized_end=1072
+  _globals['_CLUSTERSTATS']._serialized_start=1074
+  _globals['_CLUSTERSTATS']._serialized_end=1171
+  _globals['_TARGETQUERIES']._serialized_start=1173
+  _globals['_TARGETQUERIES']._serialized_end=1223
+  _globals['_TARGETREPORT']._serialized_start=1226
+  _globals['_TARGETREPORT']._serialized_end=1359
+  _globals['_QUERYROWS']._serialized_start=1361
+  _globals['_QUERYROWS']._serialized_end=1406
 # @@protoc_insertion_point(module_scope)

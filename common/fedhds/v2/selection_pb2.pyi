@@ -4,6 +4,7 @@ isort:skip_file
 What coordinator and sites say to each other about which rows train. A strategy uses these messages or its own."""
 
 from collections import abc as _abc
+from google.protobuf import any_pb2 as _any_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -27,6 +28,7 @@ class Coreset(_message.Message):
     ALL_FIELD_NUMBER: _builtins.int
     RANDOM_FIELD_NUMBER: _builtins.int
     PICKS_FIELD_NUMBER: _builtins.int
+    RANGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def all(self) -> Global___AllRows:
         """The whole shard."""
@@ -39,22 +41,125 @@ class Coreset(_message.Message):
     def picks(self) -> Global___ClusterPicks:
         """Members of the site's own clusters."""
 
+    @_builtins.property
+    def ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoreRange]:
+        """What the run's filters keep; only of these rows are `all` or a `random` draw taken. Absent without filters."""
+
     def __init__(
         self,
         *,
         all: Global___AllRows | None = ...,
         random: Global___RandomRows | None = ...,
         picks: Global___ClusterPicks | None = ...,
+        ranges: _abc.Iterable[Global___ScoreRange] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "picks", b"picks", "random", b"random", "rows", b"rows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "picks", b"picks", "random", b"random", "rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "picks", b"picks", "random", b"random", "ranges", b"ranges", "rows", b"rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_rows: _TypeAlias = _typing.Literal["all", "random", "picks"]  # noqa: Y015
     _WhichOneofArgType_rows: _TypeAlias = _typing.Literal["rows", b"rows"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_rows) -> _WhichOneofReturnType_rows | None: ...
 
 Global___Coreset: _TypeAlias = Coreset  # noqa: Y015
+
+@_typing.final
+class FilteredRequest(_message.Message):
+    """What every site gets with a step of a selection that has filters; absent in the first one, which is the first filter's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANGES_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    filter: _builtins.str
+    """The filter whose scores are asked for; empty: the step is the strategy's own."""
+    @_builtins.property
+    def ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoreRange]:
+        """What the filters before this step keep; only rows that are in all of these ranges take part in it."""
+
+    @_builtins.property
+    def request(self) -> _any_pb2.Any:
+        """The strategy's own request; absent in its first step."""
+
+    def __init__(
+        self,
+        *,
+        ranges: _abc.Iterable[Global___ScoreRange] | None = ...,
+        filter: _builtins.str = ...,
+        request: _any_pb2.Any | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "ranges", b"ranges", "request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FilteredRequest: _TypeAlias = FilteredRequest  # noqa: Y015
+
+@_typing.final
+class ScoreRange(_message.Message):
+    """The scores that a filter keeps. The bins of a filter's scores are fixed by its name."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILTER_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    filter: _builtins.str
+    """Name of the filter."""
+    first: _builtins.int
+    """First bin that is kept."""
+    last: _builtins.int
+    """Last bin that is kept."""
+    def __init__(
+        self,
+        *,
+        filter: _builtins.str = ...,
+        first: _builtins.int = ...,
+        last: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "first", b"first", "last", b"last"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoreRange: _TypeAlias = ScoreRange  # noqa: Y015
+
+@_typing.final
+class ScoreHistogram(_message.Message):
+    """How many of a site's rows have which score: all that a filter sends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILTER_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    NOISE_STD_FIELD_NUMBER: _builtins.int
+    filter: _builtins.str
+    """Name of the filter."""
+    noise_std: _builtins.float
+    """Standard deviation of the Gaussian noise on every count, which is then rounded; 0: none."""
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows in each bin of the filter. Every row is in one bin; without noise rows of like scores are put together first,
+        so that no bin has fewer rows than the site lets out. Under noise sometimes negative.
+        """
+
+    def __init__(
+        self,
+        *,
+        filter: _builtins.str = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        noise_std: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "filter", b"filter", "noise_std", b"noise_std"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoreHistogram: _TypeAlias = ScoreHistogram  # noqa: Y015
 
 @_typing.final
 class AllRows(_message.Message):
@@ -334,3 +439,105 @@ class ClusterStats(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__nearest) -> _WhichOneofReturnType__nearest | None: ...
 
 Global___ClusterStats: _TypeAlias = ClusterStats  # noqa: Y015
+
+@_typing.final
+class TargetQueries(_message.Message):
+    """What the strategies "target-features" and "target-gradients" look for: one vector per query. Absent in the first step,
+    in which sites with target rows answer with their own.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIMENSION_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    dimension: _builtins.int
+    """Values per query."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """All queries one after the other, each of length 1."""
+
+    def __init__(
+        self,
+        *,
+        dimension: _builtins.int = ...,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dimension", b"dimension", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TargetQueries: _TypeAlias = TargetQueries  # noqa: Y015
+
+@_typing.final
+class TargetReport(_message.Message):
+    """What a site says to a targeted selection: queries in the first step, the histogram of its rows in the second."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIMENSION_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    VALUES_NOISE_STD_FIELD_NUMBER: _builtins.int
+    QUERIES_FIELD_NUMBER: _builtins.int
+    NOISE_STD_FIELD_NUMBER: _builtins.int
+    dimension: _builtins.int
+    """Values per query."""
+    values_noise_std: _builtins.float
+    """Standard deviation of the Gaussian noise on every value of the queries; 0: none."""
+    noise_std: _builtins.float
+    """Standard deviation of the Gaussian noise on every count of rows, which is then rounded; 0: none."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Means over groups of the site's target rows, one after the other; empty at a site without target rows."""
+
+    @_builtins.property
+    def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueryRows]:
+        """Rows by query and similarity."""
+
+    def __init__(
+        self,
+        *,
+        dimension: _builtins.int = ...,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+        values_noise_std: _builtins.float = ...,
+        queries: _abc.Iterable[Global___QueryRows] | None = ...,
+        noise_std: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dimension", b"dimension", "noise_std", b"noise_std", "queries", b"queries", "values", b"values", "values_noise_std", b"values_noise_std"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TargetReport: _TypeAlias = TargetReport  # noqa: Y015
+
+@_typing.final
+class QueryRows(_message.Message):
+    """Rows of a site that are more similar to one query than to every other."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERY_ID_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    query_id: _builtins.int
+    """Number of the query."""
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows in each bin of similarity, least similar ones first. Every row is in one bin of one query; rows of like
+        similarity are put together as in a ScoreHistogram. Under noise sometimes negative.
+        """
+
+    def __init__(
+        self,
+        *,
+        query_id: _builtins.int = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "query_id", b"query_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueryRows: _TypeAlias = QueryRows  # noqa: Y015
