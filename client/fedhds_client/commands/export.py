@@ -1,108 +1,119 @@
-"""`fedhds export`: hand an adapter on, alone or merged into its base model."""
+"""`fedhds export`: hand an adapter on, in the form that another program loads."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fedhds_client.commands.adapter import _ADAPTER_FILES, _check_adapter, _prepare_environment
-
 if TYPE_CHECKING:
-    from fedhds_client.models.loading import BaseModel
+    from fedhds_client.export.adapter_folder import AdapterFolder
 
-_GENERATION = "generation_config.json"
+Format = Literal["peft", "merged", "gguf", "ollama"]
 
 
 def export(
     adapter: Annotated[Path, typer.Option(help="PEFT folder: a checkpoint, or what a site received.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; must be empty.")],
-    merged: Annotated[bool, typer.Option(help="Merge the adapter into the base model and write the whole.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; must be empty.")] = None,
+    format: Annotated[
+        Format,
+        typer.Option(
+            help="peft: a copy. merged: the base model with the adapter in it. gguf: the adapter for llama.cpp. "
+            "ollama: the same with a Modelfile."
+        ),
+    ] = "peft",
     model: Annotated[str | None, typer.Option(help="Base model, if not what the adapter names.")] = None,
+    check: Annotated[
+        Literal["vllm", "llama.cpp", "ollama"] | None,
+        typer.Option(help="Say first what this program would not load; then exit with 1 and write nothing."),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO", help="Upload to this repository of the hub, with the token of HF_TOKEN or `hf auth login`."
+        ),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="A repository that everybody can read.")] = False,
 ) -> None:
-    """Copy an adapter, or merge it into its base model."""
+    """Write an adapter in the form that another program loads, check that it would load, or upload it."""
+    import tempfile
+
+    from fedhds.errors import UsageError
+    from fedhds_client.commands.adapter import _prepare_environment
+    from fedhds_client.export.adapter_folder import AdapterFolder
+
+    folder = AdapterFolder.open(adapter)
+    if out is None and check is None and push_to_hub is None:
+        raise UsageError("--out: name a folder to write, or give --check or --push-to-hub")
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out: {out} is not empty; name a new folder")
+    _prepare_environment()
+    if check is not None:
+        _check(folder, check, folder.base_model(model))
+    if out is not None:
+        _write(folder, format, model, out)
+        typer.echo(f"{format}: {out}")
+    if push_to_hub is not None:
+        from fedhds_client.export.hub import push
+
+        with tempfile.TemporaryDirectory() as scratch:
+            if out is None:
+                _write(folder, format, model, Path(scratch))
+            typer.echo(f"uploaded: {push(out or Path(scratch), push_to_hub, public=public)}")
+
+
+def _check(folder: AdapterFolder, loader: str, base_model: str) -> None:
+    """Prints what the loader would stumble over; exits with 1 when it would not load."""
+    from fedhds_client.export.loaders import LOADERS
+    from fedhds_client.models.loading import load_config
+
+    findings = LOADERS[loader](folder, load_config(base_model))
+    for finding in findings:
+        typer.echo(f"{'would not load' if finding.blocks else 'note'}: {finding}")
+    if any(finding.blocks for finding in findings):
+        raise typer.Exit(1)
+    typer.echo(f"{loader} loads {folder.path}, as far as its rules are known here")
+
+
+def _write(folder: AdapterFolder, format: Format, model: str | None, out: Path) -> None:
     import shutil
 
     from fedhds.errors import UsageError
 
-    _check_adapter(adapter)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"--out: {out} is not empty; name a new folder")
-    if merged:
-        _prepare_environment()
-        from fedhds_client.models.adapter import InferenceModel
-        from fedhds_client.models.loading import load_base_model
-
-        base = load_base_model(model or _base_model_of(adapter), device="cpu")
-        _undo_quantization(base)
-        # In float32, rounded once to the type that the base model is stored in.
-        try:
-            whole = InferenceModel.with_adapter(base, adapter).module.merge_and_unload().to(base.stored_dtype)
-            _set_ends(whole, adapter / _GENERATION)
-        except (AttributeError, NotImplementedError) as error:
-            raise UsageError("--merged: PEFT cannot merge this kind of adapter; export it without --merged") from error
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if merged:
-            whole.save_pretrained(out)
-            base.tokenizer.save_pretrained(out)
+        if format == "peft":
+            out.mkdir(parents=True, exist_ok=True)
+            for file in folder.files:
+                shutil.copyfile(file, out / file.name)
+        elif format == "merged":
+            from fedhds_client.export.merged import write_merged
+
+            write_merged(folder, folder.base_model(model), out)
         else:
-            for name in (*_ADAPTER_FILES, _GENERATION, "README.md"):
-                if (adapter / name).exists():
-                    shutil.copyfile(adapter / name, out / name)
+            _write_gguf(folder, format, folder.base_model(model), out)
     except OSError as error:
         raise UsageError(f"--out: cannot write to {out}: {error.strerror or error}") from error
-    typer.echo(f"{'merged model' if merged else 'adapter'}: {out}")
 
 
-def _set_ends(model: Any, file: Path) -> None:
-    """Generation with a merged model also stops where the adapter's answers end. Raises UsageError for a bad file."""
-    import json
+def _write_gguf(folder: AdapterFolder, format: Format, base_model: str, out: Path) -> None:
+    from importlib.util import find_spec
 
     from fedhds.errors import UsageError
+    from fedhds_client.models.loading import load_config, load_tokenizer, local_folder
 
-    if not file.exists():
+    if find_spec("gguf") is None:
+        raise UsageError(f"--format {format} needs pip install 'fedhds[export]'")
+    config = load_config(base_model)
+    if format == "gguf":
+        from fedhds_client.export.gguf_adapter import write_gguf_adapter
+
+        write_gguf_adapter(folder, config, out / "adapter.gguf")
         return
-    try:
-        own = json.loads(file.read_text(encoding="utf-8"))["eos_token_id"]
-        ends = [int(token) for token in (own if isinstance(own, list) else [own])]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--adapter: {file} does not say what ends an answer; write it again or remove it") from error
-    earlier = model.generation_config.eos_token_id
-    earlier = earlier if isinstance(earlier, list) else [] if earlier is None else [earlier]
-    model.generation_config.eos_token_id = list(dict.fromkeys([*ends, *earlier]))
+    from fedhds_client.data.prompts import Prompter
+    from fedhds_client.export.ollama import write_ollama
 
-
-def _undo_quantization(base: BaseModel) -> None:
-    """Gives a quantized base model its layers in float32, as it computes with them; raises UsageError."""
-    import torch
-
-    from fedhds.errors import UsageError
-
-    if getattr(base.model, "hf_quantizer", None) is None:
-        return
-    try:
-        base.model = base.model.dequantize(dtype=torch.float32)
-        # How quantized files are read cannot be turned around to write; without it the architecture's own form is used.
-        base.model._weight_conversions = None
-    except Exception as error:
-        # Quantizers raise what they like where they cannot.
-        raise UsageError(
-            f"--merged: {base.name} is quantized, and transformers cannot undo it ({type(error).__name__}); name the "
-            "model that it was made of with --model, or export the adapter without --merged"
-        ) from error
-
-
-def _base_model_of(folder: Path) -> str:
-    import json
-
-    from fedhds.errors import UsageError
-
-    try:
-        name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        name = None
-    if not isinstance(name, str) or not name:
-        raise UsageError(f"--adapter: {folder} does not say which base model it is for; name it with --model")
-    return name
+    tokenizer, longest = load_tokenizer(base_model)
+    prompter = Prompter(tokenizer, max_length=longest, prompt_format=folder.prompt_format())
+    for note in write_ollama(folder, config, tokenizer, prompter, local_folder(base_model), out):
+        typer.echo(f"note: {note}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,6 +100,19 @@ class Prompter:
     def answer(self, generated: str) -> str:
         """The answer in a generated text: without what the template writes behind it as text."""
         return generated.rstrip().removesuffix(self._chat.tail) if self._chat and self._chat.tail else generated
+
+    def asked(self, turns: Sequence[Mapping[str, str]]) -> str:
+        """Turns (role, content) as a text, up to the answer that is asked for, with the marks that are written into it.
+
+        A token that the tokenizer itself puts first is not in it. Raises BadRow.
+        """
+        messages = (*turns, {"role": "assistant", "content": "Answer."})
+        if self._chat:
+            rendering = self._chat.render(messages)
+            return rendering.text[: rendering.answer_start]
+        end = "" if self.end_id is None else str(self._tokenizer.convert_ids_to_tokens(self.end_id))
+        texts = self._alpaca(Row(0, "", "", "", messages=messages))[:-1]
+        return "".join(text + end if answer else text for text, answer in texts)
 
     def check(self, row: Row) -> None:
         """Raises BadRow, without any of the row's text, when the row cannot be rendered."""

@@ -110,12 +110,25 @@ def load_base_model(
     return base
 
 
+def load_config(name: str, *, revision: str = "") -> Any:
+    """The configuration of a causal LM's text model, without its weights; raises ModelError."""
+    source, options = _source(name, revision)
+    return _config(name, source, options, False).get_text_config(decoder=True)
+
+
 def load_tokenizer(name: str, *, revision: str = "") -> tuple[Any, int]:
     """The tokenizer of a causal LM and the model's longest row in tokens, without its weights; raises ModelError."""
     source, options = _source(name, revision)
     config = _config(name, source, options, False)
     tokenizer = _tokenizer(name, source, options, False)
     return tokenizer, _max_length(config, tokenizer)
+
+
+def local_folder(name: str) -> str:
+    """The folder of this machine with a model's weights, absolute; the name itself where there is none."""
+    source, options = _source(name, "")
+    files = _weight_files(source, options)
+    return str(files[0].parent.absolute()) if files else name
 
 
 def _source(name: str, revision: str) -> tuple[str, dict[str, Any]]:

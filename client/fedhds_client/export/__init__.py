@@ -1,0 +1,1 @@
+"""An adapter that is finished, in the forms that other programs load."""
