@@ -9,6 +9,7 @@ from pydantic import Field
 from fedhds.settings import Parameters, Variants, parameter
 from fedhds.spec.optimizer import OPTIMIZERS, NoOptimizerSpec, OptimizerSpec
 from fedhds.spec.peft import LORA_ROLES
+from fedhds.spec.robust import ROBUST_RULES, RobustSpec
 
 if TYPE_CHECKING:
     from fedhds.spec.run import RunSpec
@@ -26,6 +27,11 @@ class AggregatorSpec(Parameters):
 
     name: str = parameter(..., "How the updates of a round are combined.", setting="aggregator")
 
+    one_factor: ClassVar[bool] = False
+    """Whether each round trains one of LoRA's factors, so that its values compare between sites."""
+    averages_factors: ClassVar[bool] = False
+    """Whether it averages LoRA's factors each by itself, which is not the mean of the products."""
+
     def check(self, spec: RunSpec) -> None:
         """Raises ValueError, "SETTING: ...", when the run's other settings do not fit the aggregator."""
 
@@ -34,6 +40,7 @@ class FedAvgSpec(AggregatorSpec):
     """Federated averaging (McMahan et al. 2017, Algorithm 1)."""
 
     summary = "the weighted mean of each tensor"
+    averages_factors = True
 
     name: Literal["fedavg"] = "fedavg"
 
@@ -53,6 +60,7 @@ class AlternatingSpec(LoraAggregatorSpec):
     """RoLoRA (Chen et al. 2025, arXiv 2502.01755)."""
 
     summary = "B trains in odd rounds, A in even ones: the exact mean of LoRA's products, for half the uploads (RoLoRA)"
+    one_factor = True
 
     name: Literal["alternating"] = "alternating"
 
@@ -61,6 +69,7 @@ class FfaSpec(LoraAggregatorSpec):
     """FFA-LoRA (Sun et al. 2024, arXiv 2403.12313)."""
 
     summary = "only LoRA's B trains: the exact mean of the products, for half the uploads (FFA-LoRA)"
+    one_factor = True
 
     name: Literal["ffa"] = "ffa"
 
@@ -101,6 +110,7 @@ class AggregationSpec(Parameters):
     """Aggregation of a round's updates."""
 
     aggregator: Annotated[AggregatorSpec, AGGREGATORS] = Field(default_factory=AGGREGATORS.make_default)
+    robust: Annotated[RobustSpec, ROBUST_RULES] = Field(default_factory=ROBUST_RULES.make_default)
     optimizer: Annotated[OptimizerSpec, OPTIMIZERS] = Field(default_factory=OPTIMIZERS.make_default)
     weight_by: Literal["rows", "equal"] = parameter(
         "rows",

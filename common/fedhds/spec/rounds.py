@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fedhds.settings import Parameters, parameter
 from fedhds.spec.amounts import MAX_COUNT, MAX_ROUNDS, Quorum, budget_rows
 
@@ -47,6 +49,15 @@ class RoundsSpec(Parameters):
         "reduction by t-SNE or UMAP is one step: 100,000 rows may take half an hour.",
         gt=0,
     )
+
+    @property
+    def smallest_cohort(self) -> int:
+        """Parties in the cohort of a run that starts with as few as it may."""
+        return self.cohort_of(self.min_sites)
+
+    def cohort_of(self, count: int) -> int:
+        """Parties in a cohort out of `count` (at least one): max(1, round(fraction * count))."""
+        return min(count, max(1, math.floor(self.cohort_fraction * count + 0.5)))
 
     def quorum_of(self, cohort: int) -> int:
         """Fewest replies that close a selection or round of `cohort` sites."""

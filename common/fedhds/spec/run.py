@@ -65,4 +65,5 @@ class RunSpec(Parameters):
     def _check_variants(self) -> Self:
         self.selection.strategy.check(self)
         self.aggregation.aggregator.check(self)
+        self.aggregation.robust.check(self)
         return self

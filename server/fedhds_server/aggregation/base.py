@@ -19,11 +19,15 @@ Shares = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One site's update on disk and its share of the round's weight."""
+    """One site's update on disk and its share of the round's weight.
+
+    `scale` is the part of its difference to the global adapter that counts, where that is too long.
+    """
 
     site: str
     path: Path
     share: float
+    scale: float = 1.0
 
 
 class Aggregator(ABC):
