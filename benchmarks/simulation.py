@@ -20,13 +20,14 @@ from fedhds.v2.selection_pb2 import KMeansCenters
 from fedhds_client.features.extraction import Features
 from fedhds_client.selection import STRATEGIES, SelectionContext
 from fedhds_client.selection.coreset import coreset_rows
-from fedhds_client.selection.private_reporter import PrivateReporter
+from fedhds_client.selection.pipeline import answer
+from fedhds_client.selection.private_reporter import MIN_CLUSTER_ROWS, PrivateReporter
+from fedhds_client.selection.scores import SCORES, ScoredRows
 from fedhds_server.run.engine import RunMachine
 from fedhds_server.run.events import (
     AdapterDrawn,
     CoresetsSelected,
     Instruction,
-    NextStep,
     Resolve,
     ResultReceived,
     SiteConnected,
@@ -72,12 +73,15 @@ def select(
     *,
     order: Callable[[Sequence[str]], Sequence[str]] = sorted,
     leaves: Mapping[str, int] | None = None,
+    scores: Mapping[str, Mapping[str, npt.NDArray[np.floating]]] | None = None,
+    min_cluster_rows: int = MIN_CLUSTER_ROWS,
     **settings: Any,
 ) -> Outcome:
     """Runs one selection over `shards`, features float32 (n, d) per site; sites keep their state below `folder`.
 
     Sites answer in the `order` of their names; a site in `leaves` fails its task in the step of that number.
-    `settings` are the run's, by the names of their flags. Raises ValueError for a report that the coordinator rejects.
+    `scores` are those of filters that need texts: by the name of the filter and of the site, (n,). `settings` are the
+    run's, by the names of their flags. Raises ValueError for a report that the coordinator rejects.
     """
     spec = RunSpec.of(
         **{
@@ -100,10 +104,10 @@ def select(
                 outcome.selection = decision
                 machine.handle(StageResolved(4.0, stage.name, CoresetsSelected(decision.coresets)))
                 break
-            if isinstance(decision, KMeansCenters):
-                centers = np.array(decision.values, dtype=np.float32).reshape(-1, decision.dimension)
+            if isinstance(decision.request, KMeansCenters):
+                centers = np.array(decision.request.values, dtype=np.float32).reshape(-1, decision.request.dimension)
                 outcome.centers.append(centers)
-            instructions = machine.handle(StageResolved(3.0, stage.name, NextStep(decision)))
+            instructions = machine.handle(StageResolved(3.0, stage.name, decision))
             continue
         tasks = {task.site: task for task in machine.state.tasks.values() if task.kind == _KIND}
         if not tasks:
@@ -113,7 +117,8 @@ def select(
             if (leaves or {}).get(site) == stage.step:
                 instructions += machine.handle(TaskFailed(3.0, tasks[site].id, "gone"))
                 continue
-            report = _report(machine.state, tasks[site], shards[site], folder / site)
+            own = {name: of[site] for name, of in (scores or {}).items()}
+            report = _report(machine.state, tasks[site], shards[site], folder / site, own, min_cluster_rows)
             # What the coordinator sees is what was serialized.
             outcome.reports.append((site, type(report).FromString(report.SerializeToString())))
             result = AnyMessage()
@@ -135,17 +140,34 @@ def _enroll(machine: RunMachine, shards: Shards) -> list[Instruction]:
     return machine.handle(AdapterDrawn(2.0, Artifact("0" * 64, 1)))
 
 
-def _report(state: RunState, task: Task, values: npt.NDArray[np.float32], folder: Path) -> Message:
+def _report(
+    state: RunState,
+    task: Task,
+    values: npt.NDArray[np.float32],
+    folder: Path,
+    scores: Mapping[str, npt.NDArray[np.floating]],
+    min_cluster_rows: int,
+) -> Message:
     folder.mkdir(parents=True, exist_ok=True)
-    strategy = state.spec.selection.strategy
+    account = Ledger(folder / "ledger.db").account(task.site, lambda: [task.site.encode()])
     reporter = PrivateReporter(
-        task.site, folder, Ledger(folder / "ledger.jsonl"), _RUN_ID, state.spec, None, allow_exact_kmeans_sums=True
+        task.site,
+        folder,
+        account,
+        _RUN_ID,
+        state.spec,
+        allow_exact_kmeans_sums=True,
+        min_cluster_rows=min_cluster_rows,
     )
-    request: Message | None = None
-    packed = WORKFLOWS[_KIND].request(state, task)
-    if isinstance(packed, AnyMessage) and strategy.request_type is not None:
-        request = strategy.request_type()
-        packed.Unpack(request)
     features = Features(np.arange(len(values)), values)
-    context = SelectionContext(task.id, state.spec, len(values), lambda: features, reporter, request)
-    return STRATEGIES[strategy.name].report(context)
+
+    def score(name: str, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+        if name in scores:
+            return scores[name][ids]
+        unused: Any = None
+        return SCORES[name](ScoredRows(unused, unused, unused, lambda: features), ids)
+
+    request = WORKFLOWS[_KIND].request(state, task)
+    assert request is None or isinstance(request, AnyMessage)
+    context = SelectionContext(task.id, state.spec, len(values), lambda: features, reporter)
+    return answer(context, request, strategies=STRATEGIES, scores=score, round_number=task.round_number)

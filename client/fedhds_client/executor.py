@@ -8,12 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedhds.errors import AdapterError, ModelError, StorageError, TaskError
+from fedhds.errors import (
+    AdapterError,
+    PlainUpdateAsked,
+    SecureAggregationError,
+    StorageError,
+    TaskError,
+    TooFewSites,
+)
 from fedhds.runtime.files import make_folder
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.safetensors import AdapterReader, file_sizes
 from fedhds_client.distributed.process_group import Prepare, ProcessGroup, Stop
 from fedhds_client.site import Site, check_held_out
+from fedhds_client.stated_rows import stated_rows
 from fedhds_client.tasks import TaskContext, TaskResult, task_kind
 
 if TYPE_CHECKING:
@@ -70,7 +78,8 @@ class TaskExecutor:
         from fedhds_client.run_models import load_models
 
         if self._models is None:
-            _check_policy(self._settings, spec)
+            self._settings.rules.check_run(spec)
+            _check_secure(self._settings, spec)
             self._group.broadcast(Prepare(spec.model_dump_json().encode()))
             base, model, prompter = load_models(self._settings, spec)
             features = ShardFeatures(self._settings, spec, model, prompter, self._group)
@@ -84,17 +93,17 @@ class TaskExecutor:
             raise TaskError("the coordinator gave the sites of this process different runs; start one process per run")
         return self._proof
 
-    def judge(self, site: Site, control: Control) -> None:
-        """Judges all rows of `site` with the run's template, before it registers how many it has.
+    def judge(self, site: Site, run_id: str, control: Control) -> int:
+        """Judges all rows of `site` with the run's template, and answers how many to train on it registers with.
 
         Raises DataError for a row that the template refuses, unless the settings leave such rows out; SettingsError
-        when too few held-out rows remain.
+        when too few held-out rows remain; PrivacyError when not even a noised number may leave.
         """
         from fedhds_client.data.judging import judge
 
         if self._models is None:
             raise TaskError("the base model is not loaded yet")
-        for shard in filter(None, (site.shard, site.held_out)):
+        for shard in filter(None, (site.shard, site.held_out, site.validation)):
             judge(
                 shard,
                 self._models.prompter,
@@ -103,6 +112,7 @@ class TaskExecutor:
                 control=control,
             )
         check_held_out(site, self._settings)
+        return stated_rows(site, self._models.spec, self._settings.rules, run_id)
 
     def close(self) -> None:
         """Stops the workers of this site's process group; nothing may be computed after it."""
@@ -146,6 +156,22 @@ class TaskExecutor:
                 raise StorageError(f"cannot keep the adapter in {self._adapters}: {error.strerror}") from error
         return path
 
+    def write_first_values(self, path: Path) -> Artifact:
+        """Writes the tensors of the first adapter that follow from the base model; raises AdapterError without any."""
+        artifact = self._models.model.write_first_values(path) if self._models else None
+        if artifact is None:
+            raise AdapterError(
+                "the coordinator asks for first values of the adapter, which follow from the run's seed alone; tell "
+                "its operator"
+            )
+        return artifact
+
+    def peft_file(self, adapter: Path, folder: Path) -> Path:
+        """The file as PEFT saves it of a global adapter: `adapter` itself, or one in `folder`; raises StorageError."""
+        if self._models is None:
+            raise TaskError("the base model is not loaded yet")
+        return self._models.spec.peft.peft_file(adapter, self._proof[1], folder / "peft.safetensors")
+
     @property
     def adapter_config(self) -> str:
         """adapter_config.json of the run's adapters, as this site's own PEFT writes it."""
@@ -165,13 +191,22 @@ class TaskExecutor:
         return task_kind(task.kind).run(context)
 
 
-def _check_policy(settings: ClientSettings, spec: RunSpec) -> None:
-    """Raises ModelError for a feature model that is neither the base model nor one that the site allows."""
-    name = spec.selection.features.model
-    if name and name not in (spec.model.name, *settings.allow_feature_model):
-        raise ModelError(
-            f"the run takes features with the model {name}, which the operator of the coordinator set; a site loads it "
-            f"only if it is started with --allow-feature-model {name}"
+def _check_secure(settings: ClientSettings, spec: RunSpec) -> None:
+    """Raises PlainUpdateAsked, TooFewSites or SecureAggregationError for a run whose sums this site does not join."""
+    least = settings.rules.require_secure_sites
+    if least and not spec.secure.enabled:
+        raise PlainUpdateAsked(
+            f"the run sends updates in the clear, and this site has --require-secure-sites {least}; ask the operator "
+            "of the coordinator for --secure-aggregation"
+        )
+    if spec.secure.enabled and spec.secure.min_sites < least:
+        raise TooFewSites(
+            f"the run sums the updates of {spec.secure.min_sites} certificates' sites at least, and this site has "
+            f"--require-secure-sites {least}; ask the operator of the coordinator for a larger --min-secure-sites"
+        )
+    if spec.secure.enabled and settings.tls_cert is None:
+        raise SecureAggregationError(
+            "the run has secure aggregation, for which a site needs --tls-ca, --tls-cert and --tls-key"
         )
 
 

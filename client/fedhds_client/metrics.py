@@ -15,8 +15,8 @@ from fedhds.errors import StorageError
 from fedhds.privacy.ledger import Unit
 from fedhds.runtime.metrics import Measure
 from fedhds_client.counters import ENDED, ENROLLING, WAITING
+from fedhds_client.policy import MAX_DELTA
 from fedhds_client.rpc_client import CoordinatorClient
-from fedhds_client.selection.private_reporter import MAX_DELTA
 from fedhds_client.site import Site
 from fedhds_client.tasks import TASKS
 
@@ -29,7 +29,7 @@ PROGRESS = Measure(
     "Share of the running computation that is done, 0 to 1; one site of a process computes at a time.",
     ("task",),
 )
-ROWS = Measure("fedhds_client_rows", "gauge", "Rows that the sites hold, to train on and to evaluate on.", ("use",))
+ROWS = Measure("fedhds_client_rows", "gauge", "Rows that the sites hold, to train, evaluate and validate on.", ("use",))
 SENT = Measure("fedhds_client_sent_bytes_total", "counter", "Bytes of calls and uploads sent to the coordinator.")
 CONNECTED = Measure(
     "fedhds_client_connected", "gauge", "1 while the coordinator answers, 0 from the first call that failed."
@@ -40,8 +40,9 @@ UNANSWERED = Measure(
 EPSILON = Measure(
     "fedhds_client_epsilon",
     "gauge",
-    f"Largest epsilon that a site's releases have cost by its ledger, all runs together, at delta {MAX_DELTA:g}; "
-    "+Inf: something was released without noise; NaN: a ledger cannot be read.",
+    "Largest epsilon that releases of a site's rows have cost by the ledger, adapters included, all runs together, at "
+    f"delta {MAX_DELTA:g}; "
+    "+Inf: something was released without noise; NaN: the ledger cannot be read.",
     ("unit",),
 )
 GPU_MEMORY = Measure(
@@ -59,7 +60,7 @@ class SiteMetrics:
         self._sites = sites
         self._client = client
         self._activities = activities
-        # Ledgers only grow: by site and unit the length of the file at which epsilon was computed, and epsilon.
+        # The ledger only grows: by site and unit its newest release when epsilon was computed, and epsilon.
         self._spent: dict[tuple[str, Unit], tuple[int, float]] = {}
 
     def problems(self) -> Mapping[str, str]:
@@ -81,7 +82,13 @@ class SiteMetrics:
         return [
             SITES.of({activity: counts[activity] for activity in (ENROLLING, WAITING, *TASKS, ENDED)}),
             PROGRESS.of({kind: max((share for at, share in activities if at == kind), default=0.0) for kind in TASKS}),
-            ROWS.of({"train": sum(site.rows for site in self._sites), "evaluate": held_out}),
+            ROWS.of(
+                {
+                    "train": sum(site.rows for site in self._sites),
+                    "evaluate": held_out,
+                    "validate": sum(len(site.validation) for site in self._sites if site.validation),
+                }
+            ),
             SENT.of(self._client.bytes_sent),
             CONNECTED.of(float(since is None)),
             UNANSWERED.of(time.monotonic() - since if since else 0.0),
@@ -91,10 +98,10 @@ class SiteMetrics:
 
     def _epsilon(self, site: Site, unit: Unit) -> float:
         try:
-            size = site.ledger.size()
+            size = site.account.size()
             spent = self._spent.get((site.name, unit))
             if spent is None or spent[0] != size:
-                spent = self._spent[site.name, unit] = size, site.ledger.spent(delta=MAX_DELTA, unit=unit)
+                spent = self._spent[site.name, unit] = size, site.account.spent(delta=MAX_DELTA, unit=unit)
         except StorageError as error:
             logger.debug("%s", error)
             return float("nan")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from fedhds.encoding import escaped
 from fedhds.errors import SettingsError
 from fedhds.runtime.logging import LogFormat, LogLevel
 from fedhds.settings import addresses, check_http
+from fedhds_client.policy import SitePolicy
 
 Device = Literal["auto", "cpu", "cuda"]
+
+LEDGER = "ledger.db"
 
 
 def default_state_folder() -> Path:
@@ -39,7 +42,28 @@ class ClientSettings(BaseModel):
     )
     eval_data: Path | None = Field(
         None,
-        description="Held-out rows: the site (also) evaluates; with several shards, the first one's site does.",
+        description="Held-out rows: the site (also) evaluates; with several shards, the first one's site does. What "
+        "they measure is reported and decides nothing.",
+        json_schema_extra={"group": "Data"},
+    )
+    validation_data: Path | None = Field(
+        None,
+        description="Rows whose loss after each round finds the run's best adapter and may end the run early; with "
+        "several shards, those of the first one's site. None of them may be in --eval-data.",
+        json_schema_extra={"group": "Data"},
+    )
+    holdout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of each shard's own rows that validates, as --validation-data does, and never trains; 0: "
+        "all rows train.",
+        json_schema_extra={"group": "Data"},
+    )
+    holdout_seed: int = Field(
+        0,
+        ge=0,
+        description="Draws the rows of --holdout, equal rows together; the same seed draws the same rows.",
         json_schema_extra={"group": "Data"},
     )
     skip_bad_rows: bool = Field(
@@ -90,6 +114,12 @@ class ClientSettings(BaseModel):
         "taken in smaller ones, which cost no time and less memory.",
         json_schema_extra={"group": "Compute"},
     )
+    policy: Path | None = Field(
+        None,
+        description="YAML file of rules that no coordinator can override: models, methods, noise, epsilon and more; a "
+        "run or a task that breaks one is refused. The flags below that are rules, too, may be in it in their place.",
+        json_schema_extra={"group": "Policy"},
+    )
     allow_exact_kmeans_sums: bool = Field(
         False,
         description="Take part when the strategy federated-kmeans runs without noise: it then sends, for every center, "
@@ -110,6 +140,13 @@ class ClientSettings(BaseModel):
         "fedhds-aligned, the training loss and the metrics of held-out rows. 1 consents to releases about single rows.",
         json_schema_extra={"group": "Policy"},
     )
+    require_secure_sites: int = Field(
+        0,
+        ge=0,
+        description="Fewest certificates whose sites must be in a sum before this site adds its update: it then takes "
+        "part only in runs with --secure-aggregation. 0: also in runs that send updates in the clear.",
+        json_schema_extra={"group": "Policy"},
+    )
     selection_max_epsilon: float | None = Field(
         None,
         gt=0,
@@ -117,9 +154,21 @@ class ClientSettings(BaseModel):
         "more, and a release without noise, is refused whatever the coordinator asks.",
         json_schema_extra={"group": "Policy"},
     )
+    stated_rows: int = Field(
+        1000,
+        ge=1,
+        description="Training rows that this site states in a run whose noise hides the site's whole shard.",
+        json_schema_extra={"group": "Policy"},
+    )
+    ledger: Path | None = Field(
+        None,
+        description="File that has what was released of which rows, by all sites and runs of this user (default "
+        "~/.local/state/fedhds/ledger.db, whatever --state is; of a user without a home, in --state).",
+        json_schema_extra={"group": "Policy"},
+    )
     state: Path = Field(
         default_factory=default_state_folder,
-        description="Folder for what must survive a restart: session, ledger, clusters (default "
+        description="Folder for what must survive a restart: session, clusters, updates (default "
         "~/.local/state/fedhds).",
         json_schema_extra={"group": "Policy"},
     )
@@ -141,10 +190,36 @@ class ClientSettings(BaseModel):
         json_schema_extra={"group": "Metrics"},
     )
 
+    _rules: SitePolicy = PrivateAttr(default_factory=SitePolicy)
+
+    @property
+    def rules(self) -> SitePolicy:
+        """The site's policy: the file's rules and those of flags."""
+        return self._rules
+
+    def model_post_init(self, context: Any) -> None:
+        """Reads the policy; raises SettingsError."""
+        flags = {name: getattr(self, name) for name in self.model_fields_set & SitePolicy.model_fields.keys()}
+        self._rules = SitePolicy.read(self.policy, flags)
+
+    @property
+    def ledger_file(self) -> Path:
+        """Where the ledger is."""
+        if self.ledger:
+            return self.ledger
+        try:
+            return default_state_folder() / LEDGER
+        except SettingsError:
+            return self.state / LEDGER
+
     @model_validator(mode="after")
     def _usable(self) -> Self:
-        if not self.data and not self.eval_data:
+        if not self.data and not self.eval_data and not self.validation_data:
             raise ValueError("data: give the training shard with --data, or held-out rows with --eval-data")
+        if self.holdout and self.validation_data:
+            raise ValueError("holdout: rows to validate on are in --validation-data already; drop one of the two")
+        if self.holdout and not self.data:
+            raise ValueError("holdout: takes a share of --data, and there is none; use --validation-data")
         names = [path.name.split(".")[0] for path in self.data]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedhds.encoding import not_utf_8
 from fedhds.errors import SettingsError, StorageError
-from fedhds.privacy.ledger import Ledger
+from fedhds.privacy.ledger import Account, Ledger
 from fedhds.runtime.files import locked, make_folder, replace_file, take_back
 from fedhds.security.credentials import TlsFiles, own_identity
 from fedhds_client.data.shard import Shard
@@ -31,7 +31,9 @@ class Site:
     folder: Path
     shard: Shard | None
     held_out: Shard | None
-    ledger: Ledger
+    account: Account
+    """What the ledger has of the site's rows."""
+    validation: Shard | None = None
 
     @property
     def rows(self) -> int:
@@ -81,30 +83,70 @@ def open_sites(settings: ClientSettings, tls: TlsFiles | None, stack: ExitStack)
     """
     names = _names(settings, tls)
     _check_writable(settings.out, "--out")
+    try:
+        make_folder(settings.ledger_file.parent, private=True)
+    except OSError as error:
+        raise SettingsError("--ledger", f"cannot make its folder: {error.strerror}; choose another file") from error
+    _check_writable(settings.ledger_file.parent, "--ledger")
+    ledger = Ledger(settings.ledger_file)
+    # A damaged one stops the site before anything else does.
+    ledger.entries()
     sites = []
     for index, name in enumerate(names):
         folder = _locked_folder(settings.state / file_key(name), name, stack)
         shard = _opened(settings.data[index], settings, folder, stack) if settings.data else None
         held_out = _opened(settings.eval_data, settings, folder, stack) if settings.eval_data and not index else None
-        site = Site(name, folder, shard, held_out, Ledger(folder / "ledger.jsonl"))
+        validation = _validation(index, shard, held_out, settings, folder, stack)
+        site = Site(name, folder, shard, held_out, _account(ledger, shard), validation)
         check_held_out(site, settings)
         sites.append(site)
     return sites
 
 
+def _account(ledger: Ledger, shard: Shard | None) -> Account:
+    if shard is None:
+        return ledger.account("", lambda: ())
+    # Both are read late: rows that the run's template refuses are left out first.
+    return ledger.account(lambda: shard.digest, lambda: (bytes.fromhex(row.digest) for row in shard))
+
+
 def check_held_out(site: Site, settings: ClientSettings) -> None:
-    """Raises SettingsError for held-out rows so few that their metrics say what each of them is like."""
-    if site.held_out and len(site.held_out) < settings.min_cluster_rows:
+    """Raises SettingsError for rows to measure so few that their metrics say what each of them is like."""
+    flag = "--holdout" if settings.holdout else "--validation-data"
+    for shard, setting in ((site.held_out, "--eval-data"), (site.validation, flag)):
+        if shard and len(shard) < settings.rules.min_cluster_rows:
+            raise SettingsError(
+                setting,
+                f"has {len(shard)} rows, and metrics of so few say what each of them is like; give "
+                f"{settings.rules.min_cluster_rows}, or consent with a smaller --min-cluster-rows",
+            )
+
+
+def _validation(
+    index: int, shard: Shard | None, held_out: Shard | None, settings: ClientSettings, folder: Path, stack: ExitStack
+) -> Shard | None:
+    """The rows on which a site validates, apart from those that it evaluates on. Raises SettingsError, DataError."""
+    if settings.holdout and shard:
+        flag, rows = "--holdout", stack.enter_context(shard.hold_out(settings.holdout, settings.holdout_seed, folder))
+        logger.info("%s: %d of its rows validate, %d train", shard.path, len(rows), len(shard))
+    elif settings.validation_data and not index:
+        flag, rows = "--validation-data", _opened(settings.validation_data, settings, folder, stack)
+        if shard and (both := len(rows.shared(shard))):
+            logger.warning("%d rows of %s train, too; their loss says little of others", both, rows.path)
+    else:
+        return None
+    if held_out and (lines := rows.shared(held_out)):
         raise SettingsError(
-            "--eval-data",
-            f"has {len(site.held_out)} rows, and metrics of so few say what each of them is like; give "
-            f"{settings.min_cluster_rows}, or consent with a smaller --min-cluster-rows",
+            flag,
+            f"would choose by rows that are reported: {len(lines)} of {rows.path}, the first in line {lines[0]}, are "
+            f"in {held_out.path}, too; take them out of one of the files",
         )
+    return rows
 
 
 def _names(settings: ClientSettings, tls: TlsFiles | None) -> list[str]:
     """One name per site: the certificate's or --name, followed by the shard's where there are several."""
-    files = settings.data or ((settings.eval_data,) if settings.eval_data else ())
+    files = settings.data or tuple(filter(None, (settings.eval_data, settings.validation_data)))[:1]
     stems = [file.name.split(".")[0] for file in files]
     given = tuple(dict.fromkeys(settings.name or ()))
     base = given[0] if given else None
@@ -125,7 +167,8 @@ def _names(settings: ClientSettings, tls: TlsFiles | None) -> list[str]:
         names = [base] if len(stems) == 1 else [f"{base}/{stem}" for stem in stems]
     broken = next((file for file, name in zip(files, names, strict=True) if not_utf_8(name)), None)
     if broken:
-        flag, remedy = "--data" if settings.data else "--eval-data", ", or give --name" if len(stems) == 1 else ""
+        flag = "--data" if settings.data else "--eval-data" if settings.eval_data else "--validation-data"
+        remedy = ", or give --name" if len(stems) == 1 else ""
         raise SettingsError(
             flag, f"the name of {broken} is not UTF-8, and its site is named after it; rename the file{remedy}"
         )

@@ -33,7 +33,9 @@ from fedhds_client.computation import Cancelled, ComputeThread, Control
 from fedhds_client.counters import ENDED, ENROLLING, TASK_FAILURES, TASK_SECONDS, WAITING
 from fedhds_client.executor import TaskExecutor
 from fedhds_client.long_messages import LongResult, fetch_request, keep_result
+from fedhds_client.outgoing import public_reason
 from fedhds_client.progress import ProgressDisplay
+from fedhds_client.registration import register
 from fedhds_client.rpc_client import CoordinatorClient
 from fedhds_client.settings import ClientSettings
 from fedhds_client.site import Site
@@ -42,6 +44,7 @@ from fedhds_client.tasks import TASKS, task_kind
 from fedhds_client.updates.delivery import write_adapter_folder
 
 if TYPE_CHECKING:
+    from fedhds_client.tasks.secure_train import MaskedFile
     from fedhds_client.updates.update import FinishedUpdate
 
 logger = logging.getLogger(__name__)
@@ -79,6 +82,7 @@ class SiteLoop:
         self._session = ""
         self._heartbeat_timeout_s = 60.0
         self._run_id = ""
+        self._noised = False
         self._round_number = 0
         self._control: Control | None = None
         self._blocked_since = 0.0
@@ -107,7 +111,7 @@ class SiteLoop:
             logger.error("%s: %s", self._site.name, error)
             return False
         except Exception as error:
-            self.failure = type(error).__name__, _public(error)
+            self.failure = type(error).__name__, public_reason(error, noised=self._noised)
             raise
         finally:
             self.activity = ENDED
@@ -171,6 +175,7 @@ class SiteLoop:
         enrollment = incoming.enrollment(answer)
         self._session, self._run_id, spec = enrollment.session, enrollment.run_id, enrollment.spec
         self._heartbeat_timeout_s = enrollment.heartbeat_timeout_s
+        self._noised = spec.privacy.noised
         self._site.keep_session()
         logger.info(
             "%s: enrolled in run %s (%s, %d rounds of %s)",
@@ -182,16 +187,15 @@ class SiteLoop:
         )
         fingerprint, manifest = await self._computed("", lambda _: self._executor.prepare(spec))
         with self._shown("checking the rows", 0) as show:
-            await self._computed("", lambda control: self._executor.judge(self._site, control), show)
+            rows = await self._computed(
+                "", lambda control: self._executor.judge(self._site, self._run_id, control), show
+            )
         registration = pb.RegisterRequest(
-            session=self._session,
-            fingerprint=fingerprint,
-            manifest=manifest.to_proto(),
-            rows=self._site.rows,
-            evaluates=self._site.evaluates,
-            evaluation_rows=len(self._site.held_out) if self._site.held_out else 0,
+            session=self._session, fingerprint=fingerprint, manifest=manifest.to_proto(), rows=rows
         )
-        await self._client.call(self._client.federation.Register, registration)
+        await register(
+            self._client, self._executor, self._site, registration, self._site.folder / file_key(self._run_id)
+        )
 
     async def _work(self, task: pb.Task) -> None:
         name, kind, number = self._site.name, task.kind, task.round_number
@@ -246,7 +250,7 @@ class SiteLoop:
             )
         request = pb.CompleteTaskRequest(session=self._session, task_id=task.id)
         request.result.Pack(result.message)
-        update: FinishedUpdate | LongResult | None = result.update
+        update: FinishedUpdate | MaskedFile | LongResult | None = result.update
         if update is None and (long or request.result.ByteSize() > MAX_INLINE):
             update = await asyncio.to_thread(keep_result, request.result, folder)
             request.result.CopyFrom(standing_for(update.artifact))
@@ -321,11 +325,12 @@ class SiteLoop:
     async def _write(self, adapter: Path, card: str) -> None:
         config = self._executor.adapter_config
         ends = self._executor.generation_config
+        adapter = await asyncio.to_thread(self._executor.peft_file, adapter, self._site.folder / file_key(self._run_id))
         writing = asyncio.to_thread(write_adapter_folder, self._settings.out, adapter, config, card, ends)
         await self._transferred("", lambda _: writing, lambda _: None, 1.0, 0.0)
 
     async def _fail(self, task: pb.Task, error: Exception) -> None:
-        name, reason = type(error).__name__, _public(error)
+        name, reason = type(error).__name__, public_reason(error, noised=self._noised)
         self._count_failure(task, name, reason)
         request = pb.FailTaskRequest(session=self._session, task_id=task.id, kind=name, reason=reason)
         await self._client.call(self._client.federation.FailTask, request)
@@ -392,8 +397,3 @@ class SiteLoop:
             answer = await self._client.call(self._client.federation.Heartbeat, beat)
             if answer.withdrawn:
                 control.cancel()
-
-
-def _public(error: Exception) -> str:
-    """What others may read of an error: a library's text must not leave the site, as that could contain data."""
-    return error.public_message if isinstance(error, FedhdsError) else "the site's log has the details"

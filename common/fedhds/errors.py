@@ -14,11 +14,19 @@ FedhdsError                         FH01
 ├── TaskError                       FH31  a task that cannot be done here, is not this site's or no longer wanted
 ├── RunOver                         FH32  the run has ended and cannot be changed
 ├── PrivacyError                    FH33  a release that the site's own privacy policy forbids
+├── PolicyError                     FH34  a run or a task that the site's policy does not allow
 ├── ArtifactError                   FH40  bytes that are not what their digest, size or manifest says
 │   └── AdapterError                FH41  adapter tensors that do not fit the manifest or are not finite
 ├── StorageError                    FH50  the run folder, the state database or the artifact store cannot be used
 │   └── DamagedArtifact             FH51  an artifact that was acknowledged is gone, or holds other bytes now
 ├── CoordinatorUnreachable          FH52  no answer from the coordinator within the reconnect timeout
+├── SecureAggregationError          FH60  a step of secure aggregation that cannot be done
+│   ├── PeerNotVerified             FH61  keys, shares or a signature that are not the site's under whose name they stand
+│   ├── ListChanged                 FH62  a second, different list of sites for one round
+│   ├── RoundReplayed               FH63  a round that is over at the site, or a step of it out of turn
+│   ├── BothSharesAsked             FH64  both kinds of shares of one site
+│   ├── TooFewSites                 FH65  fewer sites than secure aggregation needs
+│   └── PlainUpdateAsked            FH66  an update in the clear, in a run or at a site with secure aggregation
 └── NotLeading                      FH53  another coordinator leads the run
 
 Codes stand behind messages, in logs and in docs/errors.md, and are for good: one that is given up is never used again.
@@ -178,6 +186,12 @@ class PrivacyError(FedhdsError):
         return self._public or super().public_message
 
 
+class PolicyError(FedhdsError):
+    """A run or a task breaks a rule of the site's own policy, which the message names."""
+
+    code = "FH34"
+
+
 class NotLeading(FedhdsError):
     """This coordinator does not lead the run (any more): it answers no calls about it and cannot save its state."""
 
@@ -194,6 +208,48 @@ class StorageError(FedhdsError):
     """The run folder, the state database or the artifact store cannot be read or written."""
 
     code = "FH50"
+
+
+class SecureAggregationError(FedhdsError):
+    """A step of secure aggregation cannot be done, or is refused as it could reveal a single site's update."""
+
+    code = "FH60"
+
+
+class PeerNotVerified(SecureAggregationError):
+    """Keys, shares or a signature are not of the site under whose name they stand, or not for this run and round."""
+
+    code = "FH61"
+
+
+class ListChanged(SecureAggregationError):
+    """A second, different list of peers or survivors for a round in which the site has answered another one."""
+
+    code = "FH62"
+
+
+class RoundReplayed(SecureAggregationError):
+    """A round that is over at the site, or a step of it out of turn."""
+
+    code = "FH63"
+
+
+class BothSharesAsked(SecureAggregationError):
+    """A list would open both secrets of one site, and with them its update."""
+
+    code = "FH64"
+
+
+class TooFewSites(SecureAggregationError):
+    """Fewer sites than secure aggregation needs, or one that counts for more than the run allows."""
+
+    code = "FH65"
+
+
+class PlainUpdateAsked(SecureAggregationError):
+    """A run or a site has secure aggregation, and an update is asked for in the clear."""
+
+    code = "FH66"
 
 
 class DamagedArtifact(StorageError):

@@ -27,6 +27,8 @@ _TABLE: tuple[tuple[type[errors.FedhdsError], grpc.StatusCode], ...] = (
     (errors.RequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.UsageError, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.PrivacyError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.PolicyError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.SecureAggregationError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.StorageError, grpc.StatusCode.UNAVAILABLE),
     (errors.NotLeading, grpc.StatusCode.UNAVAILABLE),
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fedhds.privacy.accountant import Cost
 from fedhds.privacy.ledger import Ledger, Unit
 from fedhds.runtime.metrics import exposition
 from fedhds_client.counters import ENROLLING
@@ -16,15 +17,17 @@ from fedhds_client.metrics import MEASURES, SiteMetrics
 
 
 def site(folder: Path, name: str) -> Any:
-    return SimpleNamespace(name=name, rows=3, held_out=None, ledger=Ledger(folder / f"{name}.jsonl"))
+    return SimpleNamespace(
+        name=name, rows=3, held_out=None, validation=None, account=Ledger(folder / "ledger.db").account(name, lambda: [name.encode()])
+    )
 
 
 def release(made: Any, task: str, noise_multiplier: float, unit: Unit = "client") -> None:
-    made.ledger.record(
+    made.account.record(
         b"",
-        run_id="r",
+        run_id=made.name,
         task_id=task,
-        noise_multiplier=noise_multiplier,
+        cost=Cost(noise_multiplier),
         sensitivity=1.0 if noise_multiplier else None,
         clip_norm=1.0,
         released=1,
@@ -58,16 +61,16 @@ def test_epsilon_is_the_largest_of_the_ledgers_and_follows_them(process: Any) ->
     assert process.value("fedhds_client_epsilon", "client") == 0
     release(a, "1", 4.0)
     release(b, "1", 2.0)
-    assert process.value("fedhds_client_epsilon", "client") == pytest.approx(b.ledger.spent(delta=1e-5))
+    assert process.value("fedhds_client_epsilon", "client") == pytest.approx(b.account.spent(delta=1e-5))
     release(a, "2", 1.0)
-    assert process.value("fedhds_client_epsilon", "client") == pytest.approx(a.ledger.spent(delta=1e-5))
+    assert process.value("fedhds_client_epsilon", "client") == pytest.approx(a.account.spent(delta=1e-5))
     assert process.value("fedhds_client_epsilon", "example") == 0
     release(b, "2", 0.0)
     assert process.value("fedhds_client_epsilon", "client") == math.inf
 
 
 def test_a_damaged_ledger_is_no_number_and_the_rest_is_exposed(process: Any, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("nonsense\n")
+    (tmp_path / "ledger.db").write_text("nonsense\n" * 1000)
     assert math.isnan(process.value("fedhds_client_epsilon", "client"))
     assert process.value("fedhds_client_rows", "train") == 6
 

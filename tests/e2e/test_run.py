@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from fedhds.privacy.ledger import Ledger
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
 from fedhds.spec import STRATEGY_SPECS
@@ -169,11 +170,10 @@ def test_noised_centroids_are_printed_recorded_and_bounded(federation: Federatio
     server.wait()
     site.wait()
     assert "epsilon" in site.text
-    ledgers = list((folder / "state").rglob("ledger.jsonl"))
-    assert len(ledgers) == 1
-    (entry,) = [json.loads(line) for line in ledgers[0].read_text().splitlines()]
-    assert entry["unit"] == "client"
-    assert 49 < entry["epsilon"] <= 50.01
+    entry, adapter = Ledger(folder / "ledger.db").entries()
+    assert entry.unit == "client"
+    assert 49 < (entry.epsilon or 0) <= 50.01
+    assert (adapter.release, adapter.epsilon) == ("adapter", None)
 
 
 def test_a_site_refuses_to_release_more_than_its_own_epsilon(federation: Federation) -> None:
@@ -186,4 +186,4 @@ def test_a_site_refuses_to_release_more_than_its_own_epsilon(federation: Federat
     # Its own line has the code; the class is in what the coordinator says about the end.
     assert "PrivacyError" not in site.text.partition("no site could select")[0]
     assert "epsilon" in site.text
-    assert not [line for file in (folder / "state").rglob("ledger.jsonl") for line in file.read_text().splitlines()]
+    assert not Ledger(folder / "ledger.db").entries()

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fedhds.privacy.ledger import Ledger
 from tests.support import programs
 from tests.support.federation import PATIENCE_S, Federation
 from tests.support.tiny import make_model, write_rows
@@ -35,8 +36,8 @@ FLAGS = (
     "--server-optimizer=zero-adagrad",
     f"--adagrad-learning-rate={RATE}",
     f"--adagrad-tau={TAU}",
-    "--peft-method=ia3",
-    "--ia3-targets=v_proj",
+    "--peft-method=scaling",
+    "--scaling-targets=v_proj",
     "--learning-rate=0.05",
     "--feature-dimension=16",
     "--max-length=256",
@@ -119,6 +120,7 @@ def carry_out(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator
                 name,
                 *(sys.executable, PLUGIN, "client", f"--name={name}", f"--server={address}"),
                 *(f"--state={folder / 'state' / name}", f"--out={folder / 'out' / name}"),
+                f"--ledger={folder / 'ledger.db'}",
                 f"--{'eval-' * (name == 'e')}data={path}",
             )
             for name, path in rows.items()
@@ -161,7 +163,7 @@ def outcome(carry_out: Callable[..., Outcome]) -> Outcome:
 def test_the_parameters_of_a_plug_in_are_flags() -> None:
     text = subprocess.run([sys.executable, PLUGIN, "server", "--help"], check=True, capture_output=True, text=True)
     words = " ".join(text.stdout.split())
-    for flag in ("median-odd-role", "adagrad-learning-rate", "adagrad-tau", "ia3-feedforward", "central-share"):
+    for flag in ("median-odd-role", "adagrad-learning-rate", "adagrad-tau", "scaling-feedforward", "central-share"):
         assert f"--{flag} " in words
     for name, summary in (
         ("median", "their median"),
@@ -177,12 +179,12 @@ def test_reports_and_status_name_what_ran(outcome: Outcome) -> None:
         assert spec["selection"]["strategy"] == {"name": "central", "share": 0.75}
         assert spec["aggregation"]["aggregator"] == {"name": "median", "odd_role": "attention"}
         assert spec["aggregation"]["optimizer"] == {"name": "zero-adagrad", "learning_rate": RATE, "tau": TAU}
-        assert spec["peft"] == {"method": "ia3", "targets": ["v_proj"], "feedforward": ["down_proj"]}
+        assert spec["peft"] == {"method": "scaling", "targets": ["v_proj"], "feedforward": ["down_proj"]}
     card = (outcome.run / "checkpoint" / "README.md").read_text()
     for words in (
         "median of the updates, value by value",
         "zero-adagrad: with a step per value that shrinks",
-        "ia3",
+        "scaling",
         "| selection | central",
         "sums of feat",
     ):
@@ -196,10 +198,9 @@ def test_the_strategy_takes_two_steps_with_messages_of_its_own(outcome: Outcome)
     assert selection["notes"] == ["central: 17 rows are near the mean of 2 sites"]
     assert int(outcome.report["trained_rows"]) == BUDGET
     for site in "ab":
-        [ledger] = (outcome.folder / "state" / site).rglob("ledger.jsonl")
-        releases = [json.loads(line) for line in ledger.read_text().splitlines()]
-        assert [release["release"] for release in releases] == ["sums", "sums"]
-        tasks = [release["task_id"] for release in releases]
+        releases = Ledger(outcome.folder / "ledger.db").entries()
+        tasks = [each.task_id for each in releases if each.release == "sums" and each.task_id.endswith(f"/{site}")]
+        assert len(tasks) == 2
         assert tasks[0] == f"select/0/{site}"
         # The second step is named after its request.
         assert tasks[1].startswith("select/0.1-")

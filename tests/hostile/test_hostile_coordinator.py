@@ -241,7 +241,7 @@ async def test_a_feature_model_is_loaded_only_if_the_site_allows_it(world: World
     other = world.folder / "other"
     other.symlink_to(model)
     world.respecified(feature_model=str(other))
-    with pytest.raises(errors.ModelError, match=f"--allow-feature-model {other}"):
+    with pytest.raises(errors.PolicyError, match=f"--allow-feature-model {other}"):
         await world.live()
     assert not world.coordinator.requests("Register")
     world.flags = {"allow_feature_model": (str(other),)}

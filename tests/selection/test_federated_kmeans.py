@@ -153,7 +153,7 @@ def test_under_noise_every_cluster_is_noised_no_distance_leaves_and_the_ledger_h
             assert [cluster.cluster_id for cluster in report.clusters] == list(range(number))
             assert not any(cluster.HasField("nearest") for cluster in report.clusters)
             assert report.noise_std == pytest.approx(0.7 * math.sqrt(2))
-        ledger = Ledger(tmp_path / site / "ledger.jsonl")
+        ledger = Ledger(tmp_path / site / "ledger.db").account(site, lambda: [b"row"])
         entries = ledger.entries()
         assert [(entry.unit, entry.release) for entry in entries] == [("example", "cluster statistics")] * passes
         expected = gaussian_epsilon(noise_multiplier=0.7, delta=1e-5, releases=passes)
@@ -197,24 +197,26 @@ def test_noise_has_the_stated_deviation_and_is_drawn_again_for_every_site(tmp_pa
 
 def test_without_consent_nothing_exact_is_released(tmp_path: Path) -> None:
     spec = RunSpec.of(model="m", rounds=1, selection_strategy="federated-kmeans", feature_dimension=4)
-    reporter = PrivateReporter("ward", tmp_path, Ledger(tmp_path / "ledger.jsonl"), "run", spec, None)
+    account = Ledger(tmp_path / "ledger.db").account("rows", lambda: [b"row"])
+    reporter = PrivateReporter("ward", tmp_path, account, "run", spec)
 
     def features() -> Features:
         raise AssertionError("no work before the refusal")
 
     with pytest.raises(PrivacyError, match="--allow-exact-kmeans-sums"):
         STRATEGIES["federated-kmeans"].report(SelectionContext("select/0/ward", spec, 5, features, reporter))
-    assert reporter.ledger.entries() == []
+    assert reporter.account.entries() == []
 
 
 def test_a_task_that_comes_again_gets_the_same_bytes(tmp_path: Path) -> None:
     spec = RunSpec.of(model="m", rounds=1, selection_strategy="federated-kmeans", feature_dimension=4, **NOISE)
     values = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
-    reporter = PrivateReporter("ward", tmp_path, Ledger(tmp_path / "ledger.jsonl"), "run", spec, None)
+    account = Ledger(tmp_path / "ledger.db").account("rows", lambda: [b"row"])
+    reporter = PrivateReporter("ward", tmp_path, account, "run", spec)
     context = SelectionContext("select/0/ward", spec, 6, lambda: Features(np.arange(6), values), reporter)
     one, again = (STRATEGIES["federated-kmeans"].report(context) for _ in range(2))
     assert one.SerializeToString() == again.SerializeToString()
-    assert len(reporter.ledger.entries()) == 1
+    assert len(reporter.account.entries()) == 1
 
 
 # What the coordinator refuses.

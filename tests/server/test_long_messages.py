@@ -65,8 +65,8 @@ async def report_of(host: Host, session: str, name: str, task: pb.Task) -> Messa
     folder = host.folder / f"site-{name}"
     folder.mkdir(exist_ok=True)
     spec = host.coordinator.state.spec
-    ledger = Ledger(folder / "ledger.jsonl")
-    reporter = PrivateReporter(name, folder, ledger, "r", spec, None, allow_exact_kmeans_sums=True)
+    account = Ledger(folder / "ledger.db").account(name, lambda: [name.encode()])
+    reporter = PrivateReporter(name, folder, account, "r", spec, allow_exact_kmeans_sums=True)
     request = await request_of(host, session, task)
     context = SelectionContext(task.id, spec, ROWS, lambda: features(name), reporter, request)
     return STRATEGIES["federated-kmeans"].report(context)

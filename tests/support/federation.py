@@ -145,6 +145,7 @@ class Federation:
         return [
             f"--server={server or self.address()}",
             f"--state={self.folder / 'state' / name}",
+            f"--ledger={self.folder / 'ledger.db'}",
             f"--out={self.folder / 'out' / name}",
             *(self._tls_flags(name) if self.tls else [] if named else [f"--name={name}"]),
             *flags,

@@ -170,7 +170,7 @@ def in_coordinator(points: Points) -> None:
 
 def in_site(points: Points) -> None:
     """Points of fedhds-client: enrollment, transfers, every kind of task, delivery."""
-    from fedhds.privacy.ledger import Ledger
+    from fedhds.privacy.ledger import Account
     from fedhds.tensors.codecs import Codec
     from fedhds_client import computation, rpc_client, run_models, site_loop
     from fedhds_client.selection import federated_kmeans, fedhds
@@ -246,7 +246,7 @@ def in_site(points: Points) -> None:
     points.at_call(run_models, "load_models", 1, "model load begins")
     for strategy in (fedhds, federated_kmeans):
         points.after(strategy, "save_clusters")
-    points.after(Ledger, "record", "ledger entry made")
+    points.after(Account, "record", "ledger entry made")
     # Complete on disk, but not yet with the note that says so.
     points.after(Codec, "write", "update written")
     # The last of three files.

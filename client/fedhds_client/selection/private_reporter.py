@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedhds.privacy.accountant import Cost
+
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
-    from fedhds.privacy.ledger import Ledger, Unit
+    from fedhds.privacy.ledger import Account, Limit, Unit
     from fedhds.spec import RunSpec
 
 logger = logging.getLogger(__name__)
 
-# The run's delta comes from the coordinator, and a large one would make every epsilon small; so the site judges its
-# budget at this delta or at the run's, whichever is smaller.
-MAX_DELTA = 1e-5
 # Fewest rows behind what a site says of its rows, unless its people choose otherwise.
 MIN_CLUSTER_ROWS = 5
 # Weaker noise hides no row, and counts as none. At this multiplier, the noise on a sum of features of norm 1 in the
@@ -33,20 +33,25 @@ class PrivateReporter:
     """Name, for the log."""
     folder: Path
     """The site's state folder."""
-    ledger: Ledger
+    account: Account
+    """The ledger's view of the site's rows."""
     run_id: str
     spec: RunSpec
-    max_epsilon: float | None
-    """The site's own limit on epsilon over all runs, in each privacy unit; None: no limit."""
+    limits: Sequence[Limit] = ()
+    """The site's own limits on epsilon, which hold in each privacy unit."""
     allow_exact_kmeans_sums: bool = False
     """Whether the site agreed to release sums over clusters without noise."""
     min_cluster_rows: int = MIN_CLUSTER_ROWS
     """Fewest rows of a cluster whose centroid is released."""
+    kind: type[Message] | None = None
+    """The message that is released, where it is not the report of the run's strategy."""
+    own_unit: Unit | None = None
+    """Its privacy unit, where that is not the strategy's."""
 
     @property
     def unit(self) -> Unit:
-        """The privacy unit of what the run's strategy releases."""
-        return self.spec.selection.strategy.privacy_unit or "client"
+        """The privacy unit of what is released."""
+        return self.own_unit or self.spec.selection.strategy.privacy_unit or "client"
 
     @property
     def hides_rows(self) -> bool:
@@ -54,19 +59,15 @@ class PrivateReporter:
         return self.spec.privacy.selection.noise_multiplier >= MIN_NOISE_MULTIPLIER
 
     def earlier(self, task_id: str) -> Message | None:
-        """What this task released before, to be sent again as it was; raises StorageError."""
-        payload, kind = self.ledger.release(self.run_id, task_id), self.spec.selection.strategy.report_type
+        """What this task released before, to be sent again as it was; raises StorageError, PrivacyError if it is gone."""
+        payload = self.account.release(self.run_id, task_id)
+        kind = self.kind or self.spec.selection.strategy.report_type
         return None if payload is None or kind is None else kind.FromString(payload)
 
     def check_budget(self) -> None:
         """Raises PrivacyError when the site's budget forbids one more release in this run."""
-        privacy = self.spec.privacy.selection
-        self.ledger.check(
-            max_epsilon=self.max_epsilon,
-            noise_multiplier=privacy.noise_multiplier,
-            delta=min(privacy.delta, MAX_DELTA),
-            unit=self.unit,
-        )
+        cost = Cost(self.spec.privacy.selection.noise_multiplier)
+        self.account.check(cost, unit=self.unit, limits=self.limits)
 
     def record(
         self,
@@ -85,13 +86,12 @@ class PrivateReporter:
         privacy unit, None if it is not bounded. Raises PrivacyError when the budget forbids the release or the task
         has released before, StorageError.
         """
-        self.check_budget()
         privacy = self.spec.privacy.selection
-        entry = self.ledger.record(
+        entry = self.account.record(
             report.SerializeToString(),
             run_id=self.run_id,
             task_id=task_id,
-            noise_multiplier=privacy.noise_multiplier,
+            cost=Cost(privacy.noise_multiplier),
             sensitivity=sensitivity,
             clip_norm=privacy.clip_norm,
             released=released,
@@ -99,6 +99,7 @@ class PrivateReporter:
             delta=privacy.delta,
             release=release,
             unit=self.unit,
+            limits=self.limits,
         )
         if entry.epsilon is None:
             text = "%s: releases %d %s without noise, so without a guarantee"
@@ -113,5 +114,5 @@ class PrivateReporter:
                 self.unit,
                 entry.epsilon,
                 privacy.delta,
-                self.ledger.spent(self.run_id, delta=privacy.delta, unit=self.unit),
+                self.account.spent(self.run_id, delta=privacy.delta, unit=self.unit),
             )

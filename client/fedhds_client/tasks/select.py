@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedhds.errors import TaskError
+from fedhds_client.computation import Cancelled
 from fedhds_client.state_files import MAX_REPORTS, MAX_RUNS, keep_newest, report_folder
 from fedhds_client.tasks.base import SiteTask, TaskContext, TaskResult
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from fedhds_client.features.extraction import Features
+    from fedhds_client.models.adapter import AdapterModel
 
 # The share of a selection that taking features is.
 _FEATURES = 0.8
@@ -26,43 +28,62 @@ class SelectTask(SiteTask):
 
     def run(self, context: TaskContext) -> TaskResult:
         from fedhds_client.selection import STRATEGIES, SelectionContext
+        from fedhds_client.selection.pipeline import answer
         from fedhds_client.selection.private_reporter import PrivateReporter
+        from fedhds_client.selection.scores import SCORES, ScoredRows
 
         site, spec, settings, task = context.site, context.models.spec, context.settings, context.task
-        strategy = spec.selection.strategy
-        if site.shard is None:
+        shard = site.shard
+        if shard is None:
             raise TaskError("this site has no training rows to select from")
-        if strategy.name not in STRATEGIES:
-            raise TaskError(f"the selection strategy {strategy.name} asks sites for no report")
-        request = None
-        if task.HasField("request") and strategy.request_type is not None:
-            request = context.request(strategy.request_type)
         reporter = PrivateReporter(
             site.name,
             site.folder,
-            site.ledger,
+            site.account,
             context.run_id,
             spec,
-            settings.selection_max_epsilon,
-            settings.allow_exact_kmeans_sums,
-            settings.min_cluster_rows,
+            settings.rules.limits(spec, context.run_id),
+            settings.rules.allow_exact_kmeans_sums,
+            settings.rules.min_cluster_rows,
         )
         folder = report_folder(site.folder, context.run_id, task.id)
-        report = STRATEGIES[strategy.name].report(
+
+        def features() -> Features:
+            return context.models.features.of(site, context.index, context.adapter, context.control.first(_FEATURES))
+
+        def scores(name: str, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+            def progress(share: float) -> None:
+                context.control.report(share)
+                if context.control.cancelled():
+                    raise Cancelled("the scores of a filter were stopped")
+
+            return SCORES[name](
+                ScoredRows(shard, context.models.prompter, lambda: _loaded(context), features, progress), ids
+            )
+
+        report = answer(
             SelectionContext(
                 task.id,
                 spec,
-                len(site.shard),
-                lambda: context.models.features.of(
-                    site, context.index, context.adapter, context.control.first(_FEATURES)
-                ),
+                len(shard),
+                features,
                 reporter,
-                request,
+                None,
                 lambda features, points, labels: _draw_map(folder, features, points, labels, seed=spec.seed),
                 lambda share: context.control.report(_FEATURES + (1 - _FEATURES) * share),
-            )
+            ),
+            task.request if task.HasField("request") else None,
+            strategies=STRATEGIES,
+            scores=scores,
+            round_number=task.round_number,
         )
         return TaskResult(report)
+
+
+def _loaded(context: TaskContext) -> AdapterModel:
+    """The model under the task's adapter."""
+    context.models.model.load(context.adapter)
+    return context.models.model
 
 
 def _draw_map(

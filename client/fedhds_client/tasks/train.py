@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from fedhds.errors import TaskError
+from fedhds.errors import PlainUpdateAsked, TaskError
 from fedhds.v2 import federation_pb2 as pb
 from fedhds_client.state_files import file_key, report_folder
 from fedhds_client.tasks.base import SiteTask, TaskContext, TaskResult
@@ -19,8 +19,17 @@ class TrainTask(SiteTask):
     doing = "training"
 
     def run(self, context: TaskContext) -> TaskResult:
+        if context.models.spec.secure.enabled:
+            raise PlainUpdateAsked(
+                "the run has secure aggregation, and the coordinator asks for an update in the clear; ask its operator"
+            )
+        return self.trained(context)
+
+    def trained(self, context: TaskContext) -> TaskResult:
+        """The update that the task's TrainRequest asks for, on disk."""
         from fedhds_client.selection.coreset import coreset_rows
         from fedhds_client.training.loop import train
+        from fedhds_client.updates.adapter_release import AdapterRelease
         from fedhds_client.updates.update import FinishedUpdate, keep_update
 
         task, site, models, spec = context.task, context.site, context.models, context.models.spec
@@ -33,19 +42,34 @@ class TrainTask(SiteTask):
         roles = frozenset(request.trainable_roles)
         if finished := FinishedUpdate.load(path):
             logger.info("%s: the update of round %d is already here", site.name, task.round_number)
-            return TaskResult(finished.result(min_rows=context.settings.min_cluster_rows), finished)
+            return TaskResult(finished.result(min_rows=context.settings.rules.min_cluster_rows), finished)
         kind, expected = request.coreset.WhichOneof("rows"), spec.selection.strategy.coreset_kind
         if kind != expected:
             raise TaskError(
                 f"the task names its rows by {kind!r}, which the run's strategy {spec.selection.strategy.name} does "
                 f"not ({expected!r}): the coordinator breaks its own specification"
             )
-        rows = coreset_rows(request.coreset, rows=len(site.shard), run_id=context.run_id, folder=site.folder)
+        rows = coreset_rows(
+            request.coreset,
+            rows=len(site.shard),
+            run_id=context.run_id,
+            folder=site.folder,
+            round_number=0 if spec.selection.one_shot else task.round_number,
+        )
         if not rows:
             logger.info("%s: round %d picks no row of this site", site.name, task.round_number)
             return TaskResult(pb.TrainResult())
         if request.coreset.HasField("picks"):
             _write_report(context, request.coreset.picks.select_task_id, rows)
+        release = AdapterRelease.planned(
+            site,
+            spec,
+            context.settings.rules,
+            run_id=context.run_id,
+            task_id=task.id,
+            round_number=task.round_number,
+            coreset=request.coreset,
+        )
         logger.info("%s: round %d trains on %d of %d rows", site.name, task.round_number, len(rows), len(site.shard))
         models.model.load(context.adapter)
         outcome = train(
@@ -69,12 +93,15 @@ class TrainTask(SiteTask):
                 len(rows),
                 models.prompter.max_length,
             )
+        # Before the update is finished: a restart sends a finished one as it is.
+        release.record(len(models.model.manifest().tensors))
+        shown = release.shown(outcome)
         update = keep_update(
-            path, models.model, context.adapter, outcome, round_number=task.round_number, trainable_roles=roles
+            path, models.model, context.adapter, shown, round_number=task.round_number, trainable_roles=roles
         )
         text = "%s: round %d trained in %.1f s (%.0f tokens/s), loss %.4f"
         logger.info(text, site.name, task.round_number, outcome.seconds, outcome.tokens_per_s, outcome.loss)
-        return TaskResult(update.result(min_rows=context.settings.min_cluster_rows), update)
+        return TaskResult(update.result(min_rows=context.settings.rules.min_cluster_rows), update)
 
 
 def _write_report(context: TaskContext, select_task_id: str, rows: Sequence[int]) -> None:

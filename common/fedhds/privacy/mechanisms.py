@@ -106,6 +106,18 @@ def noised_clusters(
     return noised[:, :-1], noised[:, -1]
 
 
+def noised_counts(counts: npt.ArrayLike, *, noise_multiplier: float, rng: random.Random) -> npt.NDArray[np.int64]:
+    """Counts (k,) of rows in disjoint bins under Gaussian noise of deviation `noise_multiplier`, rounded to integers.
+
+    Unit: one row, left out: it changes one count by one, so the L2 sensitivity is 1. Rounding comes after the noise and
+    costs nothing; so the guarantee is the Gaussian's, exactly, which it would not be of discrete Gaussian noise. Lapses
+    where a row's bin depends on other rows, when `rng` is not `site_rng()`, or when one release is drawn twice.
+    """
+    values = np.asarray(counts, dtype=np.float64)
+    noise = np.array([rng.gauss(0.0, noise_multiplier) for _ in range(values.size)]).reshape(values.shape)
+    return np.rint(values + noise).astype(np.int64)
+
+
 def composed_multiplier(noise_multipliers: Iterable[float]) -> float:
     """Noise multiplier of the one Gaussian mechanism that equals these together; inf for none, 0 if one has no noise.
 

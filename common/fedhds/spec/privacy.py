@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
 from fedhds.settings import Parameters, parameter
+
+if TYPE_CHECKING:
+    from fedhds.spec.run import RunSpec
 
 
 class SelectionPrivacySpec(Parameters):
@@ -49,7 +52,63 @@ class SelectionPrivacySpec(Parameters):
         return self
 
 
+class TrainingPrivacySpec(Parameters):
+    """Differentially private training of the adapter (DP-SGD, Abadi et al. 2016): the unit is one row, left out."""
+
+    epsilon: float = parameter(
+        0.0,
+        "Train with DP-SGD: epsilon of each row over all rounds of the run, releases for selection in the same privacy "
+        "unit included. Every site sets its noise by it. 0: no noise, unless --dp-noise-multiplier sets some.",
+        ge=0,
+    )
+    delta: float = parameter(1e-5, "Delta of the guarantee for training.", gt=0, lt=1)
+    noise_multiplier: float = parameter(
+        0.0,
+        "Train with DP-SGD and this noise: standard deviation divided by --dp-max-grad-norm; sites tell epsilon.",
+        setting="dp_noise_multiplier",
+        ge=0,
+    )
+    max_grad_norm: float = parameter(
+        1.0, "DP-SGD clips each row's gradient to this L2 norm.", setting="dp_max_grad_norm", gt=0
+    )
+
+    @property
+    def noised(self) -> bool:
+        """Whether adapters are trained with DP-SGD."""
+        return self.epsilon > 0 or self.noise_multiplier > 0
+
+    @model_validator(mode="after")
+    def _check_noise(self) -> Self:
+        if self.epsilon and self.noise_multiplier:
+            raise ValueError("epsilon: it sets the noise itself; drop --dp-noise-multiplier")
+        return self
+
+    def check(self, spec: RunSpec) -> None:
+        """Raises ValueError, "SETTING: ...", where DP-SGD has no guarantee or cannot train the adapter."""
+        if not self.noised:
+            return
+        strategy = spec.selection.strategy
+        if strategy.pick_change == "any":
+            raise ValueError(
+                f"selection_strategy: with {strategy.name} one row can change all that train, so DP-SGD would "
+                "guarantee nothing; choose full, random or federated-kmeans"
+            )
+        if strategy.pick_change == "one" and not spec.privacy.selection.noised:
+            raise ValueError(
+                f"selection_noise_multiplier: {strategy.name} without noise tells of rows what DP-SGD is to hide; "
+                "set it above 0"
+            )
+        if spec.peft.dp_sgd_obstacle:
+            raise ValueError(f"peft_method: DP-SGD cannot train it: {spec.peft.dp_sgd_obstacle}")
+
+
 class PrivacySpec(Parameters):
     """One part for each kind of release."""
 
     selection: SelectionPrivacySpec = Field(default_factory=SelectionPrivacySpec)
+    training: TrainingPrivacySpec = Field(default_factory=TrainingPrivacySpec)
+
+    @property
+    def noised(self) -> bool:
+        """Whether anything is noised; then nothing exact of the training rows leaves beside it."""
+        return self.selection.noised or self.training.noised

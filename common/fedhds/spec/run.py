@@ -17,6 +17,7 @@ from fedhds.spec.model import ModelSpec
 from fedhds.spec.peft import PEFT_METHODS, PeftSpec
 from fedhds.spec.privacy import PrivacySpec
 from fedhds.spec.rounds import RoundsSpec
+from fedhds.spec.secure import SecureSpec
 from fedhds.spec.selection import SelectionSpec
 from fedhds.spec.training import TrainingSpec
 
@@ -46,6 +47,7 @@ class RunSpec(Parameters):
     selection: SelectionSpec = Field(default_factory=SelectionSpec, json_schema_extra={"group": "Selection"})
     privacy: PrivacySpec = Field(default_factory=PrivacySpec, json_schema_extra={"group": "Privacy"})
     aggregation: AggregationSpec = Field(default_factory=AggregationSpec, json_schema_extra={"group": "Aggregation"})
+    secure: SecureSpec = Field(default_factory=SecureSpec, json_schema_extra={"group": "Secure aggregation"})
     rounds: RoundsSpec = Field(json_schema_extra={"group": "Rounds"})
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec, json_schema_extra={"group": "Evaluation"})
 
@@ -63,7 +65,9 @@ class RunSpec(Parameters):
 
     @model_validator(mode="after")
     def _check_variants(self) -> Self:
-        self.selection.strategy.check(self)
+        self.selection.check(self)
         self.aggregation.aggregator.check(self)
+        self.privacy.training.check(self)
         self.aggregation.robust.check(self)
+        self.secure.check(self)
         return self

@@ -112,7 +112,12 @@ def _tls(certificates: Path | None) -> Callable[[str], tuple[str, ...]]:
 
 
 def _home(folder: Path, name: str) -> tuple[str, ...]:
-    return f"--state={folder / name / 'state'}", f"--out={folder / name / 'adapter'}"
+    # What a simulation releases leaves nobody.
+    return (
+        f"--state={folder / name / 'state'}",
+        f"--out={folder / name / 'adapter'}",
+        f"--ledger={folder / name / 'ledger.db'}",
+    )
 
 
 def _over(folder: Path) -> bool:

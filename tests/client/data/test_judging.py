@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from fedhds.errors import DataError, SettingsError
 from fedhds_client.commands.adapter import evaluate
+from fedhds.spec import RunSpec
 from fedhds_client.computation import Cancelled, Control
 from fedhds_client.data.judging import judge
 from fedhds_client.data.prompts import Prompter
@@ -155,13 +156,13 @@ def test_a_site_judges_training_rows_and_held_out_rows_and_counts_again_what_rem
             (site,) = open_sites(settings, None, stack)
             unknown: Any = None
             executor = TaskExecutor(settings, [site], unknown)
-            models: Any = SimpleNamespace(prompter=prompter)
+            models: Any = SimpleNamespace(prompter=prompter, spec=RunSpec.of(model="m", rounds=1))
             executor._models = models
             if least == 5:
                 with pytest.raises(SettingsError, match="--eval-data: has 4 rows"):
-                    executor.judge(site, Control())
+                    executor.judge(site, "run", Control())
             else:
-                executor.judge(site, Control())
+                assert executor.judge(site, "run", Control()) == 3
             assert (site.rows, site.held_out and len(site.held_out)) == (3, 4)
 
 

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhds.errors import PrivacyError, StorageError, TaskError
-from fedhds.privacy.ledger import Ledger
+from fedhds.privacy import ledger as ledger_module
+from fedhds.privacy.ledger import Ledger, Limit
 from fedhds.privacy.mechanisms import calibrate_noise
 from fedhds.spec import RunSpec
 from fedhds.v2 import selection_pb2
@@ -155,7 +156,9 @@ def context(
     **settings: Any,
 ) -> SelectionContext:
     spec = RunSpec.of(**{"model": "m", "rounds": 1, "selection_strategy": "fedhds", "reduction": "pca"} | settings)
-    reporter = PrivateReporter("ward", folder, Ledger(folder / "ledger.jsonl"), "run", spec, max_epsilon)
+    account = Ledger(folder / "ledger.db").account("rows", lambda: [b"row"])
+    limits = () if max_epsilon is None else (Limit(max_epsilon, 1e-5, "--selection-max-epsilon", selection_only=True),)
+    reporter = PrivateReporter("ward", folder, account, "run", spec, limits)
     reporter = replace(reporter, min_cluster_rows=min_cluster_rows)
     return SelectionContext(task_id, spec, ROWS, features, reporter)
 
@@ -198,8 +201,8 @@ def test_a_report_without_noise_is_recorded_as_unprotected(tmp_path: Path) -> No
     at = context(tmp_path)
     sent = report(at)
     assert (sent.noise_std, sent.clip_norm) == (0, 0)
-    (entry,) = at.reporter.ledger.entries()
-    assert (entry.epsilon, entry.mechanism, entry.sensitivity) == (None, "none", None)
+    (entry,) = at.reporter.account.entries()
+    assert (entry.epsilon, entry.noise_multiplier, entry.sensitivity) == (None, 0.0, None)
     assert (entry.released, entry.dimension) == (len(sent.centroids), 2)
 
 
@@ -208,7 +211,7 @@ def test_clipping_alone_bounds_but_protects_nothing(tmp_path: Path) -> None:
     sent = report(at)
     norms = [np.linalg.norm(centroid.values) for centroid in sent.centroids]
     assert norms == pytest.approx([0.5] * len(norms))
-    assert at.reporter.ledger.entries()[0].epsilon is None
+    assert at.reporter.account.entries()[0].epsilon is None
 
 
 @pytest.mark.parametrize("released", [1, GROUPS, 9])
@@ -242,7 +245,7 @@ def test_a_retry_sends_the_same_bytes_without_work_or_cost_also_after_a_restart(
     first = report(context(tmp_path, **noise))
     again = context(tmp_path, features=no_features, **noise)
     assert report(again).SerializeToString() == first.SerializeToString()
-    assert len(again.reporter.ledger.entries()) == 1
+    assert len(again.reporter.account.entries()) == 1
 
 
 def test_another_task_draws_again(tmp_path: Path) -> None:
@@ -259,11 +262,11 @@ def test_a_crash_before_the_entry_leaves_nothing_spent_and_the_task_can_be_done(
 
     noise: dict[str, Any] = {"selection_clip_norm": 5.0, "selection_noise_multiplier": 1.0}
     with monkeypatch.context() as patched:
-        patched.setattr(Ledger, "_append", crash)
+        patched.setattr(ledger_module, "register", crash)
         with pytest.raises(KeyboardInterrupt):
             report(context(tmp_path, **noise))
     at = context(tmp_path, **noise)
-    assert at.reporter.ledger.spent(delta=1e-5) == 0
+    assert at.reporter.account.spent(delta=1e-5) == 0
     sent = report(at)
     assert report(context(tmp_path, features=no_features, **noise)) == sent
 
@@ -273,7 +276,8 @@ def test_the_sites_own_budget_is_final(tmp_path: Path, multiplier: float) -> Non
     noise: dict[str, Any] = {"selection_clip_norm": 5.0, "selection_noise_multiplier": multiplier}
     with pytest.raises(PrivacyError, match="a larger --selection-max-epsilon"):
         report(context(tmp_path, features=no_features, max_epsilon=3.0, **noise))
-    assert not list(tmp_path.iterdir())
+    assert [file.name for file in tmp_path.iterdir()] == ["ledger.db"]
+    assert not Ledger(tmp_path / "ledger.db").entries()
 
 
 def test_a_large_delta_does_not_talk_a_site_out_of_its_budget(tmp_path: Path) -> None:

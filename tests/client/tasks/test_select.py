@@ -16,16 +16,18 @@ from fedhds.spec import RunSpec
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import selection_pb2
 from fedhds_client.features.extraction import Features
+from fedhds_client.policy import SitePolicy
 from fedhds_client.state_files import MAX_REPORTS, MAX_RUNS, report_folder
 from fedhds_client.tasks import TASKS, TaskContext
 from fedhds_client.tasks.select import _draw_map
 
 
 def context(folder: Path, strategy: str, *, shard: Any = "rows", **settings: Any) -> TaskContext:
-    site = SimpleNamespace(name="ward", folder=folder, shard=shard, ledger=Ledger(folder / "ledger.jsonl"))
+    account = Ledger(folder / "ledger.db").account("rows", lambda: [b"row"])
+    site = SimpleNamespace(name="ward", folder=folder, shard=shard, account=account)
     spec = RunSpec.of(model="m", rounds=1, selection_strategy=strategy, **settings)
     features = SimpleNamespace(of=lambda *_: pytest.fail("features were taken"))
-    policy = SimpleNamespace(selection_max_epsilon=None, allow_exact_kmeans_sums=False, min_cluster_rows=5)
+    policy = SimpleNamespace(rules=SitePolicy())
     models = SimpleNamespace(spec=spec, features=features)
     task = pb.Task(id="select/0/ward", kind="select")
     parts: Any = (site, 0, policy, models, folder / "adapter", SimpleNamespace())

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from fedhds.errors import TaskError
+from fedhds.privacy.ledger import Ledger
 from fedhds.spec import RunSpec
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import selection_pb2
+from fedhds_client.policy import SitePolicy
 from fedhds_client.tasks import TASKS, TaskContext
 
 CORESETS = {
@@ -34,12 +36,20 @@ EXPECTED = {
 def test_a_coreset_of_another_strategy_is_refused_before_anything_is_trained(
     tmp_path: Path, strategy: str, kind: str
 ) -> None:
-    site = SimpleNamespace(name="ward", folder=tmp_path, shard=range(5))
+    account = Ledger(tmp_path / "ledger.db").account("rows", lambda: [b"row"])
+    site = SimpleNamespace(name="ward", folder=tmp_path, shard=range(5), rows=5, account=account)
     spec = RunSpec.of(model="m", rounds=1, selection_strategy=strategy)
     models = SimpleNamespace(spec=spec, features=SimpleNamespace(release=lambda name: None))
     task = pb.Task(id="train/1/ward", kind="train", round_number=1)
     task.request.Pack(pb.TrainRequest(coreset=CORESETS[kind]))
-    parts: Any = (site, 0, SimpleNamespace(min_cluster_rows=5), models, tmp_path / "adapter", SimpleNamespace())
+    parts: Any = (
+        site,
+        0,
+        SimpleNamespace(rules=SitePolicy(min_cluster_rows=5)),
+        models,
+        tmp_path / "adapter",
+        SimpleNamespace(),
+    )
     if kind != EXPECTED[strategy]:
         with pytest.raises(TaskError, match="the coordinator breaks its own specification"):
             TASKS["train"].run(TaskContext(task, "run", *parts))

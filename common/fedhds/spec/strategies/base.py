@@ -31,6 +31,9 @@ class StrategySpec(Parameters):
     """Whether features must compare between sites."""
     privacy_unit: ClassVar[PrivacyUnit | None]
     """What noise on a site's release hides: the site's whole shard, or one row. None: sites release nothing."""
+    pick_change: ClassVar[Literal["none", "one", "any"]] = "any"
+    """How the coreset changes when one row of a site is left out: not at all but for that row, another row may take its
+    place, or every other pick may change. DP-SGD has a guarantee in the first two cases."""
     released: ClassVar[str] = ""
     """What a site sends for selection, for the model card; empty: nothing."""
     coreset_kind: ClassVar[CoresetKind] = "picks"

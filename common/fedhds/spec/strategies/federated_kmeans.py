@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fedhds.kmeans import total_passes
 from fedhds.settings import parameter
-from fedhds.spec.strategies.base import StrategySpec
+from fedhds.spec.strategies.grouping import GroupingSpec
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from fedhds.spec.run import RunSpec
 
 
-class FederatedKMeansSpec(StrategySpec):
+class FederatedKMeansSpec(GroupingSpec):
     """The coordinator sends centers, each site answers with sums and counts, pass after pass."""
 
     summary = "k-means over the rows of all sites, from sums and counts per center"
     shared_space = True
     privacy_unit = "example"
+    pick_change = "one"
     released = "sums and counts over clusters of features"
     clipped_and_noised = "Rows' features were clipped to L2 norm {clip_norm:g} and their sums and counts noised"
 

@@ -16,6 +16,7 @@ class FullSpec(StrategySpec):
     summary = "all rows (FedIT)"
     shared_space = False
     privacy_unit = None
+    pick_change = "none"
     coreset_kind = "all"
 
     name: Literal["full"] = "full"

@@ -13,6 +13,7 @@ class RandomSpec(StrategySpec):
     summary = "a uniform draw from the rows of all sites"
     shared_space = False
     privacy_unit = None
+    pick_change = "none"
     coreset_kind = "random"
 
     name: Literal["random"] = "random"
