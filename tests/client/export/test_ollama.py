@@ -1,4 +1,4 @@
-"""A Modelfile asks as the run asked: its template, carried out, gives the text of the chat template."""
+"""A Modelfile asks as the run asked: its template gives the text of the chat template."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ QUESTION, ANSWER = {"role": "user", "content": "Why {{ x }}?"}, {"role": "assist
 SYSTEM = {"role": "system", "content": "Be kind."}
 
 
-def carried_out(template: str, turns: Turns) -> str:
+def go_executes(template: str, turns: Turns) -> str:
     """What Go makes of a template, in the part of its language that is used."""
     words = {
         "if .System": "{% if system %}",
@@ -81,9 +81,9 @@ def test_the_template_asks_as_the_run_asked(template: str, tmp_path: Path) -> No
         talks += [[SYSTEM, *talk] for talk in talks]
     for talk in talks:
         asked = own.asked(talk)
-        assert carried_out(frame.go(""), talk) == asked
+        assert go_executes(frame.go(""), talk) == asked
         # Ollama puts this token first.
-        assert carried_out(frame.go("<s>"), talk) == asked.removeprefix("<s>")
+        assert go_executes(frame.go("<s>"), talk) == asked.removeprefix("<s>")
 
 
 def test_what_is_no_frame_is_not_taken_for_one(tmp_path: Path) -> None:
