@@ -1,0 +1,1 @@
+"""Secure aggregation at a site: what it answers in each step of a round, and what it refuses to answer."""
