@@ -28,11 +28,12 @@ def load_models(settings: ClientSettings, spec: RunSpec) -> tuple[BaseModel, Ada
         raise ModelError(
             f"{error}; the operator of the coordinator sets this --model, and a site may name its own copy with --model"
         ) from error
-    length = min(spec.model.max_length, base.max_length)
     if spec.model.prompt_format != "alpaca":
         try_template(name, base.tokenizer, settings.state)
+    model = AdapterModel(base, spec)
+    length = min(spec.model.max_length, model.max_length)
     try:
         prompter = Prompter(base.tokenizer, max_length=length, prompt_format=spec.model.prompt_format, model=base.model)
     except ModelError as error:
         raise ModelError(f"{error}; the operator of the coordinator sets --prompt-format") from error
-    return base, AdapterModel(base, spec), prompter
+    return base, model, prompter

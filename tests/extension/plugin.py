@@ -59,18 +59,22 @@ class AdagradSpec(OptimizerSpec):
     tau: float = parameter(1e-3, "Added to the root of the squares' sum.", setting="adagrad_tau", gt=0)
 
 
-class Ia3Spec(PeftSpec):
-    """(IA)3: vectors that scale activations (Liu et al. 2022)."""
+class ScalingSpec(PeftSpec):
+    """PEFT's (IA)3 with a role for each kind of vector."""
 
-    summary = "vectors that scale activations"
+    summary = "vectors that scale activations, in two roles"
 
-    method: Literal["ia3"] = "ia3"
+    method: Literal["scaling"] = "scaling"
     targets: tuple[str, ...] = parameter(
-        ("k_proj", "v_proj"), "Modules whose outputs are scaled.", setting="ia3_targets", min_length=1
+        ("k_proj", "v_proj"), "Modules whose outputs are scaled.", setting="scaling_targets", min_length=1
     )
     feedforward: tuple[str, ...] = parameter(
-        ("down_proj",), "Modules whose inputs are scaled.", setting="ia3_feedforward"
+        ("down_proj",), "Modules whose inputs are scaled.", setting="scaling_feedforward"
     )
+
+    @property
+    def peft_type(self) -> str:
+        return "IA3"
 
 
 class CentralSpec(StrategySpec):
@@ -124,7 +128,7 @@ def register() -> None:
     """What both sides know."""
     AGGREGATOR_SPECS["median"] = MedianSpec
     OPTIMIZER_SPECS["zero-adagrad"] = AdagradSpec
-    PEFT_SPECS["ia3"] = Ia3Spec
+    PEFT_SPECS["scaling"] = ScalingSpec
     STRATEGY_SPECS["central"] = CentralSpec
     METRICS["answer_length"] = MetricInfo("answer length (characters)", 0, 1e6)
 
@@ -241,12 +245,12 @@ def register_client() -> None:
 
         from fedhds_client.models.loading import BaseModel
 
-    class Ia3(PeftMethod):
+    class Scaling(PeftMethod):
         def config(self, spec: RunSpec, base: BaseModel) -> IA3Config:
             from peft import IA3Config
 
             method = spec.peft
-            assert isinstance(method, Ia3Spec)
+            assert isinstance(method, ScalingSpec)
             return IA3Config(
                 target_modules=[*method.targets, *method.feedforward],
                 feedforward_modules=[*method.feedforward],
@@ -254,7 +258,7 @@ def register_client() -> None:
             )
 
         def role(self, spec: RunSpec, name: str) -> str:
-            assert isinstance(spec.peft, Ia3Spec)
+            assert isinstance(spec.peft, ScalingSpec)
             return "feedforward" if name.split(".")[-2] in spec.peft.feedforward else "attention"
 
         def initial(self, spec: RunSpec, role: str, shape: tuple[int, ...]) -> Initial:
@@ -289,7 +293,7 @@ def register_client() -> None:
         def measure(self, batch: EvaluatedBatch) -> tuple[float, float]:
             return sum(map(len, batch.answers)), len(batch.rows)
 
-    PEFT_METHODS["ia3"] = Ia3()
+    PEFT_METHODS["scaling"] = Scaling()
     STRATEGIES["central"] = Central()
     METRICS["answer_length"] = AnswerLength()
 

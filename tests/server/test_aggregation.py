@@ -648,8 +648,10 @@ def test_rules_for_loras_factors_refuse_other_methods(monkeypatch: pytest.Monkey
 
     monkeypatch.setitem(PEFT_SPECS, "other", OtherSpec)
     spec_of("none", aggregator=name)
-    with pytest.raises(ValueError, match=rf"aggregator: {name} needs .* which the PEFT method other does not have"):
-        spec_of("none", aggregator=name, peft_method="other")
+    spec_of("none", aggregator=name, use_rslora=True)
+    for method in ({"peft_method": "other"}, {"peft_method": "ia3"}, {"use_dora": True}):
+        with pytest.raises(ValueError, match=rf"aggregator: {name} needs .* A and B alone; .* without --use-dora"):
+            spec_of("none", aggregator=name, **method)
 
 
 # What an update must be.

@@ -20,7 +20,7 @@ def generate(model: InferenceModel, prompter: Prompter, rows: Sequence[Row], max
     left disturbs answers one prompt at a time.
     """
     prompts = [prompter.encode_prompt(row, reserve=max_new_tokens).input_ids for row in rows]
-    if model.base.left_padding:
+    if model.left_padding:
         return _answers(model, prompter, prompts, max_new_tokens)
     return [answer for prompt in prompts for answer in _answers(model, prompter, [prompt], max_new_tokens)]
 
@@ -37,13 +37,13 @@ def _answers(model: InferenceModel, prompter: Prompter, prompts: Sequence[list[i
     if own is not None and own.eos_token_id is not None:
         ends |= set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id])
     # A prompt takes what the answer leaves, but at least a quarter of the longest row.
-    room = min(max_new_tokens, model.base.max_length - prompter.max_length // 4)
+    room = min(max_new_tokens, model.max_length - prompter.max_length // 4)
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=room, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=sorted(ends)
     )
     # Of the model's own defaults its stop tokens count; no other may decide what is measured. PEFT's wrapper takes the
     # inner model's, too.
     with without_own_generation(inner):
-        out = model.module.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     texts: list[str] = model.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     return [prompter.answer(text) for text in texts]

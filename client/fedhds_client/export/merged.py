@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fedhds.errors import UsageError
+from fedhds.errors import ModelError, UsageError
 from fedhds_client.export.adapter_folder import AdapterFolder
 from fedhds_client.models.adapter import InferenceModel
 from fedhds_client.models.loading import BaseModel, load_base_model
@@ -18,12 +18,11 @@ def merged(adapter: AdapterFolder, model: str) -> tuple[Any, Any]:
     base = load_base_model(model, device="cpu")
     _undo_quantization(base)
     # In float32, rounded once to the type that the base model is stored in.
+    tuned = InferenceModel.with_adapter(base, adapter.path)
     try:
-        whole = InferenceModel.with_adapter(base, adapter.path).module.merge_and_unload().to(base.stored_dtype)
-    except (AttributeError, NotImplementedError) as error:
-        raise UsageError(
-            "--format merged: PEFT cannot merge this kind of adapter; export it with --format peft"
-        ) from error
+        whole = tuned.merged().to(base.stored_dtype)
+    except ModelError as error:
+        raise UsageError(f"--format merged: {error}; export it with --format peft") from error
     # Generation with a merged model also stops where the adapter's answers end.
     ends = adapter.stop_ids()
     earlier = whole.generation_config.eos_token_id

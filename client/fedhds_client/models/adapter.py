@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, XLoraConfig, get_peft_model, set_peft_model_state_dict
+from peft import PeftConfig, PeftType, XLoraConfig, get_peft_model, set_peft_model_state_dict
 
 from fedhds.errors import AdapterError, ModelError, TaskError
 from fedhds.spec import RunSpec
@@ -43,6 +43,44 @@ class InferenceModel:
         """Where it computes."""
         return self.base.device
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions in front of every row that the adapter takes."""
+        config = getattr(self.module, "active_peft_config", None)
+        return int(config.num_virtual_tokens) if config is not None and config.is_prompt_learning else 0
+
+    def generate(self, **options: Any) -> Any:
+        """What transformers' `generate` gives; virtual tokens are no part of it."""
+        with warnings.catch_warnings():
+            # PEFT drops those that transformers makes of the mask, and the model counts again, with virtual tokens.
+            warnings.filterwarnings("ignore", message="Position ids are not supported")
+            return self.module.generate(**options)
+
+    def merged(self) -> Any:
+        """The base model with the adapter in its weights; raises ModelError, saying why, when it cannot be there."""
+        fault = "its virtual tokens are in no weight" if self.virtual_tokens else ""
+        try:
+            if not fault:
+                return self.module.merge_and_unload()
+        except (AttributeError, NotImplementedError, ValueError) as error:
+            fault = first_line(error)
+        raise ModelError(f"PEFT cannot merge this kind of adapter into {self.base.name}: {fault}")
+
+    @property
+    def max_length(self) -> int:
+        """The longest row in tokens: the base model's without the virtual tokens."""
+        return self.base.max_length - self.virtual_tokens
+
+    @property
+    def left_padding(self) -> bool:
+        """Whether it answers padded prompts as it answers them alone; raises TaskError.
+
+        PEFT puts virtual tokens in front of the padding, where they are farther away; prefixes are in the cache.
+        """
+        if self.virtual_tokens and self.module.active_peft_config.peft_type != PeftType.PREFIX_TUNING:
+            return False
+        return self.base.left_padding
+
     @classmethod
     def with_adapter(cls, base: BaseModel, folder: Path) -> InferenceModel:
         """The base model with the adapter of a PEFT folder; raises ModelError when the two do not fit."""
@@ -52,7 +90,8 @@ class InferenceModel:
         # Only names and shapes count for reading.
         tensors = tuple(TensorSpec(name, shapes[name], "any", Initial.zeros(), None) for name in sorted(shapes))
         try:
-            _set_adapter(module, AdapterManifest(tensors, "{}"), folder / "adapter_model.safetensors")
+            state = _read(AdapterManifest(tensors, "{}"), folder / "adapter_model.safetensors")
+            set_peft_model_state_dict(module, state)
         except (AdapterError, OSError) as error:
             raise ModelError(f"the adapter {folder} does not fit the base model {base.name}: {error}") from error
         return cls(base, module)
@@ -66,6 +105,8 @@ class AdapterModel(InferenceModel):
         method = PEFT_METHODS[spec.peft.method]
         self._spec = spec
         super().__init__(base, _wrapped(base, method.config(spec, base)))
+        method.check(self.module, base)
+        self._method = method
         self._manifest = method.manifest(spec, self.module)
 
     def manifest(self) -> AdapterManifest:
@@ -80,7 +121,7 @@ class AdapterModel(InferenceModel):
         own = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         if not roles:
             return own
-        state = adapter_state(self.module)
+        state = self._method.state(self.module)
         addresses = {state[spec.name].data_ptr() for spec in self._manifest.tensors if spec.role in roles}
         selected = [parameter for parameter in own if parameter.data_ptr() in addresses]
         if len(selected) != len(addresses) or not selected:
@@ -92,7 +133,7 @@ class AdapterModel(InferenceModel):
 
     def load(self, path: Path) -> None:
         """Sets the adapter from a safetensors file; raises AdapterError when it does not fit."""
-        _set_adapter(self.module, self._manifest, path)
+        self._method.load(self.module, _read(self._manifest, path))
 
     @property
     def codec(self) -> Codec:
@@ -101,8 +142,16 @@ class AdapterModel(InferenceModel):
 
     def values(self) -> Callable[[TensorSpec], FloatArray]:
         """The adapter's tensors, float32 on the CPU."""
-        state = adapter_state(self.module)
+        state = self._method.state(self.module)
         return lambda spec: state[spec.name].detach().cpu().numpy()
+
+    def write_first_values(self, path: Path) -> Artifact | None:
+        """Writes the tensors whose first values follow from the base model; None when there are none."""
+        manifest = self._manifest.from_base
+        if not manifest.tensors:
+            return None
+        values = self._method.base_values(self.module)
+        return write_adapter(path, manifest, lambda spec: values[spec.name], "float32")
 
     def save(self, path: Path) -> Artifact:
         """Writes the adapter in the run's type of global adapters."""
@@ -140,6 +189,8 @@ def _wrapped(base: BaseModel, config: PeftConfig) -> Any:
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             # PEFT 0.21 asks transformers 5 for a name that it is about to rename.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            # What it means is said when somebody merges.
+            warnings.filterwarnings("ignore", message="Detected that the base layer has no bias term")
             module: Any = get_peft_model(base.model, config, autocast_adapter_dtype=False)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise ModelError(f"the adapter does not fit the base model {base.name}: {first_line(error)}") from error
@@ -149,7 +200,7 @@ def _wrapped(base: BaseModel, config: PeftConfig) -> Any:
     return module.eval()
 
 
-def _set_adapter(module: Any, manifest: AdapterManifest, path: Path) -> None:
+def _read(manifest: AdapterManifest, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter's file; raises AdapterError when they are not those of `manifest`."""
     with AdapterReader(path, manifest) as reader:
-        state = {spec.name: torch.from_numpy(reader.tensor(spec)) for spec in manifest.tensors}
-    set_peft_model_state_dict(module, state)
+        return {spec.name: torch.from_numpy(reader.tensor(spec)) for spec in manifest.tensors}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fedhds.tensors.manifest import AdapterManifest, Initial, TensorSpec
+from fedhds.tensors.manifest import AdapterManifest, FloatArray, Initial, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,7 @@ class PeftMethod(ABC):
 
     @abstractmethod
     def initial(self, spec: RunSpec, role: str, shape: tuple[int, ...]) -> Initial:
-        """How the first value of a tensor is made."""
+        """How the first value of a tensor is made that is none of `base_values`."""
 
     def role(self, spec: RunSpec, name: str) -> str:
         """What the tensor that PEFT saves under `name` is to the method: the last part of its name but `weight`."""
@@ -41,12 +42,32 @@ class PeftMethod(ABC):
         """The axis along which int8 keeps one scale per index; None: one scale for the whole tensor."""
         return None
 
+    def check(self, module: Any, base: BaseModel) -> None:  # noqa: B027 - most need no trial
+        """Raises ModelError when PEFT's wrapper `module` around `base` does not compute, or does not train."""
+
+    def state(self, module: Any) -> Mapping[str, torch.Tensor]:
+        """The tensors that the run sends, by name, as `module` has them: what PEFT saves, if training can go on there.
+
+        Where a parameter is sent as it is, the tensor shares its memory.
+        """
+        return adapter_state(module)
+
+    def load(self, module: Any, state: Mapping[str, torch.Tensor]) -> None:
+        """Sets all tensors of `state`."""
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(module, dict(state))
+
+    def base_values(self, module: Any) -> Mapping[str, FloatArray]:
+        """First values that follow from the base model, float32 by name; the same bits at every site that has it."""
+        return {}
+
     def manifest(self, spec: RunSpec, module: Any) -> AdapterManifest:
         """The manifest of the adapter that PEFT's wrapper `module` carries."""
-        tensors = []
-        for name, tensor in sorted(adapter_state(module).items()):
+        tensors, given = [], self.base_values(module)
+        for name, tensor in sorted(self.state(module).items()):
             role, shape = self.role(spec, name), tuple(tensor.shape)
-            initial = self.initial(spec, role, shape)
+            initial = Initial.base(given[name]) if name in given else self.initial(spec, role, shape)
             tensors.append(TensorSpec(name, shape, role, initial, self.scale_axis(role, shape)))
         return AdapterManifest(tuple(tensors), _config_text(module.peft_config["default"], spec))
 

@@ -1,23 +1,29 @@
-"""LoRA: low-rank factors beside linear layers (Hu et al. 2021)."""
+"""LoRA: low-rank factors beside linear layers, with the lengths of the weights' rows in DoRA."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any
 
-from fedhds.errors import ModelError
+import numpy as np
+
 from fedhds.spec import LoraSpec
-from fedhds.tensors.manifest import Initial
-from fedhds_client.peft_methods.base import PeftMethod
+from fedhds.spec.peft.lora import MAGNITUDE
+from fedhds.tensors.manifest import FloatArray, Initial
+from fedhds_client.peft_methods.base import PeftMethod, adapter_state
+from fedhds_client.peft_methods.targets import resolve_targets
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Mapping
 
+    import torch
     from peft import LoraConfig
 
     from fedhds.spec import RunSpec
     from fedhds_client.models.loading import BaseModel
 
+# Values of a weight that are in memory as doubles at once: 32 MiB.
+_BLOCK = 1 << 22
 # The axis that counts the rank: rows of A (rank, in), columns of B (out, rank).
 _RANK_AXIS = {"lora_A": 0, "lora_B": 1}
 
@@ -35,7 +41,9 @@ class Lora(PeftMethod):
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT scales by any number
             lora_dropout=lora.dropout,
-            target_modules=_targets(lora.targets, base),
+            target_modules=resolve_targets(lora.targets, base, setting="--lora-targets", method="LoRA"),
+            use_rslora=lora.use_rslora,
+            use_dora=lora.use_dora,
             task_type="CAUSAL_LM",
             bias="none",
         )
@@ -45,76 +53,44 @@ class Lora(PeftMethod):
         return Initial.uniform(1 / math.sqrt(shape[1])) if role == "lora_A" else Initial.zeros()
 
     def scale_axis(self, role: str, shape: tuple[int, ...]) -> int | None:
-        """One scale per rank."""
-        return _RANK_AXIS[role]
+        """One scale per rank; one for DoRA's lengths of a layer."""
+        return _RANK_AXIS.get(role)
+
+    def base_values(self, module: Any) -> Mapping[str, FloatArray]:
+        """DoRA's lengths."""
+        return {
+            name: row_lengths(_weight(module.get_submodule(name.removesuffix(f".{MAGNITUDE}"))))
+            for name in adapter_state(module)
+            if name.endswith(f".{MAGNITUDE}")
+        }
 
 
-def _targets(wanted: tuple[str, ...], base: BaseModel) -> list[str]:
-    """Endings of names that only the wanted linear layers of the model have, sorted."""
-    from fedhds_client.models.probing import linear_layers
+def _weight(layer: Any) -> torch.Tensor:
+    """The base model's weights in a layer, (out, in)."""
+    from peft.utils.integrations import dequantize_module_weight
+    from peft.utils.other import transpose
 
-    layers = linear_layers(base)
-    trainable = _loadable(layers.trainable, base.model)
-    if wanted == ("all-linear",):
-        names = [name for name in layers.default if name in trainable]
-    else:
-        names = [name for name in trainable if _last(name) in wanted]
-    lacking = sorted(set(wanted) - {_last(name) for name in names} - {"all-linear"})
-    if lacking or not names:
-        model, setting = base.name, "--lora-targets, which the operator of the coordinator sets,"
-        there = ", ".join(sorted({_last(name) for name in trainable}))
-        if not there:
-            raise ModelError(f"LoRA can train no linear layer of {model}; the operator of the coordinator sets --model")
-        if not lacking:
-            raise ModelError(f"{setting} is all-linear, and {model} has only routers and experts; name some of {there}")
-        present = lacking[0] in {_last(name) for name in (*layers.trainable, *layers.others)}
-        fault = "on which an adapter would not train in this model" if present else "which this model does not have"
-        raise ModelError(f"{setting} names {lacking[0]!r}, {fault}; it has {there}")
-    return _endings(names, [name for name, _ in base.model.named_modules()])
+    weight: torch.Tensor = transpose(dequantize_module_weight(layer.get_base_layer()), layer.fan_in_fan_out)
+    return weight.detach()
 
 
-def _loadable(names: Collection[str], model: Any) -> list[str]:
-    """Those on which PEFT puts an adapter, and finds it again in a file.
+def row_lengths(weight: torch.Tensor) -> FloatArray:
+    """L2 norms of the rows of a weight (out, in), float32 (out,); the same bits on every machine.
 
-    In some mixtures of experts it takes names of dense layers for those that experts had in transformers 4, or renames
-    them in a file as it would rename the weights of a checkpoint.
+    Of the weights in bfloat16, as one site may have loaded them and another not; added up in a fixed order.
     """
     import torch
-    from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import (
-        convert_peft_adapter_state_dict_for_transformers,
-        convert_peft_config_for_transformers,
-    )
 
-    def is_kept(target: str) -> bool:
-        config = LoraConfig(target_modules=[target])
-        try:
-            convert_peft_config_for_transformers(config, model, None)
-        except ValueError:
-            # Half of a pair that was fused.
-            return False
-        return bool(config.target_modules)
-
-    kept = {target for target in {_last(name) for name in names} if is_kept(target)}
-    saved = {name: f"base_model.model.{name}.lora_A.weight" for name in names if _last(name) in kept}
-    state = {key: torch.zeros(1, 1) for key in saved.values()}
-    config = LoraConfig(target_modules=list(saved))
-    loaded = convert_peft_adapter_state_dict_for_transformers(model, config, state)
-    return [name for name, key in saved.items() if key in loaded]
-
-
-def _endings(names: Iterable[str], modules: Collection[str]) -> list[str]:
-    """The shortest ending of each name that no other module's name has, as PEFT matches targets."""
-    names = set(names)
-    taken = {ending for module in modules if module not in names for ending in _endings_of(module)}
-    return sorted({next((ending for ending in _endings_of(name) if ending not in taken), name) for name in names})
-
-
-def _endings_of(name: str) -> list[str]:
-    """From the last part to the whole name."""
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
+    rows, width = weight.shape
+    lengths = np.empty(rows, dtype=np.float32)
+    step = max(1, _BLOCK // width)
+    for start in range(0, rows, step):
+        values = weight[start : start + step].to(torch.bfloat16).double().cpu().numpy()
+        squares = np.square(values)
+        while squares.shape[1] > 1:
+            half = (squares.shape[1] + 1) // 2
+            sums = squares[:, :half].copy()
+            sums[:, : squares.shape[1] - half] += squares[:, half:]
+            squares = sums
+        lengths[start : start + step] = np.sqrt(squares[:, 0])
+    return lengths

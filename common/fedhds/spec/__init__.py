@@ -21,7 +21,17 @@ from fedhds.spec.optimizer import (
     OptimizerSpec,
     YogiSpec,
 )
-from fedhds.spec.peft import PEFT_SPECS, LoraSpec, PeftSpec
+from fedhds.spec.peft import (
+    PEFT_SPECS,
+    BeftSpec,
+    Ia3Spec,
+    LoraSpec,
+    PeftSpec,
+    PrefixTuningSpec,
+    PromptSpec,
+    PromptTuningSpec,
+    PTuningSpec,
+)
 from fedhds.spec.privacy import PrivacySpec, SelectionPrivacySpec
 from fedhds.spec.rounds import RoundsSpec
 from fedhds.spec.run import SCHEMA_VERSION, RunSpec
@@ -51,6 +61,7 @@ __all__ = [
     "AdamSpec",
     "AggregationSpec",
     "AggregatorSpec",
+    "BeftSpec",
     "ClusteringSpec",
     "EvaluationSpec",
     "FeaturePooling",
@@ -60,14 +71,19 @@ __all__ = [
     "FedHdsSpec",
     "FederatedKMeansSpec",
     "FullSpec",
+    "Ia3Spec",
     "LoraSpec",
     "ModelSpec",
     "MomentumSpec",
     "NoOptimizerSpec",
     "OptimizerSpec",
+    "PTuningSpec",
     "PeftSpec",
+    "PrefixTuningSpec",
     "PrivacySpec",
     "PromptFormat",
+    "PromptSpec",
+    "PromptTuningSpec",
     "RandomSpec",
     "Reduction",
     "RoundsSpec",

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedhds.errors import AdapterError
+from fedhds.fingerprint import is_digest
 from fedhds.v2 import federation_pb2 as pb
 
 FloatArray = npt.NDArray[np.float32]
@@ -45,22 +46,29 @@ class InitialKind(StrEnum):
     ZEROS = "zeros"
     ONES = "ones"
     UNIFORM = "uniform"
+    BASE = "base"
+    """What the tensor is on the base model alone; sites compute it, the coordinator takes it from one."""
 
 
 _TO_PROTO = {
     InitialKind.ZEROS: pb.INITIAL_KIND_ZEROS,
     InitialKind.ONES: pb.INITIAL_KIND_ONES,
     InitialKind.UNIFORM: pb.INITIAL_KIND_UNIFORM,
+    InitialKind.BASE: pb.INITIAL_KIND_BASE,
 }
 _FROM_PROTO: dict[int, InitialKind] = {number: kind for kind, number in _TO_PROTO.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Initial:
-    """How a tensor's first value is made; `bound` is the largest absolute value of a uniform one, else 0."""
+    """How a tensor's first value is made.
+
+    `bound` is the largest absolute value of a uniform one, else 0; `digest` of one from the base model `values_digest`.
+    """
 
     kind: InitialKind
     bound: float = 0.0
+    digest: str = ""
 
     @classmethod
     def zeros(cls) -> Self:
@@ -76,6 +84,16 @@ class Initial:
     def uniform(cls, bound: float) -> Self:
         """Values are uniform within `bound` of 0."""
         return cls(InitialKind.UNIFORM, bound)
+
+    @classmethod
+    def base(cls, values: FloatArray) -> Self:
+        """The values, which follow from the base model."""
+        return cls(InitialKind.BASE, digest=values_digest(values))
+
+
+def values_digest(values: FloatArray) -> str:
+    """SHA-256 of float32 values, little-endian, in C order."""
+    return hashlib.sha256(np.ascontiguousarray(values, dtype="<f4").tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +123,7 @@ class TensorSpec:
     def initial_value(self, seed: int) -> FloatArray:
         """The first value, float32 of `shape`; a uniform one depends on `seed` and the name, not on order or process.
 
-        With the bound 1/sqrt(in) it is PEFT's Kaiming start of LoRA's A.
+        With the bound 1/sqrt(in) it is PEFT's Kaiming start of LoRA's A. Raises ValueError for one from the base model.
         """
         match self.initial.kind:
             case InitialKind.ZEROS:
@@ -120,6 +138,8 @@ class TensorSpec:
                     block = values[start : start + _BLOCK]
                     block[:] = generator.uniform(-self.initial.bound, self.initial.bound, len(block))
                 return values.reshape(self.shape)
+            case InitialKind.BASE:
+                raise ValueError(f"the first value of {self.name} follows from the base model")
 
     def to_proto(self) -> pb.TensorSpec:
         """The same tensor as a wire message."""
@@ -130,6 +150,7 @@ class TensorSpec:
             initial=_TO_PROTO[self.initial.kind],
             bound=self.initial.bound,
             scale_axis=self.scale_axis,
+            digest=self.initial.digest,
         )
 
     @classmethod
@@ -154,10 +175,12 @@ class TensorSpec:
         if not (0 < message.bound <= MAX_BOUND if uniform else message.bound == 0):
             needed = f"above 0 and at most {MAX_BOUND:g}" if uniform else "0"
             raise AdapterError(f"the manifest gives {name!r}, {kind} at first, the bound {message.bound}, not {needed}")
+        if not (is_digest(message.digest) if kind is InitialKind.BASE else not message.digest):
+            raise AdapterError(f"the manifest gives {name!r}, {kind} at first, no digest of 64 digits, or one too many")
         axis = message.scale_axis if message.HasField("scale_axis") else None
         if axis is not None and axis >= len(shape):
             raise AdapterError(f"the manifest gives {name!r} scales along axis {axis}, which its shape {shape} lacks")
-        return cls(name, shape, message.role, Initial(kind, message.bound), axis)
+        return cls(name, shape, message.role, Initial(kind, message.bound, message.digest), axis)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +235,11 @@ class AdapterManifest:
     def only(self, roles: frozenset[str]) -> AdapterManifest:
         """The tensors with these roles alone, as the updates of a round have them in which the others do not train."""
         return replace(self, tensors=tuple(tensor for tensor in self.tensors if tensor.role in roles))
+
+    @property
+    def from_base(self) -> AdapterManifest:
+        """The tensors alone whose first values follow from the base model."""
+        return replace(self, tensors=tuple(t for t in self.tensors if t.initial.kind is InitialKind.BASE))
 
     def parsed_config(self) -> dict[str, Any]:
         """The configuration as JSON; raises AdapterError when it is not an object."""

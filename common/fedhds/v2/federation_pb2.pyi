@@ -38,6 +38,10 @@ class _InitialKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_InitialKi
     """All ones."""
     INITIAL_KIND_UNIFORM: _InitialKind.ValueType  # 3
     """Uniform within bound of 0, drawn from the run's seed and the tensor's name."""
+    INITIAL_KIND_BASE: _InitialKind.ValueType  # 4
+    """What the tensor is on the base model alone. Every site computes the same bytes, which have the digest of the tensor;
+    the coordinator takes them from a site, as RegisterResponse says.
+    """
 
 class InitialKind(_InitialKind, metaclass=_InitialKindEnumTypeWrapper):
     """How the coordinator makes the first value of a tensor."""
@@ -50,6 +54,10 @@ INITIAL_KIND_ONES: InitialKind.ValueType  # 2
 """All ones."""
 INITIAL_KIND_UNIFORM: InitialKind.ValueType  # 3
 """Uniform within bound of 0, drawn from the run's seed and the tensor's name."""
+INITIAL_KIND_BASE: InitialKind.ValueType  # 4
+"""What the tensor is on the base model alone. Every site computes the same bytes, which have the digest of the tensor;
+the coordinator takes them from a site, as RegisterResponse says.
+"""
 Global___InitialKind: _TypeAlias = InitialKind  # noqa: Y015
 
 @_typing.final
@@ -184,6 +192,7 @@ class TensorSpec(_message.Message):
     INITIAL_FIELD_NUMBER: _builtins.int
     BOUND_FIELD_NUMBER: _builtins.int
     SCALE_AXIS_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name as PEFT saves it; 1 to 500 printable characters."""
     role: _builtins.str
@@ -194,6 +203,10 @@ class TensorSpec(_message.Message):
     """Largest absolute first value of INITIAL_KIND_UNIFORM; 0 for the others."""
     scale_axis: _builtins.int
     """The axis along which int8 keeps one scale per index; absent: one scale for the whole tensor."""
+    digest: _builtins.str
+    """SHA-256 of the first values of INITIAL_KIND_BASE, float32, little-endian, in C order: 64 hexadecimal digits; empty
+    for the other kinds.
+    """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Shape, outermost dimension first; 1 to 8 dimensions."""
@@ -207,10 +220,11 @@ class TensorSpec(_message.Message):
         initial: Global___InitialKind.ValueType = ...,
         bound: _builtins.float = ...,
         scale_axis: _builtins.int | None = ...,
+        digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_scale_axis", b"_scale_axis", "scale_axis", b"scale_axis"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale_axis", b"_scale_axis", "bound", b"bound", "initial", b"initial", "name", b"name", "role", b"role", "scale_axis", b"scale_axis", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale_axis", b"_scale_axis", "bound", b"bound", "digest", b"digest", "initial", b"initial", "name", b"name", "role", b"role", "scale_axis", b"scale_axis", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__scale_axis: _TypeAlias = _typing.Literal["scale_axis"]  # noqa: Y015
     _WhichOneofArgType__scale_axis: _TypeAlias = _typing.Literal["_scale_axis", b"_scale_axis"]  # noqa: Y015
@@ -293,6 +307,7 @@ class RegisterRequest(_message.Message):
     EVALUATES_FIELD_NUMBER: _builtins.int
     EVALUATION_ROWS_FIELD_NUMBER: _builtins.int
     VALIDATION_ROWS_FIELD_NUMBER: _builtins.int
+    FIRST_VALUES_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """The session of EnrollResponse."""
     rows: _builtins.int
@@ -313,6 +328,12 @@ class RegisterRequest(_message.Message):
     def manifest(self) -> Global___AdapterManifest:
         """The adapter as the run's settings give it on this model."""
 
+    @_builtins.property
+    def first_values(self) -> _transfer_pb2.ArtifactRef:
+        """A file with the tensors of INITIAL_KIND_BASE as they are at first, in float32; absent when the adapter has none.
+        Registering with a file that was uploaded makes it count.
+        """
+
     def __init__(
         self,
         *,
@@ -323,10 +344,11 @@ class RegisterRequest(_message.Message):
         evaluates: _builtins.bool = ...,
         evaluation_rows: _builtins.int = ...,
         validation_rows: _builtins.int = ...,
+        first_values: _transfer_pb2.ArtifactRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "manifest", b"manifest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "first_values", b"first_values", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluates", b"evaluates", "evaluation_rows", b"evaluation_rows", "fingerprint", b"fingerprint", "manifest", b"manifest", "rows", b"rows", "session", b"session", "validation_rows", b"validation_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluates", b"evaluates", "evaluation_rows", b"evaluation_rows", "fingerprint", b"fingerprint", "first_values", b"first_values", "manifest", b"manifest", "rows", b"rows", "session", b"session", "validation_rows", b"validation_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -338,12 +360,19 @@ class RegisterResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    FIRST_VALUES_NEEDED_FIELD_NUMBER: _builtins.int
+    first_values_needed: _builtins.bool
+    """The run cannot begin without the file of RegisterRequest.first_values, which nobody has uploaded yet: upload it, and
+    register again.
+    """
     def __init__(
         self,
+        *,
+        first_values_needed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_values_needed", b"first_values_needed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,8 @@ from fedhds.errors import DamagedArtifact, FedhdsError, StorageError
 from fedhds.runtime.files import replace_file
 from fedhds.status import status_dict
 from fedhds.tensors.artifact import Artifact
-from fedhds.tensors.manifest import AdapterManifest
-from fedhds.tensors.safetensors import write_adapter
+from fedhds.tensors.manifest import AdapterManifest, FloatArray, InitialKind, TensorSpec
+from fedhds.tensors.safetensors import AdapterReader, write_adapter
 from fedhds.v2 import status_pb2
 from fedhds_server.aggregation import AGGREGATORS, Update, aggregate
 from fedhds_server.aggregation.weights import site_shares
@@ -105,7 +106,7 @@ class Effects:
         match instruction:
             case DrawAdapter() if state.manifest and 0 not in state.adapters:
                 decided = state.manifest
-                artifact = await asyncio.to_thread(self._draw_adapter, state.adapter_manifest)
+                artifact = await asyncio.to_thread(self._draw_adapter, state.adapter_manifest, state.first_values)
                 # Meanwhile an operator may have evicted the site whose manifest it was.
                 await self._coordinator.post(
                     lambda now: AdapterDrawn(time.time(), artifact) if now.manifest == decided else None
@@ -205,21 +206,27 @@ class Effects:
                     self._artifacts.keep_update(artifact, stage.round_number, site)
         return AdapterUpdated(result.adapter, result.slots, damaged)
 
-    def _draw_adapter(self, manifest: AdapterManifest) -> Artifact:
-        state = self._coordinator.state
+    def _draw_adapter(self, manifest: AdapterManifest, first_values: Artifact | None) -> Artifact:
+        spec = self._coordinator.state.spec
         path = self._artifacts.scratch(f"initial-{self._scratch}")
-        artifact = write_adapter(
-            path,
-            manifest,
-            lambda tensor: tensor.initial_value(state.spec.seed),
-            state.spec.aggregation.adapter_dtype,
-        )
+        with ExitStack() as stack:
+            given = None
+            if first_values is not None:
+                given = stack.enter_context(AdapterReader(self.verified(first_values), manifest.from_base))
+
+            def first_value(tensor: TensorSpec) -> FloatArray:
+                from_base = tensor.initial.kind is InitialKind.BASE
+                return given.tensor(tensor) if given and from_base else tensor.initial_value(spec.seed)
+
+            artifact = write_adapter(path, manifest, first_value, spec.aggregation.adapter_dtype)
         self._artifacts.adopt(path, artifact)
         return artifact
 
     def _write_checkpoint(self, adapter: Artifact, manifest: AdapterManifest, card: str, name: str = LAST) -> None:
-        path = self._artifacts.verified(adapter)
+        path, scratch = self._artifacts.verified(adapter), self._artifacts.scratch(f"peft-{self._scratch}")
+        path = self._coordinator.state.spec.peft.peft_file(path, manifest, scratch)
         write_checkpoint(self._folder, path, manifest.config, card, manifest.generation_config, name=name)
+        scratch.unlink(missing_ok=True)
 
     def _write_report(self, report: status_pb2.GetStatusResponse) -> None:
         replace_file(self._folder / "report.json", json.dumps(status_dict(report), indent=2))

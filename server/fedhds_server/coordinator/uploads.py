@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fedhds.errors import ArtifactError, TaskError
 from fedhds.tensors.artifact import Artifact
+from fedhds.tensors.safetensors import file_sizes
 from fedhds_server.run.events import Discard
 from fedhds_server.run.state import RunState
 from fedhds_server.workflows import TASK_KINDS
@@ -23,8 +24,16 @@ def owner_of(site: str) -> str:
 
 
 def uploading_sites(state: RunState) -> set[str]:
-    """Sites with an open task whose result names an upload."""
-    return {task.site for task in state.tasks.values() if TASK_KINDS[task.kind].upload_sizes(state, task)}
+    """Sites with an open task whose result names an upload, and those that may send the first values."""
+    sites = {task.site for task in state.tasks.values() if TASK_KINDS[task.kind].upload_sizes(state, task)}
+    return sites | {name for name in state.sites if first_value_sizes(state, name)}
+
+
+def first_value_sizes(state: RunState, site: str) -> range:
+    """Sizes that an upload of the adapter's first values may have, which any registered site may send until one did."""
+    if not state.needs_first_values or not state.sites[site].registered or state.sites[site].excluded:
+        return range(0)
+    return file_sizes(state.adapter_manifest.from_base, "float32")
 
 
 @dataclass(eq=False, slots=True)
@@ -54,6 +63,7 @@ class Uploads:
         state = self._coordinator.state
         own = [task for task in state.tasks.values() if task.site == site]
         sizes = [taken for task in own if (taken := TASK_KINDS[task.kind].upload_sizes(state, task))]
+        sizes += [taken for taken in [first_value_sizes(state, site)] if taken]
         if not sizes:
             raise TaskError("no open task of this site takes an upload; ask for the next task")
         if not any(artifact.size in taken for taken in sizes):

@@ -30,7 +30,7 @@ def check_adapter_config(config: Mapping[str, Any], spec: RunSpec) -> None:
     stated = {
         "base_model_name_or_path": spec.model.name,
         "revision": spec.model.revision or None,
-        "peft_type": spec.peft.method.upper(),
+        "peft_type": spec.peft.peft_type,
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
         **spec.peft.stated,

@@ -30,7 +30,7 @@ from fedhds_server.counters import DOWNLOADED_BYTES, REJECTED, count_failure
 from fedhds_server.rpc.limits import Leading, refuse
 from fedhds_server.rpc.peers import key_of, peer_of
 from fedhds_server.rpc.rates import Rates
-from fedhds_server.rpc.validation import check_result, named_upload, registration
+from fedhds_server.rpc.validation import check_result, named_upload, registration, sent_first_values
 from fedhds_server.run.events import (
     FinalDelivered,
     ResultReceived,
@@ -123,6 +123,7 @@ class FederationServicer(rpc.FederationServicer):
         site = await self._caller(request, context)
         await self._arrives(site.name, context)
         fingerprint, manifest = await asyncio.to_thread(registration, request, self._coordinator.state.spec)
+        first_values = await sent_first_values(self._coordinator, request, manifest)
         admission = self._coordinator.admission
 
         def decide(state: RunState) -> SiteRegistered:
@@ -147,7 +148,7 @@ class FederationServicer(rpc.FederationServicer):
                 )
             evaluates = request.evaluates
             return SiteRegistered(
-                time.time(), site.name, rows, evaluates, fingerprint, manifest, held_out, validation_rows
+                time.time(), site.name, rows, evaluates, fingerprint, manifest, held_out, validation_rows, first_values
             )
 
         try:
@@ -156,7 +157,7 @@ class FederationServicer(rpc.FederationServicer):
             reason = f"{type(error).__name__}: {error}"
             await self._coordinator.post(SiteLeft(time.time(), site.name, reason))
             raise
-        return pb.RegisterResponse()
+        return pb.RegisterResponse(first_values_needed=self._coordinator.state.needs_first_values)
 
     @answers
     async def NextTask(self, request: pb.NextTaskRequest, context: grpc.aio.ServicerContext) -> pb.NextTaskResponse:

@@ -16,7 +16,7 @@ from fedhds.fingerprint import PARTS, is_digest
 from fedhds.long_messages import artifact_of, long_message
 from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
-from fedhds.tensors.manifest import AdapterManifest
+from fedhds.tensors.manifest import AdapterManifest, values_digest
 from fedhds.tensors.safetensors import AdapterDtype, AdapterReader, largest_value
 from fedhds.v2 import federation_pb2 as pb
 from fedhds_server.coordinator import Coordinator
@@ -46,6 +46,35 @@ def registration(request: pb.RegisterRequest, spec: RunSpec) -> tuple[dict[str, 
             f"{spec.aggregation.max_adapter_size}; the operator can raise --max-adapter-size"
         )
     return fingerprint, manifest
+
+
+async def sent_first_values(
+    coordinator: Coordinator, request: pb.RegisterRequest, manifest: AdapterManifest
+) -> Artifact | None:
+    """The uploaded file that a registration names, with the first values of `manifest`; None when it is not here.
+
+    Raises AdapterError, naming the tensor, when it has others.
+    """
+    if not request.HasField("first_values"):
+        return None
+    artifact, artifacts = Artifact.from_proto(request.first_values), coordinator.artifacts
+    if not await asyncio.to_thread(artifacts.has, artifact):
+        return None
+    path = await asyncio.to_thread(artifacts.verified, artifact)
+    dtype = coordinator.state.spec.aggregation.adapter_dtype
+    await asyncio.to_thread(_check_first_values, path, manifest.from_base, dtype)
+    return artifact
+
+
+def _check_first_values(path: Path, manifest: AdapterManifest, dtype: AdapterDtype) -> None:
+    with AdapterReader(path, manifest) as reader:
+        for tensor in manifest.tensors:
+            values = reader.tensor(tensor)
+            if values_digest(values) != tensor.initial.digest:
+                raise AdapterError(f"the first values of {tensor.name} are others than the manifest says")
+            # Written so that NaN is refused, too.
+            if not np.abs(values).max() <= largest_value(dtype):
+                raise AdapterError(f"the first values of {tensor.name} are beyond what the run's {dtype} holds")
 
 
 async def check_result(

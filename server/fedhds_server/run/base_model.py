@@ -52,18 +52,26 @@ def check_confirmation(state: RunState, fingerprint: str) -> None:
 
 
 def model_given(state: RunState, event: SiteRegistered) -> list[Instruction]:
-    """The first site to register fixes base model and adapter."""
+    """The first site to register fixes base model and adapter; the first to send them, the first values."""
     if state.manifest:
-        return []
+        return _values_given(state, event)
     state.fingerprint, state.model_given_by = event.fingerprint, event.site
     state.manifest = packed(event.manifest.to_proto())
+    drawing = [DrawAdapter()] if not state.needs_first_values else _values_given(state, event)
     if state.expected_fingerprint:
-        return [DrawAdapter()]
+        return drawing
     note = (
         f"the run's base model is that of site {event.site}, the first to register, with the fingerprint "
         f"{combined(event.fingerprint)}; `fedhds confirm-model` confirms or replaces it"
     )
-    return [Record(note), DrawAdapter()]
+    return [Record(note), *drawing]
+
+
+def _values_given(state: RunState, event: SiteRegistered) -> list[Instruction]:
+    if event.first_values is None or not state.needs_first_values:
+        return []
+    state.first_values = event.first_values
+    return [DrawAdapter()]
 
 
 def model_confirmed(state: RunState, event: ModelConfirmed) -> list[Instruction]:
@@ -83,9 +91,10 @@ def model_confirmed(state: RunState, event: ModelConfirmed) -> list[Instruction]
 
 def model_forgotten(state: RunState) -> list[Instruction]:
     """Of a run that has not begun, the next site to register fixes base model and adapter."""
-    adapters, state.adapters = state.adapters, {}
+    before = state.artifacts
+    state.adapters, state.first_values = {}, None
     state.fingerprint, state.manifest, state.model_given_by = {}, "", ""
-    return [Discard(adapter) for adapter in adapters.values()]
+    return [Discard(artifact) for artifact in sorted(before - state.artifacts, key=lambda each: each.digest)]
 
 
 def _doubt(state: RunState) -> str:

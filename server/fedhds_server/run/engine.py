@@ -58,7 +58,7 @@ class RunMachine:
         """Instructions whose answers the state still waits for, after a restart."""
         state = self.state
         if state.manifest and 0 not in state.adapters and not state.phase.over:
-            return [DrawAdapter()]
+            return [] if state.needs_first_values else [DrawAdapter()]
         if state.stage is not None and state.stage.closed:
             return [Resolve(state.stage.name)]
         return [WriteCheckpoint()] if state.adapters else []

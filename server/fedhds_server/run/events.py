@@ -72,6 +72,8 @@ class SiteRegistered:
     manifest: AdapterManifest
     evaluation_rows: int = 0
     validation_rows: int = 0
+    first_values: Artifact | None = None
+    """What the site uploaded of them, checked with the manifest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +257,7 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class DrawAdapter:
-    """Draw the initial adapter from the seed; answer with AdapterDrawn."""
+    """Make the initial adapter of the seed and of what a site sent of it; answer with AdapterDrawn."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,6 +225,7 @@ class RunState(_Record):
     coresets: dict[str, str] = Field(default_factory=dict)  # site -> its packed coreset, of the last selection
     paused: str | None = None  # the reason, while an operator's pause lasts
     adapters: dict[int, Artifact] = Field(default_factory=dict)  # global adapters kept, by round
+    first_values: Artifact | None = None  # tensors of the first adapter that follow from the base model, once sent
     slots: dict[str, Artifact] = Field(default_factory=dict)  # of the server optimizer
     closed_rounds: list[ClosedRound] = Field(default_factory=list)
     evaluations: dict[int, dict[str, Evaluation]] = Field(default_factory=dict)  # round -> evaluator -> sums
@@ -249,7 +250,13 @@ class RunState(_Record):
     def artifacts(self) -> set[Artifact]:
         """Everything that the run still needs from the artifact store."""
         stage = self.stage.artifacts if self.stage else ()
-        return {*self.adapters.values(), *self.slots.values(), *stage}
+        first = [self.first_values] if self.first_values else []
+        return {*self.adapters.values(), *self.slots.values(), *first, *stage}
+
+    @property
+    def needs_first_values(self) -> bool:
+        """Whether the initial adapter waits for the values that follow from the base model."""
+        return bool(self.manifest and not self.first_values and self.adapter_manifest.from_base.tensors)
 
     @property
     def downloads(self) -> set[Artifact]:
