@@ -19,6 +19,8 @@ METRICS: dict[str, MetricInfo] = {
     # Nats per response token that no model gives; what is summed over sites and rounds stays finite below it.
     "loss": MetricInfo("loss (nats per response token)", -1e9, 1e9),
     "rouge_l": MetricInfo("Rouge-L F1", 0.0, 1.0),
+    "rouge_l_unique": MetricInfo("Rouge-L F1 of unique words", 0.0, 1.0),
+    "answer_tokens": MetricInfo("tokens per answer", 0.0, 1e9),
 }
 
 

@@ -10,6 +10,7 @@ from google.protobuf.descriptor import Descriptor
 
 from fedhds.spec import STRATEGY_SPECS, RunSpec
 from fedhds.v2 import federation_pb2 as pb
+from fedhds.v2 import selection_pb2
 from fedhds_client.tasks import TASKS
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "privacy.md").read_text(encoding="utf-8")
@@ -27,11 +28,13 @@ def fields(message: Descriptor) -> set[str]:
 
 def results() -> list[Descriptor]:
     """The messages that a site packs into `result`: one per kind of task, of a selection one per strategy."""
-    assert set(TASKS) == {"select", "train", "evaluate"}
+    assert set(TASKS) == {"select", "train", "secure-train", "evaluate", "validate"}
     specs = [RunSpec.of(model="m", rounds=1, selection_strategy=name) for name in STRATEGY_SPECS]
     kinds = [spec.selection.strategy.report_type for spec in specs]
     reports: list[Any] = [kind.DESCRIPTOR for kind in kinds if kind is not None]
     assert len(reports) == 3
+    # What a filter asks for, whatever the strategy is.
+    reports.append(selection_pb2.ScoreHistogram.DESCRIPTOR)
     return [pb.TrainResult.DESCRIPTOR, pb.EvaluationResult.DESCRIPTOR, *reports]
 
 

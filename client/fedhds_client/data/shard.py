@@ -11,6 +11,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -64,26 +65,65 @@ class Shard:
         Answers how many these are, with line and reason of the first ones. `progress` gets the share of the rows that
         were checked. Nothing else may read the shard meanwhile.
         """
-        digest, offsets, rows = hashlib.sha256(), array("Q", [0]), len(self)
+        rows = len(self)
         refused: list[tuple[int, str]] = []
-        self.categories.clear()
-        for number in range(rows):
-            stored = self._stored(number)
-            line, row = _restored(len(offsets) - 1, stored)
+
+        def keeps(number: int, line: int, row: Row) -> bool:
+            progress((number + 1) / rows)
             try:
                 check(row)
             except BadRow as fault:
                 self._skip(line, str(fault))
                 if len(refused) < _MAX_REASONS:
                     refused.append((line, str(fault)))
-            else:
+                return False
+            return True
+
+        self._keep(keeps)
+        return rows - len(self), refused
+
+    def hold_out(self, share: float, seed: int, spool_dir: Path | None = None) -> Shard:
+        """Moves a share of the rows, drawn by `seed`, into a shard of its own; equal rows stay together.
+
+        The draw depends on the rows' content and not on their order. Raises DataError when no row would be left here.
+        """
+        keys = array("Q", (_draw_key(row, seed) for row in self))
+        last = sorted(keys)[max(1, round(share * len(keys))) - 1]
+        if max(keys) <= last:
+            raise DataError(self.path, f"a holdout of {share:g} leaves no row to train on; give more rows, or less")
+        spool = cast(IO[bytes], tempfile.TemporaryFile(dir=spool_dir))  # noqa: SIM115 - the shard closes it
+        part, digest = Shard(self.path, spool), hashlib.sha256()
+
+        def keeps(number: int, line: int, row: Row) -> bool:
+            if keys[number] > last:
+                return True
+            part._add(line, replace(row, id=len(part)), digest)
+            return False
+
+        self._keep(keeps)
+        spool.flush()
+        part.digest = digest.hexdigest()
+        return part
+
+    def shared(self, other: Shard) -> list[int]:
+        """Lines of the rows that `other` has, too."""
+        known = {row.digest for row in other}
+        restored = (_restored(number, self._stored(number)) for number in range(len(self)))
+        return [line for line, row in restored if row.digest in known]
+
+    def _keep(self, keeps: Callable[[int, int, Row], bool]) -> None:
+        """Leaves the rows that `keeps` wants, which gets their number before, their line and content."""
+        digest, offsets, rows = hashlib.sha256(), array("Q", [0]), len(self)
+        self.categories.clear()
+        for number in range(rows):
+            stored = self._stored(number)
+            line, row = _restored(len(offsets) - 1, stored)
+            if keeps(number, line, row):
                 # Never behind where it was, so nothing that is still to be read is overwritten.
                 os.pwrite(self._spool.fileno(), stored, offsets[-1])
                 offsets.append(offsets[-1] + len(stored))
                 self._count(row, digest)
-            progress((number + 1) / rows)
         self._offsets, self.digest = offsets, digest.hexdigest()
-        return rows - len(self), refused
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -118,10 +158,7 @@ class Shard:
                     )
                 self._skip(line, str(content))
                 continue
-            self._count(Row.from_content(len(self), content), digest)
-            stored = f"{line} {json.dumps(content)}".encode()
-            self._spool.write(stored)
-            self._offsets.append(self._offsets[-1] + len(stored))
+            self._add(line, Row.from_content(len(self), content), digest)
         self._spool.flush()
         self.digest = digest.hexdigest()
         if not len(self) and not self.skipped:
@@ -129,6 +166,12 @@ class Shard:
         if not len(self):
             reason = self.skipped_reasons[0][1]
             raise DataError(self.path, f"none of its {self.skipped} rows can be used; the first: {reason}")
+
+    def _add(self, line: int, row: Row, digest: hashlib._Hash) -> None:
+        self._count(row, digest)
+        stored = f"{line} {json.dumps(row.content())}".encode()
+        self._spool.write(stored)
+        self._offsets.append(self._offsets[-1] + len(stored))
 
     def _skip(self, line: int, reason: str) -> None:
         self.skipped += 1
@@ -143,6 +186,10 @@ class Shard:
         begin, end = self._offsets[number], self._offsets[number + 1]
         # pread: the position of the file is shared by threads, this call's is not.
         return os.pread(self._spool.fileno(), end - begin, begin)
+
+
+def _draw_key(row: Row, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{row.digest}".encode()).digest()[:8])
 
 
 def _restored(number: int, stored: bytes) -> tuple[int, Row]:

@@ -27,6 +27,10 @@ def run_worker(settings: ClientSettings, group: ProcessGroup) -> int:
             stack.enter_context(Shard.open(path, skip_bad_rows=settings.skip_bad_rows, spool_dir=folder))
             for path in settings.data
         ]
+        if settings.holdout:
+            for shard in shards:
+                # The same rows as at the leader, which validates on them.
+                stack.enter_context(shard.hold_out(settings.holdout, settings.holdout_seed, folder))
         while True:
             match group.receive():
                 case Prepare(spec=content):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from fedhds_client.data.row_formats import Row
 
@@ -15,15 +16,20 @@ class EvaluatedBatch:
 
     rows: Sequence[Row]
     answers: Sequence[str]
-    """Greedy answers, in the order of `rows`."""
+    """Greedy answers, in the order of `rows`; empty where none were generated."""
     loss_sum: float
     """Negative log-likelihood of the rows' responses, summed over their tokens, in nats."""
     tokens: int
     """Tokens of the rows' responses."""
+    answer_tokens: Sequence[int] = ()
+    """Tokens of each answer."""
 
 
 class Metric(ABC):
     """A mean over rows, over tokens or over what else the metric counts."""
+
+    needs_answers: ClassVar[bool] = True
+    """Whether it is left out where no answers are generated."""
 
     @abstractmethod
     def measure(self, batch: EvaluatedBatch) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -24,15 +24,20 @@ def evaluate(
     *,
     max_new_tokens: int,
     batch_size: int,
+    rows: Sequence[int] | None = None,
     progress: Callable[[float], None] = lambda share: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> EvaluationSums:
-    """Measures all rows of `shard` by all metrics: the rows' responses are read, greedy answers are generated.
+    """Measures rows of `shard` (ids; None: all) by all metrics: their responses are read, greedy answers generated.
 
-    Rows of like length share a batch; that changes padding, not results. Raises Cancelled, and TaskError when memory
-    runs out or the loss is not finite.
+    With `max_new_tokens` 0 no answer is generated, and metrics that need one are left out. Rows of like length share a
+    batch; that changes padding, not results. Raises Cancelled, and TaskError when memory runs out or the loss is not
+    finite.
     """
-    order = sorted(range(len(shard)), key=lambda row: len(prompter.encode(shard[row]).input_ids))
+    order = sorted(
+        range(len(shard)) if rows is None else rows, key=lambda row: len(prompter.encode(shard[row]).input_ids)
+    )
+    metrics = {name: metric for name, metric in METRICS.items() if max_new_tokens or not metric.needs_answers}
     loss_of = ResponseLoss(model)
     sums = EvaluationSums()
     model.module.eval()
@@ -40,15 +45,16 @@ def evaluate(
         for begin in range(0, len(order), batch_size):
             if cancelled():
                 raise Cancelled("the evaluation was stopped")
-            rows = [shard[row] for row in order[begin : begin + batch_size]]
+            own = [shard[row] for row in order[begin : begin + batch_size]]
             with torch.inference_mode():
-                total, tokens = loss_of([prompter.encode(row).last_answer() for row in rows])
-                answers = generate(model, prompter, rows, max_new_tokens)
+                total, tokens = loss_of([prompter.encode(row).last_answer() for row in own])
+                answers = generate(model, prompter, own, max_new_tokens) if max_new_tokens else []
             if not math.isfinite(float(total)):
                 raise TaskError("the loss on the held-out rows is not finite under this adapter")
-            batch = EvaluatedBatch(rows, answers, float(total), tokens)
-            sums += EvaluationSums(len(rows), {name: metric.measure(batch) for name, metric in METRICS.items()})
-            progress((begin + len(rows)) / len(order))
+            lengths = [answer.tokens for answer in answers]
+            batch = EvaluatedBatch(own, [answer.text for answer in answers], float(total), tokens, lengths)
+            sums += EvaluationSums(len(own), {name: metric.measure(batch) for name, metric in metrics.items()})
+            progress((begin + len(own)) / len(order))
     except torch.OutOfMemoryError as error:
         raise TaskError("the device ran out of memory in evaluation; lower --inference-batch-size") from error
     return sums

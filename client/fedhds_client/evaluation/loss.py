@@ -8,5 +8,7 @@ from fedhds_client.evaluation.base import EvaluatedBatch, Metric
 class Loss(Metric):
     """Weighted by response tokens."""
 
+    needs_answers = False
+
     def measure(self, batch: EvaluatedBatch) -> tuple[float, float]:
         return batch.loss_sum, batch.tokens

@@ -16,11 +16,11 @@ class RougeL(Metric):
 
     def measure(self, batch: EvaluatedBatch) -> tuple[float, float]:
         pairs = zip(batch.answers, batch.rows, strict=True)
-        scores = (rouge_l(_said(answer), [*map(_said, row.references or (row.response,))]) for answer, row in pairs)
+        scores = (rouge_l(said(answer), [*map(said, row.references or (row.response,))]) for answer, row in pairs)
         return sum(scores), len(batch.rows)
 
 
-def _said(text: str) -> str:
+def said(text: str) -> str:
     """What stands behind the thoughts of an answer."""
     return text.rpartition("</think>")[2]
 

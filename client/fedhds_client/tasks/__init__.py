@@ -6,11 +6,18 @@ A new kind is a file here and its entry below; the coordinator's workflow has th
 from fedhds import __version__
 from fedhds.errors import TaskError
 from fedhds_client.tasks.base import SiteTask, TaskContext, TaskResult
-from fedhds_client.tasks.evaluate import EvaluateTask
+from fedhds_client.tasks.evaluate import EvaluateTask, ValidateTask
+from fedhds_client.tasks.secure_train import SecureTrainTask
 from fedhds_client.tasks.select import SelectTask
 from fedhds_client.tasks.train import TrainTask
 
-TASKS: dict[str, SiteTask] = {"select": SelectTask(), "train": TrainTask(), "evaluate": EvaluateTask()}
+TASKS: dict[str, SiteTask] = {
+    "select": SelectTask(),
+    "train": TrainTask(),
+    "secure-train": SecureTrainTask(),
+    "evaluate": EvaluateTask(),
+    "validate": ValidateTask(),
+}
 
 __all__ = ["TASKS", "SiteTask", "TaskContext", "TaskResult", "task_kind"]
 

@@ -87,7 +87,8 @@ def test_a_tuned_model_ends_its_answers(tmp_path: Path, trained: bool, caplog: p
         assert all(prompter.encode(row).input_ids.count(mark) == len(row.messages) for row in shard)
         # The answer within a conversation was learned, too, with its end.
         earlier = replace(shard[1], messages=shard[1].messages[:2], response="one")
-        assert generate(model, prompter, [*shard, earlier], 40) == ["xyz", "two", "one"]
+        answers = generate(model, prompter, [*shard, earlier], 40)
+        assert [answer.text for answer in answers] == ["xyz", "two", "one"]
         result = evaluate(model, shard, prompter, max_new_tokens=40, batch_size=2)
     assert result.means["rouge_l"] == 1.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -20,8 +21,9 @@ from fedhds.tensors.safetensors import write_adapter
 from fedhds_client.computation import Cancelled
 from fedhds_client.data.prompts import Prompter
 from fedhds_client.data.shard import Shard
+from fedhds_client.evaluation import generation
 from fedhds_client.evaluation.evaluate import evaluate
-from fedhds_client.evaluation.generation import generate
+from fedhds_client.evaluation.generation import Answer, generate
 from fedhds_client.models.adapter import AdapterModel, InferenceModel
 from fedhds_client.models.loading import load_base_model
 from fedhds_client.training.loop import train
@@ -86,7 +88,7 @@ def test_batches_padding_and_order_change_nothing(any_model: Path, shard: Shard,
     encoded = [prompter.encode(row) for row in shard]
     tokens = sum(len(row.input_ids) - row.answer_start for row in encoded)
     weights = {name: weight for name, (_, weight) in alone.metrics.items()}
-    assert weights == {"loss": tokens, "rouge_l": 7}
+    assert weights == {"loss": tokens, "rouge_l": 7, "rouge_l_unique": 7, "answer_tokens": 7}
     for size in (3, 16):
         together = evaluate(model, shard, prompter, batch_size=size, **options)
         assert together.rows == 7
@@ -101,6 +103,56 @@ def test_batches_padding_and_order_change_nothing(any_model: Path, shard: Shard,
     assert turned.means["loss"] == pytest.approx(alone.means["loss"], rel=1e-5)
 
 
+def test_a_batch_that_shrinks_gives_the_answers_of_each_alone(
+    any_model: Path, shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompter = _opened(any_model)
+    for weights in model.module.parameters():
+        # Far from its start, a random model says different things to different prompts.
+        weights.data *= 6 if weights.dim() == 2 else 1
+    rows, room = list(shard), 40
+    prompts = [prompter.encode_prompt(row, reserve=room).input_ids for row in rows]
+    eos = model.tokenizer.eos_token_id
+    whole = [generation._continued(model, [prompt], room, set())[0] for prompt in prompts]
+    # What this model says anyway ends some answers in the first part of their generation, and others later.
+    first = {
+        token: [min([*ids, end].index(end) for end in (token, eos)) for ids in whole] for ids in whole for token in ids
+    }
+    end, lengths = next((end, at) for end, at in sorted(first.items()) if min(at) < 15 and max(at) > 17)
+    prompter.stop_ids = (end,)
+    assert model.left_padding
+    sizes: list[int] = []
+    forward = type(model.base.model).forward
+
+    @functools.wraps(forward)
+    def counted(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(input_ids))
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.base.model), "forward", counted)
+    together = generate(model, prompter, rows, room)
+    assert [answer.tokens for answer in together] == lengths
+    assert (sizes[0], len(sizes), sizes) == (7, min(max(lengths) + 1, room), sorted(sizes, reverse=True))
+    assert sizes[-1] < 7
+    assert together == [generate(model, prompter, [row], room)[0] for row in rows]
+
+
+def test_validation_reads_and_does_not_write(llama: Path, shard: Shard, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompter = _opened(llama)
+    whole = evaluate(model, shard, prompter, max_new_tokens=2, batch_size=4)
+    monkeypatch.setattr("fedhds_client.evaluation.evaluate.generate", None)
+    read = evaluate(model, shard, prompter, max_new_tokens=0, batch_size=4)
+    assert read.means == {"loss": whole.means["loss"]}
+
+
+def test_some_rows_are_measured_and_their_sums_add_up(llama: Path, shard: Shard) -> None:
+    model, prompter = _opened(llama)
+    options: dict[str, Any] = {"max_new_tokens": 4, "batch_size": 3}
+    parts = [evaluate(model, shard, prompter, rows=rows, **options) for rows in ([0, 2, 4, 6], [1, 3, 5])]
+    assert [part.rows for part in parts] == [4, 3]
+    assert (parts[0] + parts[1]).means == pytest.approx(evaluate(model, shard, prompter, **options).means, rel=1e-5)
+
+
 def test_answers_are_greedy(llama: Path, shard: Shard) -> None:
     model, prompter = _opened(llama)
     ids = prompter.encode_prompt(shard[0], reserve=6).input_ids
@@ -110,7 +162,7 @@ def test_answers_are_greedy(llama: Path, shard: Shard) -> None:
             ids = [*ids, int(model.module(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
     assert model.tokenizer.eos_token_id not in ids[length:]
     expected = model.tokenizer.decode(ids[length:], skip_special_tokens=True)
-    assert generate(model, prompter, [shard[0]], 6) == [expected]
+    assert generate(model, prompter, [shard[0]], 6) == [Answer(expected, 6)]
 
 
 def test_the_models_own_sampling_settings_are_ignored_and_kept(tmp_path: Path, llama: Path, shard: Shard) -> None:
@@ -134,7 +186,7 @@ def test_answers_end_at_the_tokenizers_and_at_the_models_stop_tokens(tmp_path: P
     (folder / "generation_config.json").write_text(json.dumps(own))
     stopped, prompter = _opened(folder)
     (answer,) = generate(stopped, prompter, [shard[0]], 12)
-    assert answer == model.tokenizer.decode(whole[:1], skip_special_tokens=True)
+    assert answer == Answer(model.tokenizer.decode(whole[:1], skip_special_tokens=True), 0)
     assert answer != generate(model, prompter, [shard[0]], 12)[0]
 
 

@@ -41,7 +41,7 @@ def test_a_request_of_another_type_is_a_task_error_that_names_both(request_messa
 
 
 def test_every_kind_is_known_by_its_name_and_says_what_it_does() -> None:
-    assert set(TASKS) == {"select", "train", "evaluate"}
+    assert set(TASKS) == {"select", "train", "secure-train", "evaluate", "validate"}
     for name, kind in TASKS.items():
         assert task_kind(name) is kind
         assert kind.doing

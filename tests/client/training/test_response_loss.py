@@ -59,7 +59,7 @@ def test_answers_under_a_prompt_are_those_of_pefts_wrapper(prompted: InferenceMo
     prompter = Prompter(prompted.tokenizer, max_length=64)
     own = prompted.base.model.generation_config
     rows = [Row(number, f"Say {word}.", "", "x") for number, word in enumerate(("cat", "hippopotamus"))]
-    answers = generate(prompted, prompter, rows, 8)
+    answers = [answer.text for answer in generate(prompted, prompter, rows, 8)]
     for row, answer in zip(rows, answers, strict=True):
         ids = torch.tensor([prompter.encode_prompt(row, reserve=8).input_ids])
         out = prompted.module.generate(
@@ -67,4 +67,5 @@ def test_answers_under_a_prompt_are_those_of_pefts_wrapper(prompted: InferenceMo
         )
         assert prompted.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == answer
     assert prompted.base.model.generation_config is own
-    assert generate(InferenceModel(prompted.base, prompted.base.model), prompter, rows, 8) != answers
+    plain = generate(InferenceModel(prompted.base, prompted.base.model), prompter, rows, 8)
+    assert [answer.text for answer in plain] != answers
