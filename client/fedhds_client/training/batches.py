@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from fedhds.spec import TrainingSpec
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The rows of every optimizer step of a round."""
+
+    steps: int
+    pass_steps: int
+    """Steps of one pass over the rows."""
+    batches: Iterator[list[int]]
 
 
 def steps_of(spec: TrainingSpec, rows: int) -> int:

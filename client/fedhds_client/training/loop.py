@@ -17,7 +17,7 @@ from fedhds_client.computation import Cancelled
 from fedhds_client.data.prompts import Prompter
 from fedhds_client.data.shard import Shard
 from fedhds_client.models.adapter import AdapterModel
-from fedhds_client.training.batches import shuffled_batches, steps_of, steps_of_pass
+from fedhds_client.training.batches import BatchPlan, shuffled_batches, steps_of, steps_of_pass
 from fedhds_client.training.response_loss import ResponseLoss
 from fedhds_client.training.schedule import learning_rate
 from fedhds_client.training.step_gradient import MeanGradient, StepGradient
@@ -59,17 +59,18 @@ def train(
     rounds: int = 1,
     trainable_roles: frozenset[str] = frozenset(),
     step_gradient: Callable[[ResponseLoss, Sequence[torch.nn.Parameter]], StepGradient] = MeanGradient,
+    plan: BatchPlan | None = None,
     progress: Callable[[float], None],
     cancelled: Callable[[], bool],
 ) -> TrainOutcome:
-    """Trains the adapter in place on the rows with ids `rows` (at least one).
+    """Trains the adapter in place on the rows with ids `rows` (at least one, but for a `plan`).
 
     Adam, a fresh one in every round, as the global adapter is a new start; order of rows and dropout come from `seed`.
     Rows become tokens batch by batch, so memory does not grow with the shard. The global random state is left alone.
     With `trainable_roles`, tensors of other roles keep their bytes and take no memory for gradients.
     Raises Cancelled, TaskError when loss or gradient is not finite or memory runs out, ValueError without rows.
     """
-    if not rows:
+    if not rows and plan is None:
         raise ValueError("there are no rows to train on")
     started = time.monotonic()
     parameters = model.parameters(trainable_roles)
@@ -77,13 +78,16 @@ def train(
     gradient_of = step_gradient(ResponseLoss(model), parameters)
     start = [parameter.detach().clone() for parameter in parameters] if spec.proximal_mu else []
     order = torch.Generator().manual_seed(seed % 2**63)
-    steps, pass_steps = steps_of(spec, len(rows)), steps_of_pass(spec, len(rows))
+    if plan is None:
+        pass_steps = steps_of_pass(spec, len(rows))
+        plan = BatchPlan(steps_of(spec, len(rows)), pass_steps, shuffled_batches(rows, spec, order))
+    steps = plan.steps
     truncated: set[int] = set()
     # Of the newest pass; of the first one, for the weight.
-    recent: deque[tuple[float, int, list[int]]] = deque(maxlen=pass_steps)
+    recent: deque[tuple[float, int, list[int]]] = deque(maxlen=plan.pass_steps)
     first_rows = first_tokens = tokens = 0
     with _training(model, parameters, optimizer, seed):
-        for step, ids in enumerate(shuffled_batches(rows, spec, order)):
+        for step, ids in enumerate(plan.batches):
             if cancelled():
                 raise Cancelled("training was stopped")
             batch = [prompter.encode(shard[row]) for row in ids]
@@ -97,7 +101,7 @@ def train(
                 _step(optimizer, parameters, rate, spec.max_grad_norm)
             recent.append((total, count, ids))
             tokens += sum(len(encoded.input_ids) for encoded in batch)
-            if step < pass_steps:
+            if step < plan.pass_steps:
                 first_rows, first_tokens = first_rows + len(ids), first_tokens + count
             progress((step + 1) / steps)
     return TrainOutcome(
@@ -107,7 +111,7 @@ def train(
         truncated_rows=len(truncated),
         steps=steps,
         loss_rows=len({row for _, _, ids in recent for row in ids}),
-        response_tokens=round(first_tokens * len(rows) / first_rows),
+        response_tokens=round(first_tokens * len(rows) / first_rows) if first_rows else 0,
         tokens=tokens,
     )
 
