@@ -134,6 +134,22 @@ class ServerSettings(Parameters):
         return self
 
     @model_validator(mode="after")
+    def _check_secure(self) -> Self:
+        if not self.run.secure.enabled:
+            return self
+        if self.tls_cert is None:
+            raise ValueError(
+                "secure_aggregation: sites check each other's certificates, and there is no TLS; give --tls-ca, "
+                "--tls-cert and --tls-key (see fedhds certs)"
+            )
+        if self.keep_updates:
+            raise ValueError(
+                "keep_updates: with --secure-aggregation this coordinator has masked updates and their sum, and no "
+                "single update to keep; drop one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_run_folder(self) -> Self:
         folder = str(self.run_folder.absolute())
         if not_utf_8(folder):
@@ -161,7 +177,7 @@ class ServerSettings(Parameters):
     def run_spec(self) -> RunSpec:
         """The part that every site gets, with the noise that `selection_epsilon` asks for."""
         selections = 1 if self.run.selection.schedule == "one-shot" else self.run.rounds.count
-        releases = selections * self.run.selection.strategy.releases(self.run)
+        releases = selections * self.run.selection.releases(self.run)
         if self.selection_epsilon is None or not releases:
             return self.run
         from fedhds.privacy.mechanisms import calibrate_noise

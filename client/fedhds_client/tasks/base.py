@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from google.protobuf.message import Message
 
-from fedhds import __version__
-from fedhds.errors import TaskError
+from fedhds_client.incoming import unpacked
 
 if TYPE_CHECKING:
     from fedhds.v2 import federation_pb2 as pb
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from fedhds_client.executor import RunModels
     from fedhds_client.settings import ClientSettings
     from fedhds_client.site import Site
+    from fedhds_client.tasks.secure_train import MaskedFile
     from fedhds_client.updates.update import FinishedUpdate
 
 MessageType = TypeVar("MessageType", bound=Message)
@@ -40,13 +40,7 @@ class TaskContext:
 
     def request(self, kind: type[MessageType]) -> MessageType:
         """The task's request; raises TaskError when it is of another type."""
-        message = kind()
-        if not self.task.request.Unpack(message):
-            raise TaskError(
-                f"the {self.task.kind} task has a request of type {self.task.request.TypeName() or 'none'}, but fedhds "
-                f"{__version__} expects {kind.DESCRIPTOR.full_name}; install the coordinator's version here"
-            )
-        return message
+        return unpacked(self.task.request, kind, task=self.task.kind)
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class TaskResult:
     """What the coordinator gets: a message, and the file that it names, if any."""
 
     message: Message
-    update: FinishedUpdate | None = None
+    update: FinishedUpdate | MaskedFile | None = None
 
 
 class SiteTask(ABC):

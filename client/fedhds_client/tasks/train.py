@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from fedhds.errors import PlainUpdateAsked, TaskError
 from fedhds.v2 import federation_pb2 as pb
@@ -56,7 +57,7 @@ class TrainTask(SiteTask):
             folder=site.folder,
             round_number=0 if spec.selection.one_shot else task.round_number,
         )
-        if not rows:
+        if not rows and not spec.privacy.training.noised:
             logger.info("%s: round %d picks no row of this site", site.name, task.round_number)
             return TaskResult(pb.TrainResult())
         if request.coreset.HasField("picks"):
@@ -72,19 +73,30 @@ class TrainTask(SiteTask):
         )
         logger.info("%s: round %d trains on %d of %d rows", site.name, task.round_number, len(rows), len(site.shard))
         models.model.load(context.adapter)
-        outcome = train(
-            models.model,
-            site.shard,
-            rows,
-            models.prompter,
-            spec.training,
-            seed=spec.seed + int(file_key(task.id)[:12], 16),
-            round_number=task.round_number,
-            rounds=spec.rounds.count,
-            trainable_roles=roles,
-            progress=context.control.report,
-            cancelled=context.control.cancelled,
-        )
+        options: dict[str, Any] = {
+            "seed": spec.seed + int(file_key(task.id)[:12], 16),
+            "round_number": task.round_number,
+            "trainable_roles": roles,
+            "progress": context.control.report,
+            "cancelled": context.control.cancelled,
+        }
+        if spec.privacy.training.noised:
+            from fedhds_client.training.dp_sgd import train_private
+
+            outcome = train_private(
+                models.model,
+                site.shard,
+                rows,
+                models.prompter,
+                spec,
+                release.cost,
+                expected_rows=release.asked,
+                **options,
+            )
+        else:
+            outcome = train(
+                models.model, site.shard, rows, models.prompter, spec.training, rounds=spec.rounds.count, **options
+            )
         if outcome.truncated_rows:
             logger.warning(
                 "%s: %d of %d rows are longer than %d tokens and were truncated",
@@ -99,8 +111,9 @@ class TrainTask(SiteTask):
         update = keep_update(
             path, models.model, context.adapter, shown, round_number=task.round_number, trainable_roles=roles
         )
-        text = "%s: round %d trained in %.1f s (%.0f tokens/s), loss %.4f"
-        logger.info(text, site.name, task.round_number, outcome.seconds, outcome.tokens_per_s, outcome.loss)
+        loss = "no loss is measured" if spec.privacy.training.noised else f"loss {outcome.loss:.4f}"
+        text = "%s: round %d trained in %.1f s (%.0f tokens/s), %s"
+        logger.info(text, site.name, task.round_number, outcome.seconds, outcome.tokens_per_s, loss)
         return TaskResult(update.result(min_rows=context.settings.rules.min_cluster_rows), update)
 
 

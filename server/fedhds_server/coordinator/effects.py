@@ -7,19 +7,25 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedhds.errors import DamagedArtifact, FedhdsError, StorageError
+from fedhds.errors import AdapterError, DamagedArtifact, FedhdsError, StorageError
 from fedhds.runtime.files import replace_file
+from fedhds.secure.masks import MaskStream
+from fedhds.secure.quantization import Ring32
 from fedhds.status import status_dict
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.manifest import AdapterManifest, FloatArray, InitialKind, TensorSpec
 from fedhds.tensors.safetensors import AdapterReader, write_adapter
+from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import status_pb2
 from fedhds_server.aggregation import AGGREGATORS, Update, aggregate
+from fedhds_server.aggregation.norms import bounded, update_norm
+from fedhds_server.aggregation.pipeline import Aggregated
+from fedhds_server.aggregation.secure_sum import add_masked, write_mean
 from fedhds_server.aggregation.weights import site_shares
 from fedhds_server.counters import AGGREGATION_SECONDS
 from fedhds_server.optimizers import OPTIMIZERS
@@ -30,17 +36,19 @@ from fedhds_server.run.events import (
     DrawAdapter,
     Instruction,
     Resolve,
+    RoundAbandoned,
+    RoundReport,
     RunFailed,
     StageResolved,
     WriteCheckpoint,
 )
-from fedhds_server.run.state import RunState, Stage
+from fedhds_server.run.state import RunState, Stage, UpdateScore
 from fedhds_server.selection.base import Selection
 from fedhds_server.selection.record import newest_selection, write_selection
 from fedhds_server.status import model_card_of, status_of
 from fedhds_server.storage.checkpoint import BEST, LAST, write_checkpoint
 from fedhds_server.workflows import WORKFLOWS
-from fedhds_server.workflows.training import contributions
+from fedhds_server.workflows.training import contributions, recent_norms, trainable_roles
 
 if TYPE_CHECKING:
     from fedhds_server.coordinator.coordinator import Coordinator
@@ -169,9 +177,9 @@ class Effects:
     def aggregate(self, state: RunState, stage: Stage) -> AdapterUpdated:
         """Combines the stage's updates into the next global adapter, durably; raises StorageError.
 
-        An update whose bytes are no longer those that were accepted is left out.
+        An update whose bytes are no longer those that were accepted, or that is absurdly long, is left out.
         """
-        spec, manifest = state.spec.aggregation, state.adapter_manifest
+        spec = state.spec.aggregation
         damaged: dict[str, str] = {}
         paths: dict[str, Path] = {}
         results = contributions(stage)
@@ -182,12 +190,67 @@ class Effects:
                     paths[site] = self._artifacts.verified(artifact)
             except DamagedArtifact as error:
                 damaged[site] = str(error)
+        current, roles = self._artifacts.verified(state.adapter), trainable_roles(state, stage.round_number)
+        norms = {site: update_norm(path, current, state.adapter_manifest, roles) for site, path in paths.items()}
+        recent = recent_norms(state, stage.round_number)
+        bound = bounded(norms, recent, spec.update_norm_factor, leave_out=spec.robust.leaves_out)
+        counted = [site for site in paths if site not in bound.left_out]
         by_rows = spec.weight_by == "rows"
-        counts = {site: results[site].samples if by_rows else min(results[site].samples, 1) for site in paths}
+        counts = {site: results[site].samples if by_rows else min(results[site].samples, 1) for site in counted}
         shares = site_shares(counts, spec.max_weight_share)
-        updates = [Update(site, path, shares[site]) for site, path in paths.items()]
+        updates = [Update(site, paths[site], shares[site], bound.scales[site]) for site in counted]
+        result = self._combined(state, stage, updates)
+        if self._keep_updates:
+            # Before the result is durable: nothing names the updates from then on.
+            for site in paths:
+                if artifact := stage.replies[site].artifact:
+                    self._artifacts.keep_update(artifact, stage.round_number, site)
+        scores = {site: UpdateScore(norm=norms[site]) for site in counted}
+        for site, score in result.scores.items():
+            scores[site].distance, scores[site].cosine = score.distance, score.cosine
+        report = RoundReport(result.gap, scores, result.refused, tuple(bound.notes))
+        return AdapterUpdated(result.adapter, result.slots, {**damaged, **bound.left_out}, report)
+
+    def add_masked(self, updates: Sequence[Artifact]) -> Artifact:
+        """The sum of masked updates, durably; raises StorageError, DamagedArtifact."""
+        path = self._artifacts.scratch(f"masked-sum-{self._scratch}")
+        artifact = add_masked(path, [self._artifacts.verified(update) for update in updates])
+        self._artifacts.adopt(path, artifact)
+        return artifact
+
+    @AGGREGATION_SECONDS.time()
+    def unmask(self, state: RunState, stage: Stage, masks: Sequence[MaskStream]) -> AdapterUpdated | RoundAbandoned:
+        """The next global adapter from the stage's sum, once `masks` are applied, durably; raises StorageError."""
+        secure = stage.secure
+        if secure is None or secure.total is None:
+            return RoundAbandoned("there is no sum")
+        path = self._artifacts.scratch(f"mean-{self._scratch}")
+        survivors = {site: secure.members[site] for site in secure.survivors}
+        try:
+            loss = write_mean(
+                path,
+                self._artifacts.verified(secure.total),
+                masks,
+                ring=Ring32(state.spec.secure.clip_norm, len(secure.members)),
+                weight=sum(member.weight for member in survivors.values()),
+                current=self._artifacts.verified(state.adapter),
+                manifest=state.adapter_manifest,
+                roles=trainable_roles(state, stage.round_number),
+            )
+        except AdapterError as error:
+            return RoundAbandoned(str(error))
+        result = self._combined(state, stage, [Update("sum", path, 1.0)])
+        path.unlink(missing_ok=True)
+        results = {
+            site: pb.TrainResult(samples=member.rows, loss=loss) for site, member in sorted(survivors.items())
+        }
+        return AdapterUpdated(result.adapter, result.slots, results=results)
+
+    def _combined(self, state: RunState, stage: Stage, updates: Sequence[Update]) -> Aggregated:
+        """What updates make of the global adapter, durably."""
+        spec = state.spec.aggregation
         result = aggregate(
-            manifest,
+            state.adapter_manifest,
             self._artifacts.verified(state.adapter),
             updates,
             aggregator=AGGREGATORS[spec.aggregator.name],
@@ -196,15 +259,11 @@ class Effects:
             slots={name: self._artifacts.verified(slot) for name, slot in state.slots.items()},
             scratch=lambda name: self._artifacts.scratch(f"{name}-{self._scratch}"),
             round_number=stage.round_number,
+            seed=state.spec.seed,
         )
         for path, artifact in result.files:
             self._artifacts.adopt(path, artifact)
-        if self._keep_updates:
-            # Before the result is durable: nothing names the updates from then on.
-            for site in paths:
-                if artifact := stage.replies[site].artifact:
-                    self._artifacts.keep_update(artifact, stage.round_number, site)
-        return AdapterUpdated(result.adapter, result.slots, damaged)
+        return result
 
     def _draw_adapter(self, manifest: AdapterManifest, first_values: Artifact | None) -> Artifact:
         spec = self._coordinator.state.spec

@@ -106,6 +106,8 @@ async def check_result(
     if long:
         async with coordinator.reading_long:
             return artifact, await asyncio.to_thread(_check_long, coordinator, task, path)
+    if kind.masked:
+        return artifact, None
     current = await asyncio.to_thread(artifacts.verified, state.adapter)
     spec = state.spec.aggregation
     try:

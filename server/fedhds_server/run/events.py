@@ -10,7 +10,10 @@ from google.protobuf.message import Message
 
 from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.manifest import AdapterManifest
+from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import selection_pb2
+from fedhds_server.run.secure_round import SecureRound
+from fedhds_server.run.state import UpdateScore
 
 # Outcomes: what a workflow makes of a closed stage.
 
@@ -19,11 +22,16 @@ from fedhds.v2 import selection_pb2
 class NextStep:
     """The sites that answered get another task of the same workflow, with this request.
 
-    `artifact` is what the request stands for, if it is too long for the state.
+    `artifact` is what the request stands for, if it is too long for the state; `secure` what a secure round has fixed.
     """
 
     request: Message
     artifact: Artifact | None = None
+    secure: SecureRound | None = None
+    sites: tuple[str, ...] | None = None
+    """Those of them that get it; None: all."""
+    rows: Mapping[str, int] = field(default_factory=dict)
+    """Rows that the steps before have left each site; absent: all that it declared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +43,37 @@ class CoresetsSelected:
 
 
 @dataclass(frozen=True, slots=True)
+class RoundReport:
+    """What is known of a round's updates besides their result, as `ClosedRound` keeps it; and lines for people."""
+
+    product_gap: float | None = None
+    updates: Mapping[str, UpdateScore] = field(default_factory=dict)
+    unchanged: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterUpdated:
     """The next global adapter and the server optimizer's slots are durable."""
 
     adapter: Artifact
     slots: Mapping[str, Artifact] = field(default_factory=dict)
     damaged: Mapping[str, str] = field(default_factory=dict)
-    """Sites whose update was left out, as its bytes are no longer those that were accepted; and what is wrong."""
+    """Sites whose update was left out, as its bytes are no longer those that were accepted or it is too far away; and
+    what is wrong."""
+    report: RoundReport = RoundReport()
+    results: Mapping[str, pb.TrainResult] | None = None
+    """What is known of the sites in the sum, where the stage's replies do not say it."""
 
 
-Outcome = NextStep | CoresetsSelected | AdapterUpdated
+@dataclass(frozen=True, slots=True)
+class RoundAbandoned:
+    """The round ends without a result, and the adapter stays as it is."""
+
+    reason: str
+
+
+Outcome = NextStep | CoresetsSelected | AdapterUpdated | RoundAbandoned
 
 
 # Events: what happened. `at` is wall time in seconds, given by the caller of the machine.
@@ -206,6 +235,15 @@ class RunResumed:
 
 
 @dataclass(frozen=True, slots=True)
+class RunRolledBack:
+    """An operator takes the run back to the adapter of an earlier round (checked by rollback.target before)."""
+
+    at: float
+    round_number: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class RunStopped:
     """An operator ends the run with the adapter as it is."""
 
@@ -246,6 +284,7 @@ Event = (
     | RetryDue
     | RunPaused
     | RunResumed
+    | RunRolledBack
     | RunStopped
     | RunFailed
     | FinalDelivered

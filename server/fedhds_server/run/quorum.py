@@ -34,6 +34,8 @@ class CohortProgress:
     quorum: int
     """Fewest answers that close it at all."""
     deadline_reached: bool
+    by_site: bool = False
+    """Sites count one by one, and nobody can take the place of one."""
 
     @classmethod
     def of(cls, state: RunState) -> Self | None:
@@ -47,20 +49,28 @@ class CohortProgress:
         working = frozenset(site for site in cohort - answered if site in with_task and state.sites[site].live)
         failed = cohort & set(stage.failed) - answered - working
         disconnected = cohort - answered - working - failed
-        quorum = state.spec.rounds.quorum_of(stage.target)
         workflow = WORKFLOWS[stage.kind]
-        return cls(workflow, answered, working, failed, disconnected, stage.target, quorum, stage.deadline_reached)
+        quorum, by_site = workflow.quorum(state, stage), workflow.by_site(stage)
+        return cls(
+            workflow, answered, working, failed, disconnected, stage.target, quorum, stage.deadline_reached, by_site
+        )
 
     @property
     def complete(self) -> bool:
         """Whether the stage closes now: with what came, or with nothing when all that could be tried has failed."""
         if not self.answered and self.failed:
             return not self.working and not self.disconnected
+        within_reach = self.answered | self.working | (frozenset() if self.deadline_reached else self.disconnected)
+        if self.workflow.abandons and self.failed | self.disconnected and self._count(within_reach) < self.quorum:
+            return True
         answered = parties(self.answered)
         done = answered - parties(self.working)
         if self.workflow.closes_at_target and len(done) >= max(self.target, self.quorum):
             return True
-        return len(answered) >= self.quorum and (self.deadline_reached or not self.working)
+        return self._count(self.answered) >= self.quorum and (self.deadline_reached or not self.working)
+
+    def _count(self, sites: frozenset[str]) -> int:
+        return len(sites) if self.by_site else len(parties(sites))
 
     @property
     def short(self) -> bool:
@@ -70,7 +80,7 @@ class CohortProgress:
     @property
     def outline(self) -> str:
         """How it stands, in numbers."""
-        answered = len(parties(self.answered))
+        answered = self._count(self.answered)
         if not self.short:
             return f"{answered} of {max(self.target, self.quorum)} {self.workflow.answers}"
         return f"waits for its quorum: {answered} of at least {self.quorum} {self.workflow.answers}"

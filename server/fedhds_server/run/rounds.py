@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fedhds.tensors.artifact import Artifact
-from fedhds_server.run import stages, validation
+from fedhds_server.run import rollback, stages, validation
 from fedhds_server.run.events import (
     AdapterUpdated,
     CoresetsSelected,
@@ -14,6 +14,8 @@ from fedhds_server.run.events import (
     NextStep,
     Outcome,
     Record,
+    RoundAbandoned,
+    RunRolledBack,
     Wake,
     WriteCheckpoint,
 )
@@ -23,6 +25,7 @@ from fedhds_server.run.quorum import CohortProgress, cohort_size, draw, listed
 from fedhds_server.run.state import ClosedRound, Phase, Reply, RunState, SiteState, Stage, packed
 from fedhds_server.workflows import WORKFLOWS
 from fedhds_server.workflows.evaluation import EvaluationTasks, evaluated_rounds, missing_evaluations
+from fedhds_server.workflows.secure_training import SecureTrainingWorkflow
 from fedhds_server.workflows.selection import SelectionWorkflow
 from fedhds_server.workflows.training import TrainingWorkflow, contributions
 
@@ -32,7 +35,7 @@ _MAX_FAILED_ROUNDS = 3
 # In a message: one line for people.
 _MAX_ERRORS = 3
 _VALIDATING = "validating"
-_SELECT, _TRAIN, _EVALUATE = SelectionWorkflow.kind, TrainingWorkflow.kind, EvaluationTasks.kind
+_SELECT, _EVALUATE = SelectionWorkflow.kind, EvaluationTasks.kind
 
 
 def activity(state: RunState) -> str:
@@ -95,16 +98,49 @@ def resolved(state: RunState, outcome: Outcome, at: float) -> list[Instruction]:
         return []
     before = state.artifacts
     match outcome:
-        case NextStep(request, artifact):
+        case NextStep(request, artifact, secure, only):
             # Sites that were excluded while the strategy was at work get no further step.
-            sites = sorted(site for site in stage.replies if not state.sites[site].excluded)
-            target, step = len(parties(sites)), stage.step + 1
-            stages.open_stage(state, stage.kind, sites, target, request=request, artifact=artifact, step=step)
+            asked = stage.replies if only is None else only
+            sites = sorted(site for site in asked if not state.sites[site].excluded)
+            target, step = len(sites if secure else parties(sites)), stage.step + 1
+            stages.open_stage(
+                state, stage.kind, sites, target, request=request, artifact=artifact, step=step, secure=secure
+            )
+            if state.stage is not None:
+                state.stage.rows = dict(outcome.rows)
             return [*_discards(before - state.artifacts), Wake()]
         case CoresetsSelected():
             return [*_selected(state, stage, outcome, at), *_discards(before - state.artifacts), Wake()]
+        case RoundAbandoned(reason):
+            note = Record(f"round {state.round_number} has no result: {reason}", trouble=True)
+            kept = AdapterUpdated(state.adapter, state.slots, results={})
+            return [note, *_round_closed(state, stage, kept, at), Wake()]
         case AdapterUpdated():
             return [*_round_closed(state, stage, outcome, at), Wake()]
+
+
+def rolled_back(state: RunState, event: RunRolledBack) -> list[Instruction]:
+    """Goes on from the adapter of an earlier round; the open round ends without a result."""
+    if state.phase.over or event.round_number not in state.adapters:
+        return []
+    before = state.artifacts
+    reason = f"taken back to round {event.round_number}: {event.reason}"
+    notes: list[Instruction] = [Record(f"the run is {reason}", trouble=True)]
+    number, stage = rollback.open_round(state), state.stage
+    if stage is not None:
+        stages.withdraw(state, kind=stage.kind)
+        state.stage = None
+    rollback.go_back(state, event.round_number)
+    if number is not None:
+        seconds = event.at - state.round_opened_at
+        state.closed_rounds.append(
+            ClosedRound(round_number=number, cohort=[], contributions={}, loss=None, seconds=seconds, unchanged=reason)
+        )
+    add_evaluations(state)
+    notes.append(WriteCheckpoint())
+    if state.phase is Phase.RUNNING:
+        notes += _go_on(state, event.at)
+    return [*notes, *_discards(before - state.artifacts), Wake()]
 
 
 def add_evaluations(state: RunState) -> None:
@@ -117,13 +153,16 @@ def add_evaluations(state: RunState) -> None:
 
 def end(state: RunState, phase: Phase, reason: str, at: float, *, failures: str = "") -> list[Instruction]:
     """Ends the run; its last global adapter stays. `failures` names sites: it is for operators."""
-    message = reason + failures
-    uploads = state.artifacts - {*state.adapters.values(), *state.slots.values()}
+    message, before = reason + failures, state.artifacts
+    if state.adapters:
+        # Nothing leads back any more.
+        _keep_adapters(state, set())
+        state.slots_at = {}
     state.phase, state.message, state.end_message, state.ended_at = phase, message, reason, at
     state.tasks, state.stage, state.paused = {}, None, None
     verb = {Phase.COMPLETED: "is complete", Phase.STOPPED: "is stopped"}.get(phase, "failed")
     note = Record(f"the run {verb}: {message}", trouble=phase is not Phase.COMPLETED)
-    return [note, *_discards(uploads), WriteCheckpoint(), Wake()]
+    return [note, *_discards(before - state.artifacts), WriteCheckpoint(), Wake()]
 
 
 def _start_if_ready(state: RunState, at: float) -> list[Instruction]:
@@ -143,7 +182,7 @@ def _open_selection(state: RunState) -> list[Instruction]:
     """Asks the trainers (one-shot) or the round's cohort (per round) for reports, if the strategy needs any."""
     state.coresets = {}
     sites = state.trainers if state.spec.selection.one_shot else _draw(state, state.trainers)
-    if state.spec.selection.strategy.report_type is not None:
+    if state.spec.selection.asks_sites:
         stages.open_stage(state, _SELECT, sites, len(parties(sites)))
         return []
     replies = {site: Reply(task_id="") for site in sites}
@@ -160,7 +199,7 @@ def _open_round(state: RunState, at: float) -> list[Instruction]:
 def _fill_round(state: RunState, at: float) -> list[Instruction]:
     """Draws the cohort of the open round; waits, with a message, while no live site could be in it."""
     state.round_opened_at = at
-    stages.open_stage(state, _TRAIN, [], 0)
+    stages.open_stage(state, _training(state), [], 0)
     eligible = _eligible(state)
     state.round_size = cohort_size(len(parties(eligible)), state.spec.rounds.cohort_fraction)
     if not eligible:
@@ -180,15 +219,27 @@ def _draw(state: RunState, sites: list[str]) -> list[str]:
     """The round's cohort out of `sites`, over-selection included; never fewer than the quorum."""
     rounds = state.spec.rounds
     size = max(math.ceil(state.round_size * (1 + rounds.over_selection)), rounds.quorum_of(state.round_size))
+    if state.spec.secure.enabled:
+        size = max(size, state.spec.secure.min_sites)
     return draw(sites, size, seed=state.spec.seed, round_number=state.round_number)
 
 
 def _open_training(state: RunState, cohort: list[str], at: float) -> list[Instruction]:
-    stages.open_stage(state, _TRAIN, cohort, min(len(parties(cohort)), state.round_size))
+    secure = state.spec.secure
+    stages.open_stage(state, _training(state), cohort, min(len(parties(cohort)), state.round_size))
     if not cohort:
         note = Record(f"round {state.round_number}: no row was selected, the adapter stays as it is")
         return [note, *stages.close(state)]
+    if secure.enabled and len(parties(cohort)) < secure.min_sites:
+        reason = f"sites of {len(parties(cohort))} certificates have rows, --min-secure-sites is {secure.min_sites}"
+        note = Record(f"round {state.round_number} is not run: {reason}", trouble=True)
+        return [note, *stages.close(state)]
     return [Record(f"round {state.round_number} of {state.spec.rounds.count} opens with {listed(cohort)}")]
+
+
+def _training(state: RunState) -> str:
+    """The kind of the run's training tasks."""
+    return (SecureTrainingWorkflow if state.spec.secure.enabled else TrainingWorkflow).kind
 
 
 def _fill_up(state: RunState, progress: CohortProgress, at: float) -> list[Instruction]:
@@ -196,12 +247,12 @@ def _fill_up(state: RunState, progress: CohortProgress, at: float) -> list[Instr
     stage = state.stage
     if stage is None:
         return []
-    able = _eligible(state) if stage.kind == _TRAIN else state.trainers
+    able = state.trainers if stage.kind == _SELECT else _eligible(state)
     if not progress.workflow.replaceable(state, stage):
-        if not progress.answered and not progress.failed and able:
+        if not progress.answered and not progress.failed and able and not progress.by_site:
             # Nothing has come that a new start would throw away.
             stages.withdraw(state, kind=stage.kind)
-            again = _fill_round(state, at) if stage.kind == _TRAIN else _open_selection(state)
+            again = _open_selection(state) if stage.kind == _SELECT else _fill_round(state, at)
             return [*again, Wake()]
         # Of the cohort, those that left and came back.
         able = [site for site in able if site in stage.cohort]
@@ -226,7 +277,8 @@ def _selected(state: RunState, stage: Stage, outcome: CoresetsSelected, at: floa
         if stage.replies:
             return [*notes, *_open_training(state, sorted(coresets), at)]
         # Its tasks were given, and all failed: a failed round.
-        state.stage = Stage(kind=_TRAIN, round_number=state.round_number, cohort=stage.cohort, failed=stage.failed)
+        number, kind = state.round_number, _training(state)
+        state.stage = Stage(kind=kind, round_number=number, cohort=stage.cohort, failed=stage.failed)
         note = Record(f"round {state.round_number}: no site could select; the adapter stays as it is{failures}", True)
         return [*notes, note, *stages.close(state)]
     if not coresets:
@@ -245,7 +297,13 @@ def _round_closed(state: RunState, stage: Stage, outcome: AdapterUpdated, at: fl
         state.sites[site].last_error = reason
         message = f"round {state.round_number} goes on without the update of site {site}: {reason}"
         notes.append(Record(message, trouble=True))
-    updates = contributions(stage)
+    notes += [Record(f"round {state.round_number}: {note}") for note in outcome.report.notes]
+    if outcome.report.unchanged:
+        message = f"round {state.round_number} is not combined, the adapter stays as it is: {outcome.report.unchanged}"
+        notes.append(Record(message, trouble=True))
+    # Of a round that is not combined, no update counts.
+    updates = {} if outcome.report.unchanged else outcome.results
+    updates = contributions(stage) if updates is None else updates
     samples = sum(update.samples for update in updates.values())
     # Sites keep the loss of a few rows to themselves.
     said = [update for update in updates.values() if update.HasField("loss")]
@@ -257,8 +315,12 @@ def _round_closed(state: RunState, stage: Stage, outcome: AdapterUpdated, at: fl
         contributions={site: update.samples for site, update in updates.items()},
         loss=loss,
         seconds=at - state.round_opened_at,
+        product_gap=outcome.report.product_gap,
+        updates=dict(outcome.report.updates),
+        unchanged=outcome.report.unchanged,
     )
     state.closed_rounds.append(closed)
+    rollback.keep_slots(state)
     state.adapters[state.round_number] = outcome.adapter
     state.slots = dict(outcome.slots)
     state.stage = None
@@ -270,20 +332,35 @@ def _round_closed(state: RunState, stage: Stage, outcome: AdapterUpdated, at: fl
         )
     )
     notes += [WriteCheckpoint(), *_validated(state), *_after_round(state, stage, at)]
-    return [*notes, *_discards(before - state.artifacts)]
+    # The run's end has its own.
+    ended = {note.artifact for note in notes if isinstance(note, Discard)}
+    return [*notes, *_discards(before - state.artifacts - ended)]
 
 
 def _validated(state: RunState) -> list[Instruction]:
     """Takes what validation says so far; adapters that are not needed any more are named no more."""
     best = state.best_round
     notes: list[Instruction] = [Record(note) for note in validation.settle(state)]
-    needed = {*evaluated_rounds(state), max(state.adapters), state.best_round}
+    to = rollback.previous_round(state)
+    if to is not None and (reason := rollback.jump(state)):
+        given_up = f"given up for the adapter of round {to}: {reason}"
+        notes.append(Record(f"round {max(state.adapters)} is {given_up}", trouble=True))
+        state.closed_rounds[-1].unchanged = given_up
+        rollback.go_back(state, to)
+        notes.append(WriteCheckpoint())
+    _keep_adapters(state, {rollback.previous_round(state)})
+    rollback.drop_slots(state)
+    return [*notes, *[WriteCheckpoint()] * (state.best_round != best)]
+
+
+def _keep_adapters(state: RunState, wanted: set[int | None]) -> None:
+    """Names no adapters but `wanted` ones, those that are measured, the newest and the best."""
+    needed = {*evaluated_rounds(state), max(state.adapters), state.best_round, *wanted}
     state.adapters = {
         number: adapter
         for number, adapter in state.adapters.items()
         if number in needed or number > state.validated_round
     }
-    return [*notes, *[WriteCheckpoint()] * (state.best_round != best)]
 
 
 def _after_round(state: RunState, stage: Stage, at: float) -> list[Instruction]:
@@ -291,6 +368,8 @@ def _after_round(state: RunState, stage: Stage, at: float) -> list[Instruction]:
     # Per-round selection may rightly choose no site; a round failed only when tasks were given and all failed.
     if len(recent) == _MAX_FAILED_ROUNDS and all(closed.cohort and not closed.contributions for closed in recent):
         message = f"no site delivered an update in {_MAX_FAILED_ROUNDS} rounds in a row"
+        if reason := recent[-1].unchanged:
+            message = f"no update was combined in {_MAX_FAILED_ROUNDS} rounds in a row: {reason}"
         return end(state, Phase.FAILED, message, at, failures=_failures(state, stage))
     last = state.round_number == state.spec.rounds.count
     if last and not any(closed.contributions for closed in state.closed_rounds):

@@ -20,6 +20,7 @@ from fedhds_server.run.events import (
 )
 from fedhds_server.run.parties import parties, party_of
 from fedhds_server.run.quorum import CohortProgress, draw, listed
+from fedhds_server.run.secure_round import SecureRound
 from fedhds_server.run.state import Phase, Rejection, RunState, Site, Stage, Task, packed, result_digest
 from fedhds_server.workflows import TASK_KINDS, WORKFLOWS
 
@@ -36,6 +37,7 @@ def open_stage(
     request: Message | None = None,
     artifact: Artifact | None = None,
     step: int = 0,
+    secure: SecureRound | None = None,
 ) -> None:
     """Opens a stage and gives its cohort their tasks; the answers of `target` parties close it at once.
 
@@ -52,6 +54,7 @@ def open_stage(
         request_artifact=artifact,
         cohort=cohort,
         target=target,
+        secure=secure,
     )
     give_tasks(state, cohort)
     if cohort:

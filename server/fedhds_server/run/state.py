@@ -18,6 +18,7 @@ from fedhds.tensors.manifest import AdapterManifest
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import selection_pb2
 from fedhds_server.run.parties import party_of
+from fedhds_server.run.secure_round import SecureRound
 
 MessageType = TypeVar("MessageType", bound=Message)
 
@@ -148,8 +149,10 @@ class Stage(_Record):
     replies: dict[str, Reply] = Field(default_factory=dict)
     totals: str = ""  # packed; what the replies add up to, where the workflow adds them up as they arrive
     failed: list[str] = Field(default_factory=list)  # sites whose task failed or whose result was rejected
+    rows: dict[str, int] = Field(default_factory=dict)  # that earlier steps left a site, where they left some out
     deadline_reached: bool = False
     closed: bool = False  # enough has come; its workflow decides what follows
+    secure: SecureRound | None = None  # what earlier steps of a round under secure aggregation have fixed
 
     @property
     def name(self) -> str:
@@ -165,11 +168,19 @@ class Stage(_Record):
     def artifacts(self) -> list[Artifact]:
         """All that the stage needs of the artifact store."""
         named = [self.request_artifact, *(reply.artifact for reply in self.replies.values())]
-        return [artifact for artifact in named if artifact]
+        return [*(artifact for artifact in named if artifact), *(self.secure.artifacts if self.secure else [])]
 
     def task_id(self, site: str) -> str:
         """The id of a site's task: the same for the same question."""
         return f"{self.name}/{site}"
+
+
+class UpdateScore(_Record):
+    """How an update compares with the others of its round."""
+
+    norm: float  # of its difference to the round's adapter, before it was bounded
+    distance: float | None = None  # its median distance to the others, over the median of these
+    cosine: float | None = None  # with what the others change together
 
 
 class ClosedRound(_Record):
@@ -180,6 +191,9 @@ class ClosedRound(_Record):
     contributions: dict[str, int]  # site -> rows trained on
     loss: float | None  # None: no contributor said its own
     seconds: float
+    product_gap: float | None = None  # from the mean of LoRA's products, where both factors are averaged
+    updates: dict[str, UpdateScore] = Field(default_factory=dict)  # by site, of those that counted
+    unchanged: str = ""  # why the global adapter is not the round's result
 
     @property
     def samples(self) -> int:
@@ -227,6 +241,7 @@ class RunState(_Record):
     adapters: dict[int, Artifact] = Field(default_factory=dict)  # global adapters kept, by round
     first_values: Artifact | None = None  # tensors of the first adapter that follow from the base model, once sent
     slots: dict[str, Artifact] = Field(default_factory=dict)  # of the server optimizer
+    slots_at: dict[int, dict[str, Artifact]] = Field(default_factory=dict)  # after earlier rounds whose adapter is kept
     closed_rounds: list[ClosedRound] = Field(default_factory=list)
     evaluations: dict[int, dict[str, Evaluation]] = Field(default_factory=dict)  # round -> evaluator -> sums
     failed_evaluations: list[str] = Field(default_factory=list)  # tasks that failed after the last round, for good
@@ -251,7 +266,8 @@ class RunState(_Record):
         """Everything that the run still needs from the artifact store."""
         stage = self.stage.artifacts if self.stage else ()
         first = [self.first_values] if self.first_values else []
-        return {*self.adapters.values(), *self.slots.values(), *first, *stage}
+        slots = [slot for slots in (self.slots, *self.slots_at.values()) for slot in slots.values()]
+        return {*self.adapters.values(), *slots, *first, *stage}
 
     @property
     def needs_first_values(self) -> bool:
@@ -262,7 +278,8 @@ class RunState(_Record):
     def downloads(self) -> set[Artifact]:
         """What sites may fetch: the global adapters, and what the open stage asks."""
         request = self.stage.request_artifact if self.stage else None
-        return {*self.adapters.values(), *([request] if request else [])}
+        single = self.stage.secure.requests.values() if self.stage and self.stage.secure else ()
+        return {*self.adapters.values(), *([request] if request else []), *single}
 
     def needs(self, artifact: Artifact) -> bool:
         """Whether the run needs the bytes of this digest, whatever size a site claims for them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from fedhds.errors import RequestError
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from google.protobuf.any_pb2 import Any
     from google.protobuf.message import Message
 
-    from fedhds_server.run.events import AdapterUpdated, Instruction, Outcome, ResultReceived
+    from fedhds.secure.masks import MaskStream
+    from fedhds_server.run.events import AdapterUpdated, Instruction, Outcome, ResultReceived, RoundAbandoned
     from fedhds_server.run.state import RunState, Stage, Task
     from fedhds_server.selection.base import Selection
 
@@ -42,12 +43,23 @@ class Workspace(Protocol):
     def aggregate(self, state: RunState, stage: Stage) -> AdapterUpdated:
         """Combines the stage's updates into the next global adapter, durably; raises StorageError."""
 
+    def add_masked(self, updates: Sequence[Artifact]) -> Artifact:
+        """The sum of masked updates, durably; raises StorageError, DamagedArtifact."""
+
+    def unmask(self, state: RunState, stage: Stage, masks: Sequence[MaskStream]) -> AdapterUpdated | RoundAbandoned:
+        """The next global adapter from the stage's sum, once `masks` are applied, durably; raises StorageError.
+
+        Abandoned is a sum that no honest sites give.
+        """
+
 
 class TaskKind(ABC):
     """The tasks of one kind. All methods run on the event loop and MUST be pure and quick."""
 
     kind: ClassVar[str]
     """Of its tasks; the site's executor has the same name."""
+    masked: ClassVar[bool] = False
+    """Whether its uploads are masked values, of which nothing but the size can be checked."""
 
     @abstractmethod
     def request(self, state: RunState, task: Task) -> Message | Any | None:
@@ -103,6 +115,17 @@ class Workflow(TaskKind):
     """What sites send, for messages: "reports"."""
     closes_at_target: ClassVar[bool] = False
     """Whether a stage closes as soon as its target is reached, though other sites still work."""
+
+    abandons: ClassVar[bool] = False
+    """Whether a stage closes when its quorum is out of reach, and the round ends without a result."""
+
+    def quorum(self, state: RunState, stage: Stage) -> int:
+        """Fewest answers with which a stage can close, of parties or, where they count `by_site`, of sites."""
+        return state.spec.rounds.quorum_of(stage.target)
+
+    def by_site(self, stage: Stage) -> bool:
+        """Whether every site counts by itself, and no other one can take its place."""
+        return False
 
     @abstractmethod
     def title(self, state: RunState, stage: Stage) -> str:
