@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -23,8 +24,11 @@ from fedhds.errors import StorageError
 from fedhds.spec import RunSpec
 from fedhds.tensors.manifest import StopToken
 from fedhds.tensors.safetensors import write_adapter
+from fedhds_client.export.adapter_folder import AdapterFolder
 from fedhds_client.models.adapter import AdapterModel
 from fedhds_client.models.loading import load_base_model
+from fedhds_server.aggregation import AGGREGATORS
+from fedhds_server.aggregation.fedavg import FedAvg
 from fedhds_server.storage.checkpoint import write_checkpoint
 from fedhds_server.storage.model_card import CardFacts, model_card
 from tests.support.manifests import lora_manifest
@@ -177,13 +181,44 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def test_the_hub_reads_the_cards_front_matter() -> None:
-    assert front_matter(card(model_license="apache-2.0")) == {
+    text = card(model_license="apache-2.0")
+    front = yaml.safe_load(text.split("---")[1])
+    assert front.pop("model-index")
+    assert front == {
         "base_model": "org/base",
         "library_name": "peft",
         "license": "apache-2.0",
         "pipeline_tag": "text-generation",
+        "prompt_format": "auto",
         "tags": ["fedhds", "federated-learning", "instruction-tuning", "lora"],
     }
+    data: Any = ModelCard(text).data
+    assert data.library_name == "peft"
+    assert {(result.metric_type, result.metric_value) for result in data.eval_results or ()} == {
+        ("loss", 1.25),
+        ("rouge_l", 0.5),
+    }
+    assert {result.task_type for result in data.eval_results or ()} == {"text-generation"}
+    # What the hub's own client makes of it is the same.
+    assert yaml.safe_load(str(data))["model-index"] == yaml.safe_load(text.split("---")[1])["model-index"]
+
+
+def test_scores_of_another_round_are_not_those_of_the_adapter() -> None:
+    for facts in (
+        replace(FACTS, rounds=4),
+        replace(FACTS, rounds=0),
+        replace(FACTS, evaluations={3: (40, {"loss": float("inf")})}),
+    ):
+        data: Any = ModelCard(card(facts)).data
+        assert data.eval_results is None
+
+
+def test_export_and_chat_read_the_prompt_format_from_the_card(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", MANIFEST, lambda tensor: np.zeros(tensor.shape, np.float32), "float32")
+    write_checkpoint(tmp_path, tmp_path / "a", "{}", card(prompt_format="alpaca"))
+    assert AdapterFolder.open(tmp_path / "checkpoint").prompt_format() == "alpaca"
+    (tmp_path / "checkpoint" / "README.md").write_text("# No card of fedhds")
+    assert AdapterFolder.open(tmp_path / "checkpoint").prompt_format() == "auto"
 
 
 @pytest.mark.parametrize("model", ["/srv/models/base", "base", "./base", "../base", "a/b/c", "org/", "C:\\models"])
@@ -193,10 +228,13 @@ def test_a_local_model_is_not_taken_for_one_of_the_hub(model: str) -> None:
     assert f"An adapter for `{model}`" in text
 
 
-@pytest.mark.parametrize(("license", "expected"), [("not declared", "other"), ("no", "no"), ("a: b # c", "a: b # c")])
+@pytest.mark.parametrize(("license", "expected"), [("not declared", "other"), ("no", "no"), ("a: b # c", "other")])
 def test_licenses_stand_in_the_card_as_declared(license: str, expected: str) -> None:
     text = card(model_license=license, data_license="cc-by-sa-3.0")
-    assert front_matter(text)["license"] == expected
+    front = front_matter(text)
+    assert front["license"] == expected
+    # The hub takes identifiers only; other words stand beside it.
+    assert front.get("license_name") == (license if license == "a: b # c" else None)
     assert f"- base model: {license}\n- data: cc-by-sa-3.0" in text
 
 
@@ -323,3 +361,33 @@ def test_the_card_claims_no_more_privacy_than_there_is(
 def test_the_cards_example_is_python_that_names_the_model(model: str) -> None:
     example = card(model=model).split("```python\n")[1].split("```")[0]
     assert model in compile(example, "card", "exec").co_consts
+
+
+def test_weights_are_claimed_only_where_they_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "the mean of each tensor, weighted by rows |" in card()
+    assert "weighted equally |" in card(weight_by="equal")
+    robust = card(robust_rule="geometric-median", min_sites=5)
+    assert "all parties count the same |" in robust
+    assert "weighted" not in robust.split("| aggregation |")[1].split("\n")[0]
+
+    class Own(FedAvg):
+        description = "An own mean"
+
+        def weights(self, *_: Any) -> Any:
+            raise AssertionError
+
+    monkeypatch.setitem(AGGREGATORS, "fedavg", Own())
+    assert "| aggregation | An own mean |" in card()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"epsilon": 8.0}, "costs at most epsilon 8 at delta 1e-05"),
+        ({"dp_noise_multiplier": 1.5}, "noise multiplier 1.5; every site's own ledger states the example-level"),
+    ],
+)
+def test_the_card_says_what_noise_in_training_promises(fields: dict[str, Any], said: str) -> None:
+    text = card(selection_strategy="random", **fields)
+    assert said in text
+    assert "carried no noise" not in text.split("## Privacy")[1].split("##")[0]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import yaml
 
 from fedhds.evaluation import label_of
 from fedhds.settings import settings_of
 from fedhds.spec import RunSpec
+from fedhds.spec.robust import ActiveRobustSpec
 from fedhds.tensors.manifest import StopToken
-from fedhds_server.aggregation import AGGREGATORS
+from fedhds_server.aggregation import AGGREGATORS, Aggregator
 
-# No dot first: ../model is a path.
 _WEIGHTED = {"rows": "by rows", "equal": "equally"}
+# No dot first: ../model is a path.
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# What the hub takes as the identifier of a license; anything else stands beside it.
+_LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +49,13 @@ class CardFacts:
 def model_card(spec: RunSpec, facts: CardFacts) -> str:
     """Markdown behind the YAML front matter that the Hugging Face hub reads."""
     model, rounds, selection, training = spec.model, spec.rounds, spec.selection, spec.training
-    front = {
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["fedhds", "federated-learning", "instruction-tuning", spec.peft.method],
-        "license": "other" if model.license == "not declared" else model.license,
-    }
-    if _HUB_ID.fullmatch(model.name):
-        front["base_model"] = model.name
     share = f"{facts.samples / facts.rows:.1%}" if facts.rows else "none"
     released = selection.strategy.released
     optimizer = spec.aggregation.optimizer
     return "\n".join(
         [
             "---",
-            yaml.safe_dump(front, sort_keys=True).strip(),
+            yaml.safe_dump(_front_matter(spec, facts), sort_keys=True).strip(),
             "---",
             "",
             "# Adapter tuned by a federation",
@@ -78,8 +75,7 @@ def model_card(spec: RunSpec, facts: CardFacts) -> str:
             f"| training | {'AdamW' if training.weight_decay else 'Adam'}, learning rate {training.learning_rate:g}, "
             f"{training.lr_schedule} schedule, batch {training.batch_size}, {training.amount}, rows up to "
             f"{model.max_length} tokens |",
-            f"| aggregation | {AGGREGATORS[spec.aggregation.aggregator.name].description}, "
-            f"weighted {_WEIGHTED[spec.aggregation.weight_by]} |",
+            f"| aggregation | {_aggregation(spec)} |",
             f"| server optimizer | {optimizer.name}: {optimizer.summary} |",
             f"| seed | {spec.seed} |",
             *[
@@ -95,7 +91,7 @@ def model_card(spec: RunSpec, facts: CardFacts) -> str:
             "## Privacy",
             "",
             *filter(None, [selection.strategy.privacy_note(spec)]),
-            "Adapter updates carried no noise: no differential-privacy guarantee is claimed for the adapter.",
+            _training_privacy(spec),
             "",
             "## Licenses, as declared by the operator",
             "",
@@ -120,13 +116,78 @@ def model_card(spec: RunSpec, facts: CardFacts) -> str:
     )
 
 
+def _front_matter(spec: RunSpec, facts: CardFacts) -> dict[str, Any]:
+    """The hub's metadata. Data sets are not named: they belong to sites."""
+    model = spec.model
+    front: dict[str, Any] = {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["fedhds", "federated-learning", "instruction-tuning", spec.peft.method],
+        "license": "other",
+        # For `fedhds chat` and `fedhds export`.
+        "prompt_format": model.prompt_format,
+    }
+    if _LICENSE_ID.fullmatch(model.license):
+        front["license"] = model.license
+    elif model.license != "not declared":
+        front["license_name"] = model.license
+    if _HUB_ID.fullmatch(model.name):
+        front["base_model"] = model.name
+    # Of this adapter alone: the scores of other rounds belong to other adapters.
+    rows, means = facts.evaluations.get(facts.rounds, (0, {}))
+    metrics = [
+        {"type": metric, "name": label_of(metric), "value": round(mean, 6)}
+        for metric, mean in sorted(means.items())
+        if math.isfinite(mean)
+    ]
+    if facts.rounds and metrics:
+        result = {
+            "task": {"type": "text-generation"},
+            "dataset": {"type": "private", "name": f"{rows} held-out rows of the sites, which are not published"},
+            "metrics": metrics,
+        }
+        front["model-index"] = [{"name": "Adapter tuned by a federation", "results": [result]}]
+    return front
+
+
+def _aggregation(spec: RunSpec) -> str:
+    """What is averaged and, where that is the run's to say, how much an update counts."""
+    aggregation = spec.aggregation
+    aggregator = AGGREGATORS[aggregation.aggregator.name]
+    if isinstance(aggregation.robust, ActiveRobustSpec):
+        return f"{aggregator.description}, robust: {aggregation.robust.summary}; all parties count the same"
+    if type(aggregator).weights is not Aggregator.weights:
+        # It weighs updates by itself.
+        return aggregator.description
+    return f"{aggregator.description}, weighted {_WEIGHTED[aggregation.weight_by]}"
+
+
+def _training_privacy(spec: RunSpec) -> str:
+    """What noise in training promises, if there was any."""
+    training = spec.privacy.training
+    if not training.noised:
+        return "Adapter updates carried no noise: no differential-privacy guarantee is claimed for the adapter."
+    how = f"Adapters were trained with DP-SGD: each row's gradient clipped to L2 norm {training.max_grad_norm:g},"
+    if training.epsilon:
+        return (
+            f"{how} with the noise by which one row more or less, over all rounds of the run, costs at most epsilon "
+            f"{training.epsilon:g} at delta {training.delta:g}. Every site's own ledger states what was spent."
+        )
+    return (
+        f"{how} noise multiplier {training.noise_multiplier:g}; every site's own ledger states the example-level "
+        f"epsilon at delta {training.delta:g}."
+    )
+
+
 def _method(spec: RunSpec) -> str:
     """The PEFT method with its parameters, whatever they are."""
     parts = [spec.peft.method]
     for setting in settings_of(type(spec.peft)):
         name = setting.path[-1]
-        if name != "method":
-            value = getattr(spec.peft, name)
+        value = getattr(spec.peft, name)
+        if value is True:
+            parts.append(name)
+        elif name != "method" and value is not False and value != ():
             text = ", ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else value
             parts.append(f"{name} {text}")
     return ", ".join(parts)
