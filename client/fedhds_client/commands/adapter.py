@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from fedhds_client.evaluation import EvaluationSums
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -24,20 +27,18 @@ def evaluate(
     skip_bad_rows: Annotated[bool, typer.Option(help="Leave out rows that cannot be used.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure loss and Rouge-L of a base model, and of an adapter on it."""
+    """Measure loss, Rouge-L and length of answers of a base model, and of an adapter on it, by category and overall.
+
+    A row's category is its field "category" or "task".
+    """
     import json as codec
 
-    from fedhds.evaluation import label_of
-
     _prepare_environment()
-    from rich.console import Console
-    from rich.table import Table
-
     from fedhds_client.computation import Control
     from fedhds_client.data.judging import judge
     from fedhds_client.data.prompts import Prompter
     from fedhds_client.data.shard import Shard
-    from fedhds_client.evaluation import METRICS
+    from fedhds_client.evaluation import EvaluationSums
     from fedhds_client.evaluation.evaluate import evaluate as measure
     from fedhds_client.models.adapter import InferenceModel
     from fedhds_client.models.loading import load_base_model
@@ -50,21 +51,56 @@ def evaluate(
         prompter = Prompter(base.tokenizer, max_length=length, prompt_format=prompt_format, model=base.model)
         judge(shard, prompter, skip_bad_rows=skip_bad_rows, operator="you", control=Control())
 
-        def means_of(candidate: InferenceModel) -> dict[str, float]:
-            sums = measure(candidate, shard, prompter, max_new_tokens=max_new_tokens, batch_size=batch_size)
-            return {"rows": sums.rows, **sums.means}
+        categories: dict[str, list[int]] = {}
+        for row in shard:
+            categories.setdefault(row.category or "none", []).append(row.id)
+
+        def scores_of(candidate: InferenceModel) -> dict[str, Any]:
+            parts = {
+                category: measure(
+                    candidate, shard, prompter, rows=rows, max_new_tokens=max_new_tokens, batch_size=batch_size
+                )
+                for category, rows in sorted(categories.items())
+            }
+            whole = sum(parts.values(), EvaluationSums())
+            return {**_scores(whole), "categories": {name: _scores(part) for name, part in parts.items()}}
 
         # The base model first: PEFT puts the adapter's layers into it.
-        results = {"base": means_of(InferenceModel(base, base.model))}
+        results = {"base": scores_of(InferenceModel(base, base.model))}
         if adapter:
-            results["adapter"] = means_of(InferenceModel.with_adapter(base, adapter))
+            results["adapter"] = scores_of(InferenceModel.with_adapter(base, adapter))
     if json:
         typer.echo(codec.dumps(results))
         return
-    table = Table("", "rows", *map(label_of, METRICS))
-    for name, line in results.items():
-        table.add_row(name, str(line["rows"]), *(f"{line[metric]:.4f}" for metric in METRICS))
-    Console().print(table)
+    _print_table(results)
+
+
+def _scores(sums: EvaluationSums) -> dict[str, Any]:
+    return {"rows": sums.rows, **sums.means}
+
+
+def _print_table(results: dict[str, dict[str, Any]]) -> None:
+    """A line for each category and model, and at the end those over all rows."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from fedhds.evaluation import label_of
+    from fedhds_client.evaluation import METRICS
+
+    console = Console()
+    if not console.is_terminal:
+        # Rich assumes 80 columns there, which breaks the table's lines.
+        console = Console(width=max(console.width, 120))
+    table = Table("category", "", "rows", *map(label_of, METRICS))
+    names = list(results["base"]["categories"])
+    for category in (*(names if len(names) > 1 else ()), None):
+        for at, (model, scores) in enumerate(results.items()):
+            line = scores if category is None else scores["categories"][category]
+            values = [f"{line[metric]:.4f}" for metric in METRICS]
+            table.add_row(Text("" if at else category or "all rows"), model, str(line["rows"]), *values)
+        table.add_section()
+    console.print(table)
 
 
 def _check_adapter(folder: Path) -> None:

@@ -162,7 +162,7 @@ def _described(
         "instruction": instruction,
         "context": context,
         "response": response,
-        "category": str(row.get("category", "")),
+        "category": str(row.get("category", row.get("task", ""))),
         "references": references,
         "messages": [],
         "tools": [],

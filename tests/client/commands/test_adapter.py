@@ -49,6 +49,27 @@ def test_evaluate_compares_base_and_adapter(llama: Path, adapter: Path, rows: Pa
         assert cell in table
 
 
+def test_evaluate_scores_each_category(llama: Path, tmp_path: Path) -> None:
+    lines = [
+        {"instruction": f"Say {number}.", "response": f"{number}"} | field
+        for number, field in enumerate(({"category": "qa"}, {"task": "sum"}, {"category": "qa"}, {}, {"task": "sum"}))
+    ]
+    mixed, alone = tmp_path / "mixed.jsonl", tmp_path / "alone.jsonl"
+    mixed.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    alone.write_text("".join(json.dumps(lines[number]) + "\n" for number in (1, 4)))
+    common = ("evaluate", "--model", llama, "--max-new-tokens", 4)
+    base = json.loads(_fedhds(*common, "--data", mixed, "--json"))["base"]
+    assert {name: scores["rows"] for name, scores in base["categories"].items()} == {"none": 1, "qa": 2, "sum": 2}
+    own = json.loads(_fedhds(*common, "--data", alone, "--json"))["base"]
+    assert own["categories"]["sum"] == {name: value for name, value in own.items() if name != "categories"}
+    assert base["categories"]["sum"] == pytest.approx(own["categories"]["sum"], rel=1e-4)
+    assert base["rouge_l"] == pytest.approx(
+        sum(scores["rouge_l"] * scores["rows"] for scores in base["categories"].values()) / 5
+    )
+    table = _fedhds(*common, "--data", mixed)
+    assert [line.split()[1] for line in table.splitlines() if " base " in line] == ["none", "qa", "sum", "all"]
+
+
 def test_bad_input_is_a_persons_mistake(llama: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="lacks"):
         _fedhds("evaluate", "--model", llama, "--data", rows, "--adapter", rows)
