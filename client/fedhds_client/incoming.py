@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
+from google.protobuf.any_pb2 import Any
+from google.protobuf.message import Message
 from pydantic import ValidationError
 
 from fedhds import __version__
 from fedhds.encoding import printable
-from fedhds.errors import EnrollmentRefused, FedhdsError
+from fedhds.errors import EnrollmentRefused, FedhdsError, TaskError
 from fedhds.spec import RunSpec
 from fedhds.v2 import federation_pb2 as pb
+
+MessageType = TypeVar("MessageType", bound=Message)
 
 MAX_CARD = 1 << 18
 """Characters of a model card; one of a thousand evaluated rounds has a quarter of it."""
@@ -81,3 +86,14 @@ def outcome(done: pb.Done) -> tuple[str, str]:
 def model_card(text: str) -> str:
     """The model card as plain text: no control characters, no HTML and no more than `MAX_CARD` characters."""
     return printable(text, limit=MAX_CARD, keep="\n").replace("<", "&lt;")
+
+
+def unpacked(request: Any, kind: type[MessageType], *, task: str) -> MessageType:
+    """The request of a task of this kind; raises TaskError when it is of another type."""
+    message = kind()
+    if not request.Unpack(message):
+        raise TaskError(
+            f"the {task} task has a request of type {request.TypeName() or 'none'}, but fedhds {__version__} expects "
+            f"{kind.DESCRIPTOR.full_name}; install the coordinator's version here"
+        )
+    return message

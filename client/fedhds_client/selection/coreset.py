@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,28 +12,43 @@ import numpy as np
 from fedhds.errors import StorageError, TaskError
 from fedhds.runtime.files import replace_file
 from fedhds.v2 import selection_pb2 as pb
+from fedhds_client.selection.filters import kept_rows
 from fedhds_client.state_files import MAX_RUNS, file_key, keep_newest
 
 
-def coreset_rows(coreset: pb.Coreset, *, rows: int, run_id: str, folder: Path) -> tuple[int, ...]:
+def coreset_rows(
+    coreset: pb.Coreset, *, rows: int, run_id: str, folder: Path, round_number: int = 0
+) -> tuple[int, ...]:
     """Ids of the rows to train on, ascending, each once, all within a shard of `rows` rows.
 
-    `folder` is the site's state folder. The result is empty when all picks are of padding, which fills up clusters
+    `folder` is the site's state folder, `round_number` that of the selection, 0 where there is one for all rounds. The
+    result is empty when all picks are of padding, which fills up clusters
     that the site does not have: then there is nothing to train. Raises TaskError for picks from clusters that this
     site never reported, StorageError when they cannot be read.
     """
     match coreset.WhichOneof("rows"):
         case "all":
-            return tuple(range(rows))
+            return tuple(kept_rows(coreset.ranges, rows=rows, run_id=run_id, folder=folder, round_number=round_number))
         case "random":
-            count = min(coreset.random.count, rows)
-            sample = np.random.default_rng(coreset.random.seed).choice(rows, count, replace=False) if count else ()
-            return tuple(sorted(int(row) for row in sample))
+            kept = kept_rows(coreset.ranges, rows=rows, run_id=run_id, folder=folder, round_number=round_number)
+            count = min(coreset.random.count, len(kept))
+            sample = np.random.default_rng(coreset.random.seed).choice(len(kept), count, replace=False) if count else ()
+            return tuple(sorted(int(kept[place]) for place in sample))
         case "picks":
             task_id = coreset.picks.select_task_id
             return _picked(coreset.picks, *_load_clusters(_file(folder, run_id, task_id), task_id, rows))
         case other:
             raise TaskError(f"the task names its rows in a way that this version does not know ({other})")
+
+
+def in_drawn_order(members: Sequence[Sequence[int]], *, rows: int, seed: int, task_id: str) -> list[list[int]]:
+    """The rows of each cluster in an order that chance decides, the same whenever the task is repeated.
+
+    Each of the shard's `rows` has a place of its own in it, so that no row moves others when it is left out.
+    """
+    digest = hashlib.sha256(f"{seed}/{task_id}".encode()).digest()
+    places = np.random.default_rng(int.from_bytes(digest[:8], "big")).permutation(rows)
+    return [sorted(cluster, key=lambda row: int(places[row])) for cluster in members]
 
 
 def save_clusters(

@@ -10,10 +10,11 @@ import numpy as np
 from fedhds.errors import PrivacyError
 from fedhds.kmeans import SUM_UNIT
 from fedhds.privacy.mechanisms import cluster_sensitivity, noised_clusters, site_rng
+from fedhds.spec import FederatedKMeansSpec
 from fedhds.v2.selection_pb2 import KMeansCenters, KMeansStats
 from fedhds_client.features.assignment import assign
 from fedhds_client.selection.base import IntraClientSelection, SelectionContext
-from fedhds_client.selection.coreset import save_clusters
+from fedhds_client.selection.coreset import in_drawn_order, save_clusters
 from fedhds_client.selection.private_reporter import MIN_NOISE_MULTIPLIER, PrivateReporter
 
 if TYPE_CHECKING:
@@ -79,7 +80,13 @@ def release_sums(context: SelectionContext, assignment: Assignment, *, last: boo
             cluster.nearest = assignment.squares[firsts[number]]
     reporter.check_budget()
     if last:
-        members = assignment.members(spread=privacy.noised)
+        strategy = context.spec.selection.strategy
+        assert isinstance(strategy, FederatedKMeansSpec)
+        # Far-apart picks all change when one row is left out; DP-SGD allows that one is replaced.
+        spread = privacy.noised and not context.spec.privacy.training.noised
+        members = assignment.members(spread=spread)
+        if strategy.pick == "drawn":
+            members = in_drawn_order(members, rows=context.rows, seed=context.spec.seed, task_id=context.task_id)
         save_clusters(reporter.folder, reporter.run_id, context.task_id, members, rows=context.rows)
     reporter.record(
         context.task_id,

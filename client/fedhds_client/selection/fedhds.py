@@ -11,7 +11,7 @@ from fedhds.v2.selection_pb2 import Centroid, ClusterReport
 from fedhds_client.features.clustering import cluster
 from fedhds_client.features.reduction import reduce
 from fedhds_client.selection.base import IntraClientSelection, SelectionContext
-from fedhds_client.selection.coreset import save_clusters
+from fedhds_client.selection.coreset import in_drawn_order, save_clusters
 
 if TYPE_CHECKING:
     from fedhds_client.features.clustering import Clusters
@@ -82,9 +82,14 @@ def release_clusters(context: SelectionContext, clusters: Clusters) -> ClusterRe
         noise_std=privacy.noise_multiplier * (sensitivity or 0.0),
     )
     reporter.check_budget()
-    save_clusters(
-        reporter.folder, reporter.run_id, context.task_id, members, unclustered=unclustered, rows=context.rows
-    )
+    strategy = context.spec.selection.strategy
+    assert isinstance(strategy, ClusteringSpec)
+    order = members
+    if strategy.pick == "drawn":
+        order = tuple(
+            map(tuple, in_drawn_order(members, rows=context.rows, seed=context.spec.seed, task_id=context.task_id))
+        )
+    save_clusters(reporter.folder, reporter.run_id, context.task_id, order, unclustered=unclustered, rows=context.rows)
     reporter.record(
         context.task_id,
         report,

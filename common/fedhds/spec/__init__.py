@@ -11,6 +11,7 @@ from fedhds.spec.aggregation import (
 from fedhds.spec.amounts import budget_rows
 from fedhds.spec.evaluation import EvaluationSpec
 from fedhds.spec.features import FeaturePooling, FeatureSpec
+from fedhds.spec.filters import BINS, FILTER_SPECS, FilterSpec
 from fedhds.spec.model import ModelSpec, PromptFormat
 from fedhds.spec.optimizer import (
     OPTIMIZER_SPECS,
@@ -35,6 +36,7 @@ from fedhds.spec.peft import (
 from fedhds.spec.privacy import PrivacySpec, SelectionPrivacySpec
 from fedhds.spec.rounds import RoundsSpec
 from fedhds.spec.run import SCHEMA_VERSION, RunSpec
+from fedhds.spec.secure import SecureSpec
 from fedhds.spec.selection import Schedule, SelectionSpec
 from fedhds.spec.strategies import (
     REDUCED_DIMENSION,
@@ -44,14 +46,18 @@ from fedhds.spec.strategies import (
     FedHdsAlignedSpec,
     FedHdsSpec,
     FullSpec,
+    GroupingSpec,
     RandomSpec,
     Reduction,
+    Shares,
     StrategySpec,
 )
 from fedhds.spec.training import TrainingSpec
 
 __all__ = [
     "AGGREGATOR_SPECS",
+    "BINS",
+    "FILTER_SPECS",
     "OPTIMIZER_SPECS",
     "PEFT_SPECS",
     "REDUCED_DIMENSION",
@@ -70,7 +76,9 @@ __all__ = [
     "FedHdsAlignedSpec",
     "FedHdsSpec",
     "FederatedKMeansSpec",
+    "FilterSpec",
     "FullSpec",
+    "GroupingSpec",
     "Ia3Spec",
     "LoraSpec",
     "ModelSpec",
@@ -89,8 +97,10 @@ __all__ = [
     "RoundsSpec",
     "RunSpec",
     "Schedule",
+    "SecureSpec",
     "SelectionPrivacySpec",
     "SelectionSpec",
+    "Shares",
     "StrategySpec",
     "SvdSpec",
     "TrainingSpec",

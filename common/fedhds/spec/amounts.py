@@ -37,6 +37,11 @@ def _is_count_or_share(text: str) -> bool:
     return match is not None and (match[1] is None or 0 < float(match[1]) <= 100)
 
 
+def is_share(text: str) -> bool:
+    """Whether a text is a share as people write it."""
+    return text.endswith("%") and _is_count_or_share(text)
+
+
 def _check_budget(budget: str) -> str:
     if budget != "auto" and not _is_count_or_share(budget):
         raise ValueError("give auto, a count from 1, or a share up to 100%")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from fedhds.settings import Parameters, parameter
 from fedhds.spec.amounts import Budget, budget_rows
 from fedhds.spec.features import FeatureSpec
+from fedhds.spec.filters import Filters, Share
 from fedhds.spec.strategies import STRATEGIES, StrategySpec
+
+if TYPE_CHECKING:
+    from fedhds.spec.run import RunSpec
 
 Schedule = Literal["one-shot", "per-round"]
 
@@ -30,7 +34,49 @@ class SelectionSpec(Parameters):
         "paper's rule forms, which may be very few. The budget is met exactly; under noise it is an upper bound.",
         setting="selection_budget",
     )
+    filters: Filters = parameter(
+        "",
+        "Filters that rows must pass before the strategy sees them, one after the other, divided by commas. alignment: "
+        "rows whose answers fit their prompts; length: no very short or long answers; duplicates: no rows that are "
+        "much like another one of the same site. Each has one threshold for all sites.",
+        setting="selection_filters",
+    )
+    filter_keep: Share = parameter("70%", "Share of the rows that each filter keeps.")
     features: FeatureSpec = Field(default_factory=FeatureSpec)
+
+    @property
+    def filter_names(self) -> tuple[str, ...]:
+        """The filters, in order."""
+        return tuple(self.filters.split(",")) if self.filters else ()
+
+    @property
+    def asks_sites(self) -> bool:
+        """Whether sites must report before rows can be selected."""
+        return bool(self.filters) or self.strategy.report_type is not None
+
+    def releases(self, spec: RunSpec) -> int:
+        """How many releases of a site one selection makes, in its privacy unit."""
+        return len(self.filter_names) + self.strategy.releases(spec)
+
+    def check(self, spec: RunSpec) -> None:
+        """Raises ValueError, "SETTING: ...", when settings do not fit each other."""
+        self.strategy.check(spec)
+        if not self.filters or not spec.privacy.noised:
+            return
+        if "duplicates" in self.filter_names:
+            raise ValueError(
+                "selection_filters: one row decides for many others whether they are duplicates, so noise would hide "
+                "nothing; drop the filter duplicates, or all noise"
+            )
+        if not spec.privacy.selection.noised:
+            raise ValueError(
+                "selection_noise_multiplier: filters without noise tell of rows what DP-SGD is to hide; set it above 0"
+            )
+        if self.strategy.privacy_unit == "client":
+            raise ValueError(
+                f"selection_filters: with noise a filter hides single rows, but {self.strategy.name} whole shards, and "
+                "the two do not add up; choose federated-kmeans or random, or drop the filters or the noise"
+            )
 
     @property
     def one_shot(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from google.protobuf.message import Message
 
 from fedhds.spec import RunSpec
@@ -36,6 +37,11 @@ class SelectionContext:
     """The message of type `request_type` that the sites answered; None in the first step."""
     totals: Any = None
     """What the sites' reports add up to, where the strategy adds them up."""
+
+    def rng(self, purpose: str) -> np.random.Generator:
+        """Draws for one purpose; the same whenever the selection is repeated."""
+        digest = hashlib.sha256(f"{self.spec.seed}/{self.round_number}/{purpose}".encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest[:8], "big"))
 
     def rank(self, site: str) -> bytes:
         """Decides between sites that are equal otherwise: nobody can choose a name that wins every time."""

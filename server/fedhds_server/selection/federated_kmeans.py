@@ -18,7 +18,7 @@ import numpy.typing as npt
 from fedhds.kmeans import OVERSPLIT, SUM_UNIT, splitting_passes
 from fedhds.spec import FederatedKMeansSpec, RunSpec
 from fedhds.v2.selection_pb2 import ClusterStats, KMeansCenters, KMeansStats
-from fedhds_server.selection.allocation import Allocation, Pool, coresets
+from fedhds_server.selection.allocation import Allocation, Pool, coresets, group_shares
 from fedhds_server.selection.base import Group, InterClientSelection, Report, Selection, SelectionContext
 from fedhds_server.selection.kmeans_stats import added, fault_of, without_sums
 from fedhds_server.selection.pca_2d import pca_2d
@@ -76,7 +76,8 @@ class FederatedKMeans(InterClientSelection):
         if centers is not None:
             target = centers.target_count
         else:
-            target = privacy.released_centroids if privacy.noised else context.budget or 1
+            wanted = max(1, context.budget or 1)
+            target = privacy.released_centroids if privacy.noised else min(strategy.groups or wanted, wanted)
         if centers is not None and centers.last:
             return _picks(context, centers, reports)
         clusters = Clusters.of(context.totals or KMeansStats(dimension=1), norm=min(1.0, privacy.clip_norm or 1.0))
@@ -134,14 +135,22 @@ def _picks(context: SelectionContext, centers: KMeansCenters, reports: Mapping[s
                 at.setdefault(cluster.cluster_id, {})[site] = cluster
     heaviest = sorted(at, key=lambda number: (-sum(cluster.count for cluster in at[number].values()), number))
     allocation = Allocation(context, budget)
+    strategy = context.spec.selection.strategy
+    assert isinstance(strategy, FederatedKMeansSpec)
+    rng = context.rng("picks") if strategy.pick == "drawn" else None
     winners: dict[int, tuple[tuple[str, int], ...]] = {}
+    pools: dict[int, dict[Pool, int]] = {
+        number: {(site, number): cluster.count for site, cluster in at[number].items()} for number in heaviest
+    }
     if context.spec.privacy.selection.noised:
         # Every cluster gives alike, as far as its counts reach; within it sites give by the rows that they have.
-        for rank, number in enumerate(heaviest):
-            share = budget // len(heaviest) + (rank < budget % len(heaviest))
-            rows: dict[Pool, int] = {(site, number): cluster.count for site, cluster in at[number].items()}
-            allocation.divide(rows, share, exactly=False)
-            winners[number] = tuple((site, number) for site in at[number] if allocation.counts[site, number])
+        amounts = [budget // len(heaviest) + (rank < budget % len(heaviest)) for rank in range(len(heaviest))]
+        if strategy.shares != "equal":
+            amounts = group_shares([sum(pools[number].values()) for number in heaviest], budget, strategy.shares)
+        for number, share in zip(heaviest, amounts, strict=True):
+            allocation.divide(pools[number], share, exactly=False, rng=rng)
+    elif strategy.regrouped:
+        allocation.give([pools[number] for number in heaviest], budget, shares=strategy.shares, rng=rng)
     else:
         for number in heaviest[:budget]:
             nearest = sorted(at[number], key=lambda site: (at[number][site].nearest, context.rank(site)))
@@ -154,6 +163,8 @@ def _picks(context: SelectionContext, centers: KMeansCenters, reports: Mapping[s
         }
         allocation.divide(left, budget - allocation.counts.total(), exactly=True)
     counts = allocation.counts
+    if not winners:
+        winners = {number: tuple((site, number) for site in at[number] if counts[site, number]) for number in at}
     groups = tuple(
         Group(tuple((site, number) for site in sorted(at[number])), winners.get(number, ())) for number in sorted(at)
     )

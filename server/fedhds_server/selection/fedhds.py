@@ -91,10 +91,13 @@ class FedHds(InterClientSelection):
         if context.budget is None:
             labels = _paper_labels(centroids)
         else:
-            labels = ward_labels(centroids, np.ones(len(keys)), context.budget)
+            labels = ward_labels(centroids, np.ones(len(keys)), strategy.groups or context.budget)
         budget = labels.max(initial=-1) + 1 if context.budget is None else context.budget
         allocation = Allocation(context, int(budget))
-        groups = _groups(keys, centroids, labels, allocation)
+        if context.budget is not None and strategy.regrouped:
+            groups = _shared(context, strategy, keys, labels, pools, allocation)
+        else:
+            groups = _groups(keys, centroids, labels, allocation)
         if context.budget is not None:
             left = {pool: size - allocation.counts[pool] for pool, size in pools.items()}
             allocation.divide(left, context.budget - allocation.counts.total(), exactly=True)
@@ -145,3 +148,27 @@ def _groups(
         winner = allocation.first(nearest)
         groups.append(Group(tuple(sorted(keys[index] for index in group)), (winner,) if winner else ()))
     return tuple(groups)
+
+
+def _shared(
+    context: SelectionContext,
+    strategy: ClusteringSpec,
+    keys: list[tuple[str, int]],
+    labels: np.ndarray,
+    pools: Mapping[Pool, int],
+    allocation: Allocation,
+) -> tuple[Group, ...]:
+    """The groups, the largest first; each gives its share of the budget, from all of its clusters."""
+    members = [
+        [keys[index] for index in np.flatnonzero(labels == label)] for label in range(labels.max(initial=-1) + 1)
+    ]
+    members.sort(key=lambda group: (-sum(pools[key] for key in group), min(group)))
+    allocation.give(
+        [{key: pools[key] for key in group} for group in members],
+        context.budget or 0,
+        shares=strategy.shares,
+        rng=context.rng("picks") if strategy.pick == "drawn" else None,
+    )
+    return tuple(
+        Group(tuple(sorted(group)), tuple(key for key in group if allocation.counts[key])) for group in members
+    )

@@ -45,7 +45,9 @@ def fault_of(report: KMeansStats, spec: RunSpec, *, centers: KMeansCenters | Non
     tail = NOISE_TAIL * std
     if any(abs(number) > rows + tail for number in counts):
         return "a count is larger than the site's rows"
-    if abs(sum(counts) - rows) > tail * math.sqrt(len(counts)):
+    missing = rows - sum(counts)
+    # Under noise nobody knows how many of the rows filters have left.
+    if max(-missing, 0 if spec.selection.filters else missing) > tail * math.sqrt(len(counts)):
         return f"its counts are too far from the {rows} rows that it declared"
     if (rows + tail) * SUM_UNIT > _MAX_SUM / 64:
         return "a sum is larger than its rows can give"

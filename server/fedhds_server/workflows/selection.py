@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import DecodeError, Message
@@ -12,11 +13,13 @@ from fedhds.errors import DamagedArtifact, RequestError
 from fedhds.kmeans import OVERSPLIT
 from fedhds.long_messages import MAX_INLINE, artifact_of, long_message, standing_for
 from fedhds.tensors.artifact import Artifact
+from fedhds.v2.selection_pb2 import FilteredRequest, ScoreHistogram
 from fedhds_server.counters import SELECTION_SECONDS
 from fedhds_server.run.events import CoresetsSelected, Instruction, NextStep, Outcome, ResultReceived
 from fedhds_server.run.state import Reply, RunState, Stage, Task, packed, unpacked, unpacked_any
 from fedhds_server.selection import STRATEGIES, InterClientSelection, Report, SelectionContext
 from fedhds_server.selection.base import Selection
+from fedhds_server.selection.filters import fault_of, filtered, with_ranges
 from fedhds_server.workflows.base import MAX_SMALL_RESULT, Load, Workflow, Workspace
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+MessageType = TypeVar("MessageType", bound=Message)
 
 # For reports of strategies whose size follows from something else.
 _MIN_UPLOAD_LIMIT = 1 << 20
@@ -70,10 +75,16 @@ class SelectionWorkflow(Workflow):
         return self._check(state, task, result, load)
 
     def _check(self, state: RunState, task: Task, result: Any, load: Load) -> tuple[str, str] | None:
-        spec, strategy, _ = _strategy(state)
-        report = _read(spec, result)
-        request = _request(spec, state.stage, load)
-        fault = strategy.check(state.spec, request, report, rows=state.sites[task.site].rows)
+        step = _Step.of(state, state.stage, load)
+        report = step.read(result)
+        # Under noise what filters have left is known up to their noise only.
+        declared = state.sites[task.site].rows
+        noised = state.spec.privacy.selection.noised
+        rows = declared if noised or state.stage is None else state.stage.rows.get(task.site, declared)
+        if isinstance(report, ScoreHistogram):
+            fault = fault_of(report, state.spec, request=step.filtered, rows=rows)
+        else:
+            fault = step.strategy.check(state.spec, step.request, report, rows=rows)
         return ("report", f"the report is rejected: {fault}") if fault else None
 
     def accept(self, state: RunState, task: Task, event: ResultReceived) -> list[Instruction]:
@@ -84,10 +95,10 @@ class SelectionWorkflow(Workflow):
             # It is added up when the stage is resolved: the state would grow with it.
             stage.replies[task.site] = Reply(task_id=task.id, artifact=event.artifact, long=True)
             return []
-        spec, strategy, report_type = _strategy(state)
-        report = _read(spec, event.result)
-        before = unpacked(stage.totals, report_type) if stage.totals else None
-        totals, remainder = strategy.add(before, report)
+        step = _Step.of(state, stage)
+        report = step.read(event.result)
+        before = unpacked(stage.totals, step.report_type) if stage.totals else None
+        totals, remainder = step.add(before, report)
         if totals is not None:
             stage.totals = packed(totals)
         stage.replies[task.site] = Reply(task_id=task.id, message=packed(remainder))
@@ -99,13 +110,13 @@ class SelectionWorkflow(Workflow):
 
     def resolve(self, state: RunState, stage: Stage, workspace: Workspace) -> Outcome:
         decision = decide(state, stage, lambda artifact: workspace.verified(artifact).read_bytes())
-        if isinstance(decision, Message):
+        if isinstance(decision, NextStep):
             request = Any()
-            request.Pack(decision, deterministic=True)
+            request.Pack(decision.request, deterministic=True)
             if request.ByteSize() <= MAX_INLINE:
-                return NextStep(decision)
+                return decision
             artifact = workspace.keep(request.SerializeToString(deterministic=True))
-            return NextStep(standing_for(artifact), artifact)
+            return replace(decision, request=standing_for(artifact), artifact=artifact)
         workspace.record_selection(stage.round_number, decision)
         return CoresetsSelected(dict(decision.coresets), tuple(decision.notes))
 
@@ -115,67 +126,126 @@ def _no_artifact(artifact: Artifact) -> bytes:
 
 
 @SELECTION_SECONDS.time()
-def decide(state: RunState, stage: Stage, load: Load = _no_artifact) -> Selection | Message:
-    """What the strategy makes of the replies of a stage: coresets, or the request of another step.
+def decide(state: RunState, stage: Stage, load: Load = _no_artifact) -> Selection | NextStep:
+    """What follows from the replies of a stage: coresets, or another step.
 
     A report whose bytes are no longer those that were accepted is left out.
     """
-    spec, strategy, report_type = _strategy(state)
-    totals = unpacked(stage.totals, report_type) if stage.totals else None
+    step = _Step.of(state, stage, load)
+    totals = unpacked(stage.totals, step.report_type) if stage.totals else None
     reports: dict[str, Report] = {}
     damaged: set[str] = set()
     for site, reply in sorted(stage.replies.items()):
         try:
             if reply.artifact:
-                totals, remainder = strategy.add(totals, _read(spec, long_message(load(reply.artifact))))
+                totals, remainder = step.add(totals, step.read(long_message(load(reply.artifact))))
                 reports[site] = Report(reply.task_id, remainder)
             elif reply.message:
-                reports[site] = Report(reply.task_id, unpacked(reply.message, report_type))
+                reports[site] = Report(reply.task_id, unpacked(reply.message, step.report_type))
         except DamagedArtifact as error:
             logger.error("the selection goes on without the report of site %s: %s", site, error)
             damaged.add(site)
-    rows = {site: state.sites[site].rows for site in sorted(stage.replies.keys() - damaged)}
+    pool = {site: state.sites[site].rows for site in sorted(stage.replies.keys() - damaged)}
+    rows = {site: stage.rows.get(site, count) for site, count in pool.items()}
+    request, notes = step.filtered, tuple[str, ...]()
+    if step.filter:
+        outcome = filtered(step.filtered, state.spec, reports, rows)
+        logger.info("%s", outcome.note)
+        if outcome.request.filter or state.spec.selection.strategy.report_type is not None:
+            return NextStep(outcome.request, rows=outcome.rows)
+        # The strategy asks nothing of sites.
+        request, rows, reports, notes = outcome.request, dict(outcome.rows), {}, (outcome.note,)
+    if request.ranges and not any(rows.values()):
+        return Selection({}, notes=(*notes, "the filters keep no row of any site"))
+    budget = state.spec.selection.budget_of(sum(pool.values()))
     context = SelectionContext(
         spec=state.spec,
         round_number=stage.round_number,
         rows=rows,
-        budget=state.spec.selection.budget_of(sum(rows.values())),
-        step=stage.step,
-        request=_request(spec, stage, load),
+        budget=budget if budget is None else min(budget, sum(rows.values())),
+        step=stage.step - len(state.spec.selection.filter_names),
+        request=step.request,
         totals=totals,
     )
-    return strategy.select(context, reports)
+    decision = step.strategy.select(context, reports)
+    if isinstance(decision, Selection):
+        coresets = with_ranges(decision.coresets, request) if request.ranges else decision.coresets
+        return replace(decision, coresets=coresets, notes=(*notes, *decision.notes))
+    if not request.ranges:
+        return NextStep(decision)
+    own = Any()
+    own.Pack(decision, deterministic=True)
+    return NextStep(FilteredRequest(ranges=request.ranges, request=own), rows=rows)
 
 
-def _strategy(state: RunState) -> tuple[StrategySpec, InterClientSelection, type[Message]]:
-    spec = state.spec.selection.strategy
-    return spec, STRATEGIES[spec.name], spec.report_type or Any
+@dataclass(frozen=True)
+class _Step:
+    """What a stage of a selection asks: the scores of a filter, or what the run's strategy wants to know."""
+
+    strategy: InterClientSelection
+    spec: StrategySpec
+    filtered: FilteredRequest
+    """Of a run without filters an empty one."""
+    request: Message | None
+    """The strategy's own."""
+
+    @classmethod
+    def of(cls, state: RunState, stage: Stage | None, load: Load = _no_artifact) -> Self:
+        selection = state.spec.selection
+        strategy = STRATEGIES[selection.strategy.name]
+        own, names = selection.strategy.request_type, selection.filter_names
+        packed_request = _packed_request(stage, load)
+        if not names:
+            request = None if packed_request is None or own is None else _unpacked(packed_request, own)
+            return cls(strategy, selection.strategy, FilteredRequest(), request)
+        if packed_request is None:
+            return cls(strategy, selection.strategy, FilteredRequest(filter=names[0]), None)
+        filtered_request = _unpacked(packed_request, FilteredRequest)
+        given = filtered_request.HasField("request") and own is not None
+        request = _unpacked(filtered_request.request, own) if given and own else None
+        return cls(strategy, selection.strategy, filtered_request, request)
+
+    @property
+    def filter(self) -> str:
+        """The filter whose scores are asked for; empty where it is the strategy's turn."""
+        return self.filtered.filter
+
+    @property
+    def report_type(self) -> type[Message]:
+        """Of what sites answer."""
+        return ScoreHistogram if self.filter else self.spec.report_type or Any
+
+    def add(self, totals: Message | None, report: Message) -> tuple[Message | None, Message]:
+        """Adds a report up, where the strategy does; histograms are kept one by one."""
+        return (None, report) if self.filter else self.strategy.add(totals, report)
+
+    def read(self, result: Any) -> Message:
+        """The report in a result; raises RequestError when it is none of this step's."""
+        kind = self.report_type
+        if kind is Any:
+            raise RequestError(f"the selection strategy {self.spec.name} takes no reports")
+        report = kind()
+        try:
+            if result.Unpack(report):
+                # They would be kept with the state, whatever their size.
+                report.DiscardUnknownFields()
+                return report
+        except DecodeError as error:
+            raise RequestError("the report's bytes are no message of its type") from error
+        who = f"filter {self.filter}" if self.filter else f"selection strategy {self.spec.name}"
+        raise RequestError(f"the {who} takes a {kind.DESCRIPTOR.full_name}, not a {result.TypeName()[:100]!r}")
 
 
-def _request(spec: StrategySpec, stage: Stage | None, load: Load) -> Message | None:
-    if stage is None or not stage.request or spec.request_type is None:
+def _packed_request(stage: Stage | None, load: Load) -> Any | None:
+    if stage is None or not stage.request:
         return None
-    if stage.request_artifact is None:
-        return unpacked(stage.request, spec.request_type)
-    request = spec.request_type()
-    if not long_message(load(stage.request_artifact)).Unpack(request):
-        raise ValueError(f"the request of the stage {stage.name} is no {spec.request_type.DESCRIPTOR.full_name}")
-    return request
+    if stage.request_artifact is not None:
+        return long_message(load(stage.request_artifact))
+    return unpacked_any(stage.request)
 
 
-def _read(spec: StrategySpec, result: Any) -> Message:
-    """The report in a result; raises RequestError when it is none of the run's strategy."""
-    if spec.report_type is None:
-        raise RequestError(f"the selection strategy {spec.name} takes no reports")
-    report = spec.report_type()
-    try:
-        if result.Unpack(report):
-            # They would be kept with the state, whatever their size.
-            report.DiscardUnknownFields()
-            return report
-    except DecodeError as error:
-        raise RequestError("the report's bytes are no message of its type") from error
-    raise RequestError(
-        f"the selection strategy {spec.name} takes a {spec.report_type.DESCRIPTOR.full_name}, not a "
-        f"{result.TypeName()[:100]!r}"
-    )
+def _unpacked(request: Any, kind: type[MessageType]) -> MessageType:
+    message = kind()
+    if not request.Unpack(message):
+        raise ValueError(f"the request of a stage is no {kind.DESCRIPTOR.full_name}")
+    return message

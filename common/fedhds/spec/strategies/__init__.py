@@ -5,6 +5,7 @@ from fedhds.spec.strategies.base import StrategySpec
 from fedhds.spec.strategies.federated_kmeans import FederatedKMeansSpec
 from fedhds.spec.strategies.fedhds import REDUCED_DIMENSION, ClusteringSpec, FedHdsAlignedSpec, FedHdsSpec, Reduction
 from fedhds.spec.strategies.full import FullSpec
+from fedhds.spec.strategies.grouping import GroupingSpec, Shares
 from fedhds.spec.strategies.random import RandomSpec
 
 STRATEGY_SPECS: dict[str, type[StrategySpec]] = {
@@ -25,7 +26,9 @@ __all__ = [
     "FedHdsSpec",
     "FederatedKMeansSpec",
     "FullSpec",
+    "GroupingSpec",
     "RandomSpec",
     "Reduction",
+    "Shares",
     "StrategySpec",
 ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fedhds.settings import parameter
 from fedhds.spec.amounts import MAX_COUNT
-from fedhds.spec.strategies.base import StrategySpec
+from fedhds.spec.strategies.grouping import GroupingSpec
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -20,7 +20,7 @@ Reduction = Literal["tsne", "umap", "pca", "kpca", "none"]
 REDUCED_DIMENSION = 2
 
 
-class ClusteringSpec(StrategySpec):
+class ClusteringSpec(GroupingSpec):
     """The parameters of clustering at a site, shared by both variants of FedHDS."""
 
     privacy_unit = "client"
