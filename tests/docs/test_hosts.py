@@ -100,6 +100,7 @@ def test_units_are_such_as_systemd_takes(tmp_path: Path) -> None:
         assert not complaints
 
 
+@pytest.mark.long
 def test_a_renewed_certificate_is_taken_by_a_restart_and_a_backup_from_before_restores_the_run(
     tmp_path: Path, model: Path, undisturbed: bytes
 ) -> None:
@@ -137,6 +138,7 @@ def test_a_renewed_certificate_is_taken_by_a_restart_and_a_backup_from_before_re
         assert len(closed) > ROUNDS
 
 
+@pytest.mark.long
 def test_a_run_moves_to_postgresql_and_s3_and_a_dump_restores_it(
     tmp_path: Path, model: Path, undisturbed: bytes, postgres: PostgresServer
 ) -> None:

@@ -146,6 +146,7 @@ def peak_memory(pid: int) -> int:
 
 
 @pytest.mark.large
+@pytest.mark.long
 async def test_an_artifact_of_three_gib_goes_both_ways_in_bounded_memory(federation: Federation) -> None:
     folder = federation.folder / "run"
     if shutil.disk_usage(federation.folder).free < 2 * SIZE:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.e2e
 STEP = 50
 
 
-@pytest.mark.parametrize("strategy", ["fedhds", "random", "full"])
+@pytest.mark.parametrize("strategy", ["fedhds", "random", pytest.param("full", marks=pytest.mark.long)])
 def test_sites_with_parts_of_dolly_tune_a_model_that_was_pretrained(federation: Federation, strategy: str) -> None:
     data = shared("data/dolly/databricks-dolly-15k.jsonl.gz")
     federation.model = shared("models/nano-llama")

@@ -173,8 +173,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Callab
 
 @pytest.mark.parametrize(
     ("name", "points", "least"),
-    [("federated-kmeans", _COORDINATOR_POINTS, 25), ("aligned", _CHANGE, 10), ("random", _CHANGE, 10)],
-    ids=list(_RUNS),
+    [
+        pytest.param("federated-kmeans", _COORDINATOR_POINTS, 25, id="federated-kmeans"),
+        pytest.param("aligned", _CHANGE, 10, id="aligned", marks=pytest.mark.long),
+        pytest.param("random", _CHANGE, 10, id="random", marks=pytest.mark.long),
+    ],
 )
 def test_a_coordinator_that_is_killed_everywhere(
     federation: Federation, undisturbed: Callable[[str], Outcome], name: str, points: str, least: int

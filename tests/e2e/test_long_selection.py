@@ -42,6 +42,7 @@ def picked(federation: Federation) -> int:
     return int(report["trained_rows"])
 
 
+@pytest.mark.long
 def test_a_budget_of_5000_rows(federation: Federation) -> None:
     """With the default dimension, centers and reports of such a budget have 20 MB."""
     server = federation.server(*_FLAGS, "--selection-budget=5000", "--feature-dimension=16")

@@ -117,6 +117,7 @@ def test_cables_are_pulled_out_for_three_seconds(run: Run, undisturbed: bytes) -
     assert outcome(run.federation, server, list(sites.values())) == undisturbed
 
 
+@pytest.mark.long
 def test_a_slow_link_is_not_silence(run: Run, undisturbed: bytes) -> None:
     """At 8 Mbit/s a transfer takes longer than the heartbeat time-out."""
     run.network.slow("a", "8mbit")
@@ -128,6 +129,7 @@ def test_a_slow_link_is_not_silence(run: Run, undisturbed: bytes) -> None:
     assert time.monotonic() - began > 2 * len(undisturbed) / 1e6
 
 
+@pytest.mark.long
 def test_a_link_on_which_a_ping_waits_behind_a_transfer_is_not_silent(run: Run) -> None:
     """At 1 Mbit/s a chunk takes 8 s, nearly as long as the answer to a ping may."""
     run.network.slow("a", "1mbit")
@@ -148,6 +150,7 @@ def test_connections_are_reset_again_and_again(run: Run, undisturbed: bytes) -> 
     assert any("trying again" in site.text for site in sites.values())
 
 
+@pytest.mark.long
 def test_half_open_connections_are_noticed_on_both_sides(run: Run, undisturbed: bytes) -> None:
     """One site hears nothing more, of the other nothing more is heard; both come back when the network does."""
     server, sites = run.begin("--heartbeat-timeout=120")
@@ -180,6 +183,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.long
 def test_a_silent_link_is_noticed_after_the_ping_time_out_on_both_sides(run: Run) -> None:
     """Of one site nothing arrives; the other's connection leads over a relay that still acknowledges what it gets."""
     network, federation = run.network, run.federation

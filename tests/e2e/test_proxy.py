@@ -68,7 +68,9 @@ def site(federation: Federation, environment: dict[str, str], *flags: str, serve
     return federation.client("a", f"--data={data}", *flags, server=server)
 
 
-@pytest.mark.parametrize("variable", ["grpc_proxy", "https_proxy", "http_proxy"])
+@pytest.mark.parametrize(
+    "variable", ["grpc_proxy", *(pytest.param(name, marks=pytest.mark.long) for name in ("https_proxy", "http_proxy"))]
+)
 def test_a_proxy_in_the_way_is_named_with_what_to_set(federation: Federation, dead: str, variable: str) -> None:
     federation.server("--rounds=1", "--min-sites=2")
     address = federation.address()

@@ -114,7 +114,7 @@ def test_several_shards_in_one_process_are_several_sites_and_tls_gives_their_nam
     assert len(report["evaluations"]) == 2
 
 
-@pytest.mark.parametrize("strategy", ["fedhds", "full"])
+@pytest.mark.parametrize("strategy", ["fedhds", pytest.param("full", marks=pytest.mark.long)])
 def test_a_site_of_two_processes_is_one_site(federation: Federation, strategy: str) -> None:
     """Under accelerate the second process takes its share of the features, and stops with the first."""
     folder = federation.folder

@@ -61,6 +61,7 @@ def until(condition: Any, what: str) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
 def test_a_sweep_that_is_killed_and_started_again_gives_the_same_results(
     tmp_path: Path, model: Path, rows: Path
@@ -116,7 +117,7 @@ def test_a_run_with_tls_that_fails_is_told_and_kept(tmp_path: Path, rows: Path) 
 
 def test_ctrl_c_ends_all_and_says_how_to_go_on(tmp_path: Path, model: Path, rows: Path) -> None:
     out = tmp_path / "out"
-    flags = (f"--model={model}", f"--data={rows}", "--sites=2", "--alpha=5", *SMALL)
+    flags = (f"--model={model}", f"--data={rows}", "--sites=2", "--alpha=5", "--rounds=500", *SMALL)
     with subprocess.Popen(command(out, *flags), stdout=subprocess.PIPE, text=True) as simulation:
         until(lambda: len(processes_of(out / "runs")) > 1, "the daemons run")
         simulation.send_signal(signal.SIGINT)

@@ -147,6 +147,7 @@ def test_a_leader_that_is_started_again_need_not_wait_for_its_own_lease(pair: Pa
     assert "standing by" not in again.text
 
 
+@pytest.mark.long
 def test_a_copy_of_a_run_folder_stands_by_for_the_original(pair: Pair) -> None:
     pair.server("one").wait_for(" begins")
     pair.federation.stop()
@@ -163,6 +164,7 @@ def test_a_copy_of_a_run_folder_stands_by_for_the_original(pair: Pair) -> None:
     second.wait_for("going on with run")
 
 
+@pytest.mark.long
 def test_a_database_that_is_away_for_longer_than_the_lease_is_waited_for(pair: Pair) -> None:
     first = pair.server("one")
     second = pair.server("two")

@@ -95,6 +95,7 @@ def watching(federation: Federation, server: str) -> Daemon:
     return watch
 
 
+@pytest.mark.long
 def test_a_pause_outlives_a_coordinator_that_is_killed_and_who_watches_sees_all_of_it(federation: Federation) -> None:
     """Without TLS, from the coordinator's own host."""
     listen, run = f"127.0.0.1:{free_port()}", federation.folder / "run"

@@ -107,6 +107,7 @@ def test_a_run_folder_that_is_read_only_at_the_start_is_said(federation: Federat
     assert "Traceback" not in server.text
 
 
+@pytest.mark.long
 def test_a_database_that_another_process_locks_for_longer_than_is_waited(federation: Federation) -> None:
     undisturbed = outcome(federation, "plain", *begin(federation, "plain"))
     server, sites = begin(federation, "run")

@@ -56,6 +56,7 @@ def test_the_wheel_holds_both_daemons_and_nothing_else(wheel: Path) -> None:
         assert needed in names
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_coordinator_installs_without_torch_and_runs(wheel: Path, tmp_path: Path, federation: Federation) -> None:
     environment = tmp_path / "venv"

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.e2e
 TIMEOUT_S = 15
 
 
+@pytest.mark.long
 def test_a_site_that_heartbeats_and_never_answers_stalls_nothing(secured: Secured, undisturbed: Undisturbed) -> None:
     federation = secured("--rounds=1", "--min-sites=3", "--min-evaluators=1", f"--task-timeout={TIMEOUT_S}")
     idler = federation.attacker("idler")

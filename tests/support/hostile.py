@@ -112,6 +112,7 @@ class Hostile:
                 self.answers.append(self._stub.CompleteTask(done))
             case "done":
                 self._stub.ConfirmDelivery(pb.ConfirmDeliveryRequest(session=self._session))
+                self._stub.Leave(pb.LeaveRequest(session=self._session))
                 return True
         return False
 
