@@ -54,6 +54,12 @@ WHOLE = {"blt", "falcon_mamba", "hrm_text", "mamba", "mamba2", "prophetnet", "rw
 # Its relative positions depend on how long a row with its padding is.
 LOSS_TOLERANCE = {"prophetnet": 1e-3}
 
+# What most people tune, and one of each kind that once failed; `make test-slow` tries all others.
+COMMON = {
+    *("bloom", "ctrl", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite"),
+    *("llama", "mistral", "mixtral", "mpt", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe"),
+}
+
 ROWS = [[5, 9, 40, 77, 12, 33, 8, 64, 100, 7], [7, 8, 33, 20], [90, 91, 92, 93, 94, 95, 9]]
 STARTS = (4, 1, 3)
 
@@ -65,13 +71,21 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_the_exceptions_are_architectures() -> None:
-    assert set(UNBUILDABLE) | set(REFUSED) <= set(ARCHITECTURES)
+    assert COMMON | WHOLE | set(UNBUILDABLE) | set(REFUSED) <= set(ARCHITECTURES)
     assert len(ARCHITECTURES) > 150
 
 
 # BigBird-Pegasus never ties the two, though its configuration says so.
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied after merging")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(
+            name, marks=() if name in COMMON | UNBUILDABLE.keys() | REFUSED.keys() | WHOLE else pytest.mark.long
+        )
+        for name in ARCHITECTURES
+    ],
+)
 def test_the_architecture(architecture: str, tokenizer: Any, tmp_path: Path) -> None:
     if architecture in UNBUILDABLE:
         with pytest.raises((ImportError, AttributeError, ValueError), match=UNBUILDABLE[architecture]):
