@@ -7,11 +7,12 @@ import importlib
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from functools import partial
 
 from fedhds.runtime.liveness import watch_loop
 from fedhds.runtime.signals import on_signal
 from fedhds.security.credentials import TlsFiles
-from fedhds_client.computation import ComputeThread
+from fedhds_client.computation import ComputeThread, Control
 from fedhds_client.counters import ENROLLING
 from fedhds_client.distributed.process_group import ProcessGroup
 from fedhds_client.executor import TaskExecutor
@@ -20,6 +21,7 @@ from fedhds_client.rpc_client import CoordinatorClient
 from fedhds_client.settings import ClientSettings
 from fedhds_client.site import Site, open_sites
 from fedhds_client.site_loop import SiteLoop
+from fedhds_client.updates.personal import PersonalJob
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,10 @@ async def run_sites(settings: ClientSettings) -> int:
         worker = ComputeThread()
         executor = TaskExecutor(settings, sites, group)
         display = ProgressDisplay()
-        loops = [SiteLoop(site, client, executor, worker, settings, display) for site in sites]
+        # Sites that were stopped behind the end of their run need no coordinator for what is left.
+        behind = [site for site in sites if settings.personalize and PersonalJob.pending(site.folder)]
+        others = [site for site in sites if site not in behind]
+        loops = [SiteLoop(site, client, executor, worker, settings, display) for site in others]
         tasks = [asyncio.create_task(loop.run()) for loop in loops]
 
         def stop() -> None:
@@ -53,6 +58,11 @@ async def run_sites(settings: ClientSettings) -> int:
         try:
             async with _watched(settings.http, sites, loops, client):
                 outcomes = await asyncio.gather(*tasks)
+                if settings.personalize:
+                    # The coordinator does not wait for it.
+                    await asyncio.gather(*(loop.leave(None) for loop in loops))
+                    tasks.append(asyncio.create_task(_personalize(sites, executor, worker, display)))
+                    outcomes.append(await tasks[-1])
         except asyncio.CancelledError:
             logger.info("stopped; start again to go on")
             return exit_status()
@@ -70,6 +80,27 @@ async def run_sites(settings: ClientSettings) -> int:
             executor.close()
             logger.info("sent %.2f MB", client.bytes_sent / 1e6)
         return 0 if all(outcomes) else 1
+
+
+async def _personalize(
+    sites: Sequence[Site], executor: TaskExecutor, worker: ComputeThread, display: ProgressDisplay
+) -> bool:
+    """Makes the personal adapter of each site that has the global one; whether all could be made."""
+    well = True
+    for site in sites:
+        if job := PersonalJob.pending(site.folder):
+            with display.work(f"{site.name}: tuning the personal adapter") as show:
+                control = Control(show=show)
+                try:
+                    await worker.start(partial(executor.personalize, site, job), control)
+                except Exception as error:
+                    # Tried again, it would fail again; the global adapter is where it was delivered.
+                    logger.exception("%s: there is no personal adapter (%s)", site.name, type(error).__name__)
+                    well = False
+                finally:
+                    control.cancel()
+            PersonalJob.done(site.folder)
+    return well
 
 
 async def _import_while_waiting(loops: Sequence[SiteLoop], worker: ComputeThread) -> None:

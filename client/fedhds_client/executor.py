@@ -21,8 +21,11 @@ from fedhds.tensors.artifact import Artifact
 from fedhds.tensors.safetensors import AdapterReader, file_sizes
 from fedhds_client.distributed.process_group import Prepare, ProcessGroup, Stop
 from fedhds_client.site import Site, check_held_out
+from fedhds_client.state_files import file_key
 from fedhds_client.stated_rows import stated_rows
 from fedhds_client.tasks import TaskContext, TaskResult, task_kind
+from fedhds_client.updates.delivery import write_adapter_folder
+from fedhds_client.updates.personal import PersonalJob, PersonalSettings, personalize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -172,15 +175,39 @@ class TaskExecutor:
             raise TaskError("the base model is not loaded yet")
         return self._models.spec.peft.peft_file(adapter, self._proof[1], folder / "peft.safetensors")
 
-    @property
-    def adapter_config(self) -> str:
-        """adapter_config.json of the run's adapters, as this site's own PEFT writes it."""
-        return self._proof[1].config
+    def deliver(self, site: Site, run_id: str, adapter: Path, card: str) -> None:
+        """Writes the final adapter to --out, configured as this site's own PEFT and tokenizer have it.
 
-    @property
-    def generation_config(self) -> str:
-        """generation_config.json beside the run's adapters, after this site's own tokenizer and prompt format."""
-        return self._proof[1].generation_config
+        From then on a personal adapter is to be made, if the settings want one. Raises StorageError.
+        """
+        manifest, out = self._proof[1], self._settings.out
+        file = self.peft_file(adapter, site.folder / file_key(run_id))
+        write_adapter_folder(out, file, manifest.config, card, manifest.generation_config)
+        if self._settings.personalize and self._models is not None and site.shard:
+            PersonalJob(run_id, self._models.spec.model_dump_json(), adapter.name).keep(site.folder)
+
+    def personalize(self, site: Site, job: PersonalJob, control: Control) -> None:
+        """Makes the personal adapter of `site`; raises what fedhds raises when it cannot be made."""
+        from fedhds.spec import RunSpec
+        from fedhds_client.data.judging import judge
+
+        self.prepare(RunSpec.model_validate_json(job.spec))
+        assert self._models is not None
+        settings = self._settings
+        for shard in filter(None, (site.shard, site.validation)):
+            judge(shard, self._models.prompter, skip_bad_rows=settings.skip_bad_rows, operator="you", control=control)
+        target = settings.out / "personal"
+        if len(settings.data) > 1:
+            target /= settings.data[self._indices[site.name]].name.split(".")[0]
+        own = PersonalSettings(settings.personal_epochs, settings.personal_shared_a, settings.inference_batch_size)
+        adapter = self._adapters / job.digest
+        scores = personalize(
+            self._models, site, job, own, adapter=adapter, out=settings.out, target=target, control=control
+        )
+        for name, means in scores.items():
+            text = ", ".join(f"{metric} {value:.4f}" for metric, value in means.items())
+            logger.info("%s: %-8s %s", site.name, name, text)
+        logger.info("%s: the personal adapter is in %s", site.name, target)
 
     def execute(self, site: Site, run_id: str, task: pb.Task, adapter: Path, control: Control) -> TaskResult:
         """Does a task of `site`; raises TaskError for a kind that this version does not know."""

@@ -15,6 +15,7 @@ from fedhds.settings import addresses, check_http
 from fedhds_client.policy import SitePolicy
 
 Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "4bit"]
 
 LEDGER = "ledger.db"
 
@@ -74,6 +75,24 @@ class ClientSettings(BaseModel):
         description="Folder that the final adapter is written to.",
         json_schema_extra={"group": "Data"},
     )
+    personalize: bool = Field(
+        False,
+        description="After the run, tune an adapter of this site's own on from the global one, with its own rows, and "
+        "compare base model, global and personal adapter on those of --holdout or --validation-data. It is written "
+        "below --out, to personal, and never leaves the site.",
+        json_schema_extra={"group": "Personal"},
+    )
+    personal_epochs: int = Field(
+        1,
+        ge=1,
+        description="Passes of --personalize over the site's training rows.",
+        json_schema_extra={"group": "Personal"},
+    )
+    personal_shared_a: bool = Field(
+        False,
+        description="Keep LoRA's A of the global adapter, and tune B alone (the division of FedSA-LoRA).",
+        json_schema_extra={"group": "Personal"},
+    )
     server: str = Field(
         "localhost:8470",
         description="The coordinator's HOST:PORT; with standbys theirs too, divided by commas.",
@@ -106,6 +125,19 @@ class ClientSettings(BaseModel):
     )
     device: Device = Field(
         "auto", description="Where to compute; auto: a GPU when there is one.", json_schema_extra={"group": "Compute"}
+    )
+    dtype: Dtype = Field(
+        "auto",
+        description="Type of the base model's weights here; adapters are float32. auto: bfloat16 where the hardware "
+        "multiplies it fast (GPUs, CPUs with AMX or avx512_bf16; on a CPU from 100 million parameters on), else "
+        "float32. 4bit: QLoRA, on a GPU with the package bitsandbytes.",
+        json_schema_extra={"group": "Compute"},
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute activations again in the backward pass of training: less memory for a third more time, "
+        "with the same result.",
+        json_schema_extra={"group": "Compute"},
     )
     inference_batch_size: int = Field(
         16,
@@ -220,6 +252,12 @@ class ClientSettings(BaseModel):
             raise ValueError("holdout: rows to validate on are in --validation-data already; drop one of the two")
         if self.holdout and not self.data:
             raise ValueError("holdout: takes a share of --data, and there is none; use --validation-data")
+        if self.personalize and not (self.data and (self.holdout or self.validation_data)):
+            raise ValueError("personalize: needs --data, and rows to compare on; give --holdout or --validation-data")
+        if self.personalize and len(self.data) > 1 and not self.holdout:
+            raise ValueError(
+                "personalize: with several shards each needs rows of its own to compare on; give --holdout"
+            )
         names = [path.name.split(".")[0] for path in self.data]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:

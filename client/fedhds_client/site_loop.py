@@ -41,7 +41,6 @@ from fedhds_client.settings import ClientSettings
 from fedhds_client.site import Site
 from fedhds_client.state_files import file_key
 from fedhds_client.tasks import TASKS, task_kind
-from fedhds_client.updates.delivery import write_adapter_folder
 
 if TYPE_CHECKING:
     from fedhds_client.tasks.secure_train import MaskedFile
@@ -158,6 +157,7 @@ class SiteLoop:
             return
         kind, reason = failure if failure and not self._finished else ("", "")
         request = pb.LeaveRequest(session=self._session, kind=kind, reason=reason)
+        self._session = ""
         try:
             await self._client.federation.Leave(request, timeout=_LEAVE_S)
         except Exception as error:  # noqa: BLE001 - nothing depends on it: the session ends by itself
@@ -323,10 +323,7 @@ class SiteLoop:
             await self._client.call(self._client.federation.Heartbeat, pb.HeartbeatRequest(session=self._session))
 
     async def _write(self, adapter: Path, card: str) -> None:
-        config = self._executor.adapter_config
-        ends = self._executor.generation_config
-        adapter = await asyncio.to_thread(self._executor.peft_file, adapter, self._site.folder / file_key(self._run_id))
-        writing = asyncio.to_thread(write_adapter_folder, self._settings.out, adapter, config, card, ends)
+        writing = asyncio.to_thread(self._executor.deliver, self._site, self._run_id, adapter, card)
         await self._transferred("", lambda _: writing, lambda _: None, 1.0, 0.0)
 
     async def _fail(self, task: pb.Task, error: Exception) -> None:

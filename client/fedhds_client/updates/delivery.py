@@ -7,6 +7,8 @@ from pathlib import Path
 
 from fedhds.runtime.files import replace_file, replacing
 
+CARD = "README.md"
+
 
 def write_adapter_folder(folder: Path, adapter: Path, config: str, card: str, generation_config: str) -> None:
     """Writes adapter_config.json, generation_config.json, README.md and adapter_model.safetensors.
@@ -17,6 +19,6 @@ def write_adapter_folder(folder: Path, adapter: Path, config: str, card: str, ge
     """
     replace_file(folder / "adapter_config.json", config, shared=True)
     replace_file(folder / "generation_config.json", generation_config, shared=True)
-    replace_file(folder / "README.md", card, shared=True)
+    replace_file(folder / CARD, card, shared=True)
     with replacing(folder / "adapter_model.safetensors", shared=True) as file, adapter.open("rb") as source:
         shutil.copyfileobj(source, file)
