@@ -95,7 +95,14 @@ class TrainTask(SiteTask):
             )
         else:
             outcome = train(
-                models.model, site.shard, rows, models.prompter, spec.training, rounds=spec.rounds.count, **options
+                models.model,
+                site.shard,
+                rows,
+                models.prompter,
+                spec.training,
+                rounds=spec.rounds.count,
+                gradient_checkpointing=context.settings.gradient_checkpointing,
+                **options,
             )
         if outcome.truncated_rows:
             logger.warning(

@@ -58,6 +58,7 @@ def train(
     round_number: int = 1,
     rounds: int = 1,
     trainable_roles: frozenset[str] = frozenset(),
+    gradient_checkpointing: bool = False,
     step_gradient: Callable[[ResponseLoss, Sequence[torch.nn.Parameter]], StepGradient] = MeanGradient,
     plan: BatchPlan | None = None,
     progress: Callable[[float], None],
@@ -86,7 +87,7 @@ def train(
     # Of the newest pass; of the first one, for the weight.
     recent: deque[tuple[float, int, list[int]]] = deque(maxlen=plan.pass_steps)
     first_rows = first_tokens = tokens = 0
-    with _training(model, parameters, optimizer, seed):
+    with _training(model, parameters, optimizer, seed), _checkpointing(model, on=gradient_checkpointing):
         for step, ids in enumerate(plan.batches):
             if cancelled():
                 raise Cancelled("training was stopped")
@@ -144,6 +145,29 @@ def _training(
         for parameter in frozen:
             parameter.requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _checkpointing(model: AdapterModel, *, on: bool) -> Iterator[None]:
+    """Layers compute their activations again in the backward pass; raises TaskError for a model that cannot."""
+    module = model.base.model
+    if on and model.has_prefix:
+        raise TaskError(
+            "the keys and values of prefix tuning are lost where activations are computed again; start this site "
+            "without --gradient-checkpointing"
+        )
+    if on and not module.supports_gradient_checkpointing:
+        raise TaskError(
+            f"the model type {module.config.model_type} cannot compute activations again; start this site without "
+            "--gradient-checkpointing"
+        )
+    if on:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if on:
+            module.gradient_checkpointing_disable()
 
 
 def _pull_back(parameters: Sequence[torch.nn.Parameter], start: Sequence[torch.Tensor], mu: float) -> None:
