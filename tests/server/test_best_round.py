@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from fedhds.v2 import federation_pb2 as pb
+from fedhds_server.observers.base import ObserverContext, Observers
+from fedhds_server.observers.metrics_file import MetricsFile
 from fedhds_server.rpc.federation import _done
 from fedhds_server.run.engine import RunMachine
 from fedhds_server.run.events import AdapterDrawn, Discard, SiteHeard, SiteSilent, TaskFailed, WriteCheckpoint
@@ -33,7 +36,8 @@ from tests.support.machine import (
 
 def _run(losses: Sequence[float], **settings: object) -> RunMachine:
     """A run of one trainer and the validator v, which measures `losses`: before the first round and after each."""
-    run = machine(**{"min_sites": 1, "rounds": 9} | settings)  # type: ignore[arg-type]
+    values = {"min_sites": 1, "rounds": 9, "rollback_on_loss": 0.0} | settings
+    run = machine(**values)  # type: ignore[arg-type]
     join(run, "a")
     join(run, "v", 0, validation_rows=2)
     run.handle(AdapterDrawn(2.0, artifact(100)))
@@ -128,7 +132,7 @@ def test_evaluation_never_steers() -> None:
 
 
 def test_the_best_adapter_is_evaluated_in_the_end() -> None:
-    run = machine(min_sites=1, rounds=3, evaluate_every=0)
+    run = machine(min_sites=1, rounds=3, evaluate_every=0, rollback_on_loss=0.0)
     join(run, "a")
     join(run, "v", 0, evaluates=True, validation_rows=2)
     run.handle(AdapterDrawn(2.0, artifact(100)))
@@ -243,6 +247,26 @@ def test_card_and_status_show_validation_and_test_apart() -> None:
     assert "It was lowest after round 1; this is that adapter." in card
     assert "It was lowest after round 1; this adapter is after 2." in model_card_of(run.state)
     assert "| 1 | 2 | 1.0000 |" in card
+
+
+async def test_observers_hear_of_validations_apart_from_evaluations(tmp_path: Path) -> None:
+    run = machine(min_sites=1, rounds=3, evaluate_every=1)
+    join(run, "a")
+    join(run, "v", 0, evaluates=True, validation_rows=2)
+    run.handle(AdapterDrawn(2.0, artifact(100)))
+    select(run, "a")
+    observers = Observers([MetricsFile(ObserverContext(tmp_path, run.state.spec))])
+    observers.started(run.state)
+    evaluation(run, 0, "v")
+    validation(run, 0, "v", 5.0)
+    for _ in range(2):
+        observers.committed(run.state, [])
+    await observers.close()
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [(line["event"], line["round_number"], line["mean"]["loss"]) for line in lines] == [
+        ("evaluation", 0, 2.0),
+        ("validation", 0, 5.0),
+    ]
 
 
 def test_a_state_that_knows_no_validation_goes_on() -> None:

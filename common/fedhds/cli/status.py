@@ -145,13 +145,18 @@ def _picture(answer: status_pb2.GetStatusResponse) -> RenderableType:
             Text(site.site),
             Text(f"{site.state}, has the adapter" if site.delivered else site.state),
             str(site.rows),
-            "yes" if site.evaluates else "",
+            ", ".join(["yes"] * site.evaluates + ["validates"] * site.validates),
             Text(site.task),
             f"{site.bytes_received / 1e6:.2f}",
             str(site.rejections or ""),
             Text(site.last_error),
         )
     parts.append(sites)
+    if answer.validations:
+        best = " before the first round" if not answer.best_round else f" after round {answer.best_round}"
+        last = answer.validations[-1]
+        loss = f"; {last.metrics['loss']:.4f} in round {last.round_number}" if "loss" in last.metrics else ""
+        parts.append(Text(f"validation, on rows that are not those below: the loss is lowest{best}{loss}"))
     if answer.evaluations:
         metrics = sorted({metric for line in answer.evaluations for metric in line.metrics})
         # Where there is one evaluator, its mean is the median.
@@ -165,4 +170,6 @@ def _picture(answer: status_pb2.GetStatusResponse) -> RenderableType:
         parts.append(evaluations)
     if answer.checkpoint:
         parts.append(Text(f"checkpoint: {answer.checkpoint}"))
+    if answer.best_checkpoint:
+        parts.append(Text(f"best checkpoint: {answer.best_checkpoint}"))
     return Group(*parts)

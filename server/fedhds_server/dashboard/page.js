@@ -63,7 +63,7 @@ const SECTIONS = [
   [["phase", "closed_rounds", "running_s", "spec"], showRounds],
   [["cohort"], showAnswers],
   [["trained_rows", "pool_rows", "spec"], showSamples],
-  [["closed_rounds", "evaluations", "spec"], showQuality],
+  [["closed_rounds", "evaluations", "validations", "best_round", "spec"], showQuality],
   [["sites", "site_states", "bytes_received"], showSites],
   [["selection", "round_number", "spec"], loadGroups],
   [["run_id", "spec", "checkpoint", "model_fingerprint", "model_given_by", "model_confirmed"], showAbout],
@@ -136,27 +136,30 @@ function showSamples() {
 }
 
 function showQuality() {
-  const { closed_rounds: closed, evaluations, spec } = status, rounds = spec.rounds.count;
+  const { closed_rounds: closed, evaluations, validations, spec } = status, rounds = spec.rounds.count;
   const points = (lines, value) =>
     lines.map((line) => [line.round_number, Number(value(line))]).filter(([, number]) => Number.isFinite(number));
   const measured = (metric) => points(evaluations, ({ metrics }) => metrics[metric]);
   const trained = closed.filter((line) => line.contributor_count);
-  const losses = { training: points(trained, ({ loss }) => loss), "held-out": measured("loss") };
+  const validated = points(validations, ({ metrics }) => metrics.loss);
+  const losses = { training: points(trained, ({ loss }) => loss), validation: validated, "held-out": measured("loss") };
   chart($("loss-chart"), "Loss on held-out rows", losses, { rounds, floor: Infinity });
   chart($("rouge-chart"), "Rouge-L on held-out rows", { rouge: measured("rouge_l") }, { rounds, floor: 0 });
   const lines = new Map();
   for (const line of closed) lines.set(line.round_number, { ...line, training: trained.includes(line) ? line.loss : NaN });
   for (const line of evaluations) lines.set(line.round_number, { ...lines.get(line.round_number), ...line });
+  for (const [number, validation] of validated) lines.set(number, { ...lines.get(number), validation });
   // With several evaluators, no minority of them moves the median far.
   const both = ({ metrics = {}, medians = {}, evaluators }, name) =>
     decimals(metrics[name], 4) + (evaluators > 1 ? ` (median ${decimals(medians[name], 4)})` : "");
   const rows = [...lines].sort(([a], [b]) => b - a).map(([number, line]) =>
     make("tr", {}, make("th", { scope: "row" }, String(number)),
-      ...[both(line, "loss"), both(line, "rouge_l"), decimals(line.training, 4), line.samples ? count(line.samples) : "–",
+      ...[both(line, "loss"), both(line, "rouge_l"), decimals(line.validation, 4), decimals(line.training, 4), line.samples ? count(line.samples) : "–",
         String(line.contributor_count ?? "–"), decimals(line.seconds, 1)].map((text) => make("td", {}, text))));
   $("rounds-rows").replaceChildren(...rows);
   const all = closed.length ? closed.at(-1).round_number : 0;
   say("rounds-caption", `Results by round, newest first. Round 0 is the base model.${
+    validated.length ? ` By validation, round ${status.best_round} is the best.` : ""}${
     closed.length < all ? ` The table has ${closed.length} of ${count(all)} rounds, evenly spaced.` : ""}`);
 }
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl in the run folder: one JSON object per closed round and evaluation, each once."""
+"""metrics.jsonl in the run folder: one JSON object per closed round, evaluation and validation, each once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class MetricsFile(RunObserver):
         self._path = context.folder / "metrics.jsonl"
         self._run_id = ""
         self._keys: set[tuple[str, int, str]] = set()
-        self._evaluations: dict[int, dict[str, Evaluation]] = {}
+        self._so_far: dict[tuple[str, int], dict[str, Evaluation]] = {}
 
     def started(self, run_id: str, rounds: Sequence[ClosedRound]) -> None:
         self._run_id = run_id
@@ -48,15 +48,21 @@ class MetricsFile(RunObserver):
         )
 
     def evaluated(self, round_number: int, site: str, evaluation: Evaluation) -> None:
-        so_far = self._evaluations.setdefault(round_number, {})
+        self._measured("evaluation", round_number, site, evaluation)
+
+    def validated(self, round_number: int, site: str, validation: Evaluation) -> None:
+        self._measured("validation", round_number, site, validation)
+
+    def _measured(self, event: str, round_number: int, site: str, evaluation: Evaluation) -> None:
+        so_far = self._so_far.setdefault((event, round_number), {})
         so_far[site] = evaluation
         self._append(
-            "evaluation",
+            event,
             round_number,
             site=site,
             rows=evaluation.rows,
             metrics=means_of({site: evaluation})[1],
-            # Over all evaluators up to this line.
+            # Over all sites up to this line.
             mean=means_of(so_far)[1],
             median=medians_of(so_far)[1],
         )

@@ -197,7 +197,7 @@ def test_other_factors_than_loras_are_refused(tmp_path: Path, llama: Path, monke
     [
         ({"data": ("a.jsonl",)}, "rows to compare on; give --holdout"),
         ({"eval_data": "a.jsonl", "validation_data": "v.jsonl"}, "needs --data"),
-        ({"data": ("a.jsonl", "b.jsonl"), "validation_data": "v.jsonl"}, "several shards, each needs rows of its own"),
+        ({"data": ("a.jsonl", "b.jsonl"), "validation_data": "v.jsonl"}, "several shards each needs rows of its own"),
     ],
 )
 def test_it_needs_rows_to_tune_on_and_to_compare_on(settings: dict[str, Any], fault: str) -> None:
