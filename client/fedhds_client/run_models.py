@@ -21,7 +21,9 @@ def load_models(settings: ClientSettings, spec: RunSpec) -> tuple[BaseModel, Ada
     revision = "" if settings.model else spec.model.revision
     logger.info("loading the base model %s", name)
     try:
-        base = load_base_model(name, revision=revision, device=settings.device, cache_dir=settings.state)
+        base = load_base_model(
+            name, revision=revision, device=settings.device, dtype=settings.dtype, cache_dir=settings.state
+        )
     except ModelError as error:
         if settings.model:
             raise

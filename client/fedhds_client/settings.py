@@ -53,6 +53,13 @@ class ClientSettings(BaseModel):
         "several shards, those of the first one's site. None of them may be in --eval-data.",
         json_schema_extra={"group": "Data"},
     )
+    target_data: Path | None = Field(
+        None,
+        description="Rows of a wanted task, of which the strategies target-features and target-gradients look for "
+        "more: this site, with several shards the first one's, then releases means over groups of them. None of them "
+        "may be in --eval-data.",
+        json_schema_extra={"group": "Data"},
+    )
     holdout: float = Field(
         0.0,
         ge=0,
@@ -248,6 +255,8 @@ class ClientSettings(BaseModel):
     def _usable(self) -> Self:
         if not self.data and not self.eval_data and not self.validation_data:
             raise ValueError("data: give the training shard with --data, or held-out rows with --eval-data")
+        if self.target_data and not self.data:
+            raise ValueError("target_data: only a site with rows to train on can say what it looks for; give --data")
         if self.holdout and self.validation_data:
             raise ValueError("holdout: rows to validate on are in --validation-data already; drop one of the two")
         if self.holdout and not self.data:

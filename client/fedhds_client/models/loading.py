@@ -23,6 +23,7 @@ from transformers.utils.hub import cached_file
 from fedhds.errors import ModelError
 from fedhds_client.models.fingerprint import weights_digest
 from fedhds_client.models.packages import missing_package
+from fedhds_client.models.precision import four_bit, weight_dtype
 from fedhds_client.models.probing import check_causal, takes_left_padding
 
 logger = logging.getLogger(__name__)
@@ -92,16 +93,20 @@ def load_base_model(
     With `body_only` it may be an encoder, too, also one under a classifier, and comes without a head: enough to take
     features. Rows are padded with the tokenizer's padding token; one that the model has no embedding for is replaced.
 
-    `device` is auto (a GPU when there is one), cpu or cuda. `dtype` is a floating type's name, or auto: bfloat16
-    on a GPU that has it, else float32 (half precision is slow and coarse on a CPU). `cache_dir` remembers digests of
-    weight files by path, size and time. Code that comes with a model is never run. Raises ModelError.
+    `device` is auto (a GPU when there is one), cpu or cuda. `dtype` is a floating type's name, 4bit (on a GPU), or
+    auto: bfloat16 where the hardware multiplies it fast and the model is not small, else float32. `cache_dir`
+    remembers digests of weight files by path, size and time. Code that comes with a model is never run. Raises
+    ModelError.
     """
     source, options = _source(name, revision)
     where = _device(device)
     config = _config(name, source, options, body_only)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     tokenizer = _tokenizer(name, source, options, body_only)
-    model = _model(name, source, options | {"config": config, "dtype": _dtype(dtype, where)}, where, body_only)
+    options |= {"config": config, "dtype": weight_dtype("bfloat16" if dtype == "4bit" else dtype, where, config)}
+    if dtype == "4bit":
+        options["quantization_config"] = four_bit(name, where, config)
+    model = _model(name, source, options, where, body_only)
     _check_padding(name, tokenizer, model)
     longest = min(_max_length(config, tokenizer), _table_length(model))
     base = BaseModel(name, model.eval(), tokenizer, longest, stored, tuple(_weight_files(source, options)), cache_dir)
@@ -181,15 +186,6 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ModelError("there is no CUDA device here; use --device auto or cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _dtype(name: str, where: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if where.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ModelError(f"{name!r} is not a floating type; use auto, float32, bfloat16 or float16")
-    return dtype
 
 
 def _config(name: str, source: str, options: dict[str, Any], body_only: bool) -> Any:
@@ -280,7 +276,7 @@ def _check_padding(name: str, tokenizer: Any, model: Any) -> None:
 def _model(name: str, source: str, options: dict[str, Any], where: torch.device, body_only: bool) -> Any:
     damaged = f"the weight files of {name} are missing or damaged"
     auto: Any = AutoModel if body_only else AutoModelForCausalLM
-    quantized = getattr(options["config"], "quantization_config", None) is not None
+    quantized = "quantization_config" in options or getattr(options["config"], "quantization_config", None) is not None
     if quantized:
         # Its layers cannot be moved later.
         options = options | {"device_map": {"": where}}

@@ -69,16 +69,16 @@ class ResponseLoss:
 
     def _hidden(self, ids: torch.Tensor, mask: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """What the head gets at the positions `before`, (positions, hidden)."""
-        caught: list[torch.Tensor] = []
 
-        def catch(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            caught.append(inputs[0][:, -ids.shape[1] :][before])
-            # The model goes on with one position.
-            return inputs[0][:1, -1:], *inputs[1:]
+        def catch(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            raise _Caught(inputs[0][:, -ids.shape[1] :][before])
 
         with _hooked(self._head, catch):
-            self._call(ids, mask)
-        return caught[0]
+            try:
+                self._call(ids, mask)
+            except _Caught as caught:
+                return caught.hidden
+        raise TypeError("the model does not call its head")
 
     def _logits(self, ids: torch.Tensor, mask: torch.Tensor, before: torch.Tensor, way: Way) -> torch.Tensor:
         """The logits at the positions `before`, (positions, vocabulary)."""
@@ -120,15 +120,24 @@ class ResponseLoss:
         except (IndexError, RuntimeError, ValueError, TypeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            # The model calls its head in another way, or has no use for one position.
+            # The model calls its head in another way, or not at all.
             return False
         largest = whole.abs().max().clamp(min=1e-30) * _MAX_CHANGE.get(self._inner.dtype, 0.02)
         return logits.shape == whole.shape and bool((logits - whole).abs().max() <= largest)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self.device.type == "cuda" and self._inner.dtype == torch.bfloat16:
-            return torch.autocast("cuda", dtype=torch.bfloat16)
+        # Adapters, which are float32, multiply in the base model's type.
+        if self._inner.dtype == torch.bfloat16:
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
+
+
+class _Caught(Exception):
+    """What the head gets; the forward pass ends there, as a head over 260,000 tokens takes long even for one."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fedhds.errors import ModelError
+from fedhds_client.models import precision
 from fedhds_client.models.adapter import AdapterModel
 from fedhds_client.models.fingerprint import fingerprint
 from fedhds_client.models.loading import load_base_model
@@ -61,6 +63,34 @@ def test_half_precision_weights_are_upcast_on_a_cpu_unless_asked_for(tmp_path: P
     assert load_base_model(str(tmp_path / "half"), device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
     with pytest.raises(ModelError, match="int8"):
         load_base_model(str(llama), dtype="int8")
+
+
+def test_large_models_are_bfloat16_where_the_cpu_multiplies_it_fast(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dtype(name: str = "auto") -> torch.dtype:
+        loaded: torch.dtype = load_base_model(str(llama), device="cpu", dtype=name).model.dtype
+        return loaded
+
+    monkeypatch.setattr(precision, "cpu_is_fast", lambda: True)
+    assert dtype() == torch.float32
+    monkeypatch.setattr(precision, "_SMALL", 10_000)
+    assert dtype() == torch.bfloat16
+    assert dtype("float32") == torch.float32
+    monkeypatch.setattr(precision, "cpu_is_fast", lambda: False)
+    assert dtype() == torch.float32
+    # An adapter on 16-bit weights is float32.
+    adapter = AdapterModel(load_base_model(str(llama), device="cpu", dtype="bfloat16"), spec_of())
+    assert {parameter.dtype for parameter in adapter.parameters()} == {torch.float32}
+
+
+def test_4_bits_need_a_gpu(llama: Path) -> None:
+    with pytest.raises(ModelError, match=r"4bit needs a CUDA device.*; use --dtype auto"):
+        load_base_model(str(llama), device="cpu", dtype="4bit")
+    quantized: object = SimpleNamespace(quantization_config={})
+    with pytest.raises(ModelError, match="m is quantized already; use --dtype auto"):
+        precision.four_bit("m", torch.device("cuda"), quantized)
+    assert precision.four_bit("m", torch.device("cuda"), SimpleNamespace()).load_in_4bit
 
 
 def test_eos_pads_when_there_is_no_padding_token(tmp_path: Path, llama: Path, caplog: pytest.LogCaptureFixture) -> None:
