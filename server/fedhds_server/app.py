@@ -33,7 +33,7 @@ from fedhds_server.coordinator.uploads import owner_of, uploading_sites
 from fedhds_server.leadership.gate import SERVICES, LeaderGate
 from fedhds_server.leadership.leadership import Leadership
 from fedhds_server.leadership.readiness import Readiness
-from fedhds_server.observers import OBSERVERS, ObserverContext
+from fedhds_server.observers import OBSERVERS, TRACKERS, ObserverContext, RunObserver
 from fedhds_server.rpc.federation import FederationServicer
 from fedhds_server.rpc.grpc_server import new_server
 from fedhds_server.rpc.operations import OperationsServicer
@@ -61,6 +61,7 @@ _MALLOC = {-1: 64 << 20, -3: 8 << 20, -8: 2}
 async def serve(settings: ServerSettings) -> int:
     """Runs the coordinator until its run is over and delivered, or a signal; returns the exit status."""
     tls = TlsFiles.from_settings(settings.tls_ca, settings.tls_cert, settings.tls_key)
+    settings.check_start()
     admission = Admission.of(settings)
     # What a run keeps is for the coordinator's user alone.
     os.umask(0o077)
@@ -149,7 +150,7 @@ async def _lead(
                 store=store,
                 artifacts=artifacts,
                 folder=folder,
-                observers=[observer(ObserverContext(folder, state.spec)) for observer in OBSERVERS.values()],
+                observers=_observers(settings, ObserverContext(folder, state.spec)),
                 keep_updates=settings.keep_updates,
                 admission=admission,
             )
@@ -160,6 +161,11 @@ async def _lead(
             logger.warning("%s; standing by", error)
         finally:
             await leadership.given_up()
+
+
+def _observers(settings: ServerSettings, context: ObserverContext) -> list[RunObserver]:
+    kinds = [*OBSERVERS.values(), *(TRACKERS[name] for name in settings.track)]
+    return [observer(context) for observer in kinds]
 
 
 def _keep_memory() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import SecretStr, field_validator, model_validator
 
 from fedhds.encoding import escaped, not_utf_8
+from fedhds.errors import SettingsError
 from fedhds.fingerprint import is_digest
 from fedhds.runtime.logging import LogFormat, LogLevel
 from fedhds.settings import Parameters, check_http, host_and_port, is_loopback, parameter
@@ -114,6 +116,13 @@ class ServerSettings(Parameters):
         "takes a free one.",
         group="Server",
     )
+    track: tuple[str, ...] = parameter(
+        (),
+        "Send the run's settings and the scalars of its rounds and evaluations there, too: tensorboard, mlflow, wandb, "
+        "or several. Each needs the extra of its name, pip install 'fedhds[tensorboard]', and reads its own variables. "
+        "metrics.jsonl in the run folder is always written.",
+        group="Server",
+    )
     log_level: LogLevel = parameter("INFO", "Lowest level to log.", group="Server")
     log_format: LogFormat = parameter(
         "plain", "Lines for people, with colors on a terminal, or JSON objects for machines.", group="Server"
@@ -135,14 +144,7 @@ class ServerSettings(Parameters):
 
     @model_validator(mode="after")
     def _check_secure(self) -> Self:
-        if not self.run.secure.enabled:
-            return self
-        if self.tls_cert is None:
-            raise ValueError(
-                "secure_aggregation: sites check each other's certificates, and there is no TLS; give --tls-ca, "
-                "--tls-cert and --tls-key (see fedhds certs)"
-            )
-        if self.keep_updates:
+        if self.run.secure.enabled and self.keep_updates:
             raise ValueError(
                 "keep_updates: with --secure-aggregation this coordinator has masked updates and their sum, and no "
                 "single update to keep; drop one of the two"
@@ -157,6 +159,28 @@ class ServerSettings(Parameters):
                 f"run_folder: the name of {escaped(folder)} is not UTF-8, which SQLite needs; choose another folder"
             )
         return self
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _split(cls, names: Any) -> Any:
+        """Takes names divided by commas, too, as in the environment."""
+        if not isinstance(names, list | tuple):
+            return names
+        return tuple(name for text in names for name in re.split(r"[,\s]+", str(text)) if name)
+
+    @field_validator("track")
+    @classmethod
+    def _check_track(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        from importlib.util import find_spec
+
+        from fedhds_server.observers import TRACKERS
+
+        for name in names:
+            if name not in TRACKERS:
+                raise ValueError(f"there is no tracker {name!r}; choose from {', '.join(TRACKERS)}")
+            if find_spec(TRACKERS[name].package) is None:
+                raise ValueError(f"{name} needs its package: pip install 'fedhds[{name}]'")
+        return tuple(dict.fromkeys(names))
 
     @field_validator("expected_fingerprint")
     @classmethod
@@ -173,6 +197,22 @@ class ServerSettings(Parameters):
         if self.selection_epsilon is not None and not privacy.clip_norm:
             raise ValueError("selection_clip_norm: an epsilon needs a clipping norm; set it above 0")
         return self
+
+    def check_start(self) -> None:
+        """Raises SettingsError for a run under secure aggregation that could not have a single round."""
+        secure, rounds = self.run.secure, self.run.rounds
+        if secure.enabled and self.tls_cert is None:
+            raise SettingsError(
+                "--secure-aggregation",
+                "sites check each other's certificates, and there is no TLS; give --tls-ca, --tls-cert and --tls-key "
+                "(see fedhds certs)",
+            )
+        if secure.enabled and rounds.min_sites < secure.min_sites:
+            raise SettingsError(
+                "--min-sites",
+                f"a run with --secure-aggregation cannot begin with {rounds.min_sites} sites, as its rounds need "
+                f"--min-secure-sites {secure.min_sites}; set it to that at least",
+            )
 
     def run_spec(self) -> RunSpec:
         """The part that every site gets, with the noise that `selection_epsilon` asks for."""

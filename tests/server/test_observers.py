@@ -69,7 +69,7 @@ async def test_an_observer_that_stands_still_is_left_behind(
     await asyncio.wait_for(observers.close(), 5)
     assert "what is left is dropped" in caplog.text
     standing.free.set()
-    observers._thread.join(5)
+    observers._listeners[0].thread.join(5)
     assert standing.messages == ["0"]
 
 

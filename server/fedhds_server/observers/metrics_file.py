@@ -45,6 +45,10 @@ class MetricsFile(RunObserver):
             samples=closed.samples,
             loss=closed.loss,
             seconds=round(closed.seconds, 3),
+            tokens_per_s=round(closed.tokens_per_s, 1),
+            product_gap=closed.product_gap,
+            updates={site: score.model_dump() for site, score in closed.updates.items()},
+            unchanged=closed.unchanged,
         )
 
     def evaluated(self, round_number: int, site: str, evaluation: Evaluation) -> None:

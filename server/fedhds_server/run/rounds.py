@@ -53,7 +53,7 @@ def activities() -> list[str]:
     running = [name for workflow in WORKFLOWS.values() for name in (workflow.collecting, workflow.resolving)]
     return [
         Phase.ENROLLING.value,
-        *running,
+        *dict.fromkeys(running),
         _VALIDATING,
         *(phase.value for phase in Phase if phase.over or phase is Phase.FINISHING),
     ]
@@ -315,6 +315,8 @@ def _round_closed(state: RunState, stage: Stage, outcome: AdapterUpdated, at: fl
         contributions={site: update.samples for site, update in updates.items()},
         loss=loss,
         seconds=at - state.round_opened_at,
+        bytes_received=sum(upload.size for upload in stage.uploads),
+        tokens_per_s=sum(update.tokens_per_s for update in updates.values()),
         product_gap=outcome.report.product_gap,
         updates=dict(outcome.report.updates),
         unchanged=outcome.report.unchanged,

@@ -191,6 +191,8 @@ class ClosedRound(_Record):
     contributions: dict[str, int]  # site -> rows trained on
     loss: float | None  # None: no contributor said its own
     seconds: float
+    bytes_received: int = 0  # of the updates that came in time
+    tokens_per_s: float = 0.0  # that the sites trained on, added up; of those that said so
     product_gap: float | None = None  # from the mean of LoRA's products, where both factors are averaged
     updates: dict[str, UpdateScore] = Field(default_factory=dict)  # by site, of those that counted
     unchanged: str = ""  # why the global adapter is not the round's result
