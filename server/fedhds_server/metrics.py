@@ -45,6 +45,18 @@ ROUNDS_CLOSED = _counter("fedhds_rounds_closed_total", "Rounds that are closed."
 ROUND_SECONDS = _counter("fedhds_round_seconds_total", "Duration of all closed rounds.")
 LAST_ROUND = _gauge("fedhds_last_round_seconds", "Duration of the last closed round.")
 TRAINING_LOSS = _gauge("fedhds_training_loss", "Mean training loss of the last round that had an update.")
+PRODUCT_GAP = _gauge(
+    "fedhds_product_gap",
+    "How far the mean of LoRA's factors was from the mean of their products in the last round, relative to the latter.",
+)
+UPDATE_DISTANCE = _gauge(
+    "fedhds_update_distance_max",
+    "The largest median distance of an update to the others of the last round, over the median of these.",
+)
+UPDATE_COSINE = _gauge(
+    "fedhds_update_cosine_min",
+    "The least cosine between what an update of the last round changes and what the others change together.",
+)
 IDLE = _gauge(
     "fedhds_since_progress_seconds",
     "Time since the run last moved (a phase, stage or round, an answer, an evaluation, a new site).",
@@ -106,6 +118,11 @@ def _of_run(state: RunState, readiness: Readiness) -> Iterator[Metric]:
     yield LAST_ROUND.of(state.closed_rounds[-1].seconds if state.closed_rounds else None)
     trained = next((closed for closed in reversed(state.closed_rounds) if closed.contributions), None)
     yield TRAINING_LOSS.of(trained.loss if trained else None)
+    last = state.closed_rounds[-1] if state.closed_rounds else None
+    yield PRODUCT_GAP.of(last.product_gap if last else None)
+    scores = last.updates.values() if last else ()
+    yield UPDATE_DISTANCE.of(max((at.distance for at in scores if at.distance is not None), default=None))
+    yield UPDATE_COSINE.of(min((at.cosine for at in scores if at.cosine is not None), default=None))
     yield IDLE.of(readiness.idle_s)
     # Those of closed rounds, and of the open one.
     accepted = sum(len(closed.contributions) for closed in state.closed_rounds)

@@ -18,7 +18,7 @@ from fedhds_server.run.messages import for_site
 from fedhds_server.run.parties import parties, party_of
 from fedhds_server.run.quorum import CohortProgress
 from fedhds_server.run.rounds import activity
-from fedhds_server.run.state import Evaluation, MetricSum, RunState, Site, SiteState
+from fedhds_server.run.state import Evaluation, MetricSum, RunState, Site, SiteState, UpdateScore
 from fedhds_server.storage.base import JournalEntry
 from fedhds_server.storage.checkpoint import BEST
 from fedhds_server.storage.model_card import CardFacts, model_card
@@ -95,8 +95,11 @@ def status_of(
     sites = list(state.sites.values())
     if limit is not None and len(sites) > limit:
         sites = heapq.nsmallest(limit, sites, key=lambda site: (not _trouble(site), site.name not in tasks, site.name))
+    scores = {site: score for closed in state.closed_rounds for site, score in closed.updates.items()}
     for site in sorted(sites, key=lambda site: site.name):
+        score = scores.get(site.name)
         status.sites.add(
+            last_update=_score(score) if score else None,
             site=site.name,
             state=_state_name(site),
             rows=site.rows,
@@ -116,6 +119,9 @@ def status_of(
             samples=closed.samples,
             loss=closed.loss,
             seconds=closed.seconds,
+            product_gap=closed.product_gap,
+            unchanged=closed.unchanged,
+            updates={site: _score(score) for site, score in closed.updates.items()} if limit is None else None,
         )
     for measured, lines in ((state.evaluations, status.evaluations), (state.validations, status.validations)):
         for number in _spaced(sorted(measured), limit, first=0):
@@ -155,6 +161,8 @@ def site_status_of(state: RunState, party: str) -> status_pb2.GetStatusResponse:
     for closed in whole.closed_rounds:
         status.closed_rounds.add().CopyFrom(closed)
         status.closed_rounds[-1].contributors[:] = sorted(own.intersection(closed.contributors))
+        for name in closed.updates.keys() - own:
+            del status.closed_rounds[-1].updates[name]
     if whole.HasField("best_round"):
         status.best_round = whole.best_round
     if whole.HasField("paused"):
@@ -167,6 +175,10 @@ _PUBLIC_FIELDS = (
     *("run_id", "phase", "round_number", "spec", "running_s", "now", "fedhds_version", "protocol_versions"),
     *("trained_rows", "pool_rows", "evaluations", "validations", "site_states"),
 )
+
+
+def _score(score: UpdateScore) -> status_pb2.UpdateScore:
+    return status_pb2.UpdateScore(norm=score.norm, distance=score.distance, cosine=score.cosine)
 
 
 def _state_name(site: Site) -> str:

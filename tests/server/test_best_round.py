@@ -54,10 +54,10 @@ def _train(run: RunMachine, number: int) -> None:
     aggregate(run, 100 + number)
 
 
-def test_the_best_and_the_last_adapter_are_kept_and_no_other() -> None:
+def test_the_best_and_the_last_two_adapters_are_kept_and_no_other() -> None:
     run = _run([5.0, 3.0, 2.0, 4.0, 2.5])
     assert (run.state.best_round, run.state.round_number) == (2, 5)
-    assert run.state.adapters == {0: artifact(100), 2: artifact(102), 4: artifact(104)}
+    assert run.state.adapters == {number: artifact(100 + number) for number in (0, 2, 3, 4)}
     assert status_of(run.state, Path("/run")).best_round == 2
 
 

@@ -1,4 +1,4 @@
-"""`fedhds pause`, `resume`, `stop`, `evict` and `confirm-model`: what an operator may do to a run, and why."""
+"""`fedhds pause`, `resume`, `stop`, `rollback`, `evict`, `confirm-model`: what an operator may do to a run, and why."""
 
 from __future__ import annotations
 
@@ -51,6 +51,25 @@ def stop(
 
     call("Stop", status_pb2.StopRequest(reason=reason), server, tls_ca, tls_cert, tls_key)
     typer.echo("The run is stopped; its sites are given the last adapter.")
+
+
+def rollback(
+    reason: Reason,
+    to_round: Annotated[
+        int | None,
+        typer.Option(min=0, help="Round whose adapter the run goes on from; by default the one before the newest."),
+    ] = None,
+    server: Server = DEFAULT_SERVER,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+) -> None:
+    """Take the global adapter back to an earlier round for good; the open round ends without a result."""
+    from fedhds.v2 import status_pb2
+
+    request = status_pb2.RollbackRequest(round_number=to_round, reason=reason)
+    answer = call("Rollback", request, server, tls_ca, tls_cert, tls_key)
+    typer.echo(f"The run goes on from the adapter of round {answer.round_number}.")
 
 
 def evict(

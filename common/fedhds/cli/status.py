@@ -139,7 +139,7 @@ def _picture(answer: status_pb2.GetStatusResponse) -> RenderableType:
     if answer.model_fingerprint:
         by = "confirmed" if answer.model_confirmed else f"given by site {answer.model_given_by}, not confirmed"
         parts.append(Text(f"base model {answer.model_fingerprint}, {by}"))
-    sites = Table("site", "state", "rows", "evaluates", "task", "MB sent", "rejected", "last error")
+    sites = Table("site", "state", "rows", "evaluates", "task", "MB sent", "distance", "rejected", "last error")
     for site in answer.sites:
         sites.add_row(
             Text(site.site),
@@ -148,10 +148,14 @@ def _picture(answer: status_pb2.GetStatusResponse) -> RenderableType:
             ", ".join(["yes"] * site.evaluates + ["validates"] * site.validates),
             Text(site.task),
             f"{site.bytes_received / 1e6:.2f}",
+            f"{site.last_update.distance:.2f}" if site.last_update.HasField("distance") else "",
             str(site.rejections or ""),
             Text(site.last_error),
         )
     parts.append(sites)
+    if answer.closed_rounds and answer.closed_rounds[-1].HasField("product_gap"):
+        gap = answer.closed_rounds[-1].product_gap
+        parts.append(Text(f"averaging A and B apart was {100 * gap:.2f} % off the mean of their products"))
     if answer.validations:
         best = " before the first round" if not answer.best_round else f" after round {answer.best_round}"
         last = answer.validations[-1]

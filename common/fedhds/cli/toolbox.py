@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from fedhds import __version__
-from fedhds.cli.control import confirm_model, evict, pause, resume, stop
+from fedhds.cli.control import confirm_model, evict, pause, resume, rollback, stop
 from fedhds.cli.doctor import doctor
 from fedhds.cli.status import status
 from fedhds.encoding import not_utf_8
@@ -202,7 +202,7 @@ def certs_revoke(
 app.add_typer(certs, name="certs")
 app.command("doctor")(doctor)
 app.command("status")(status)
-for command in (pause, resume, stop, evict, confirm_model):
+for command in (pause, resume, stop, rollback, evict, confirm_model):
     app.command(command.__name__.replace("_", "-"))(command)
 
 

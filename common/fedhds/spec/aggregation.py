@@ -135,6 +135,13 @@ class AggregationSpec(Parameters):
         "Reject updates that differ from the round's adapter by more than this L2 norm; 0: accept any finite update.",
         ge=0,
     )
+    update_norm_factor: float = parameter(
+        5.0,
+        "Shorten updates whose difference to the round's adapter has a larger L2 norm than this many times the median "
+        "of this round's and the five before; those ten times longer still are left out, unless a --robust-rule looks "
+        "at them. 0: no such bound.",
+        ge=0,
+    )
     max_adapter_size: int = parameter(
         2048,
         "Largest adapter, in MiB of float32 values; a site whose adapter is larger cannot register.",

@@ -29,6 +29,12 @@ class EvaluationSpec(Parameters):
     early_stop_min_delta: float = parameter(
         0.0, "Nats per token by which the validation loss must fall to count as better for early stopping.", ge=0
     )
+    rollback_on_loss: float = parameter(
+        0.5,
+        "Give up a round's adapter and go on from the one before when the validation loss is more than this many nats "
+        "per token above the lowest so far; 0: never. It takes sites with validation rows.",
+        ge=0,
+    )
     deliver: Literal["final", "best"] = parameter(
         "final",
         "Adapter that sites get in the end: that of the last round, or of the round with the lowest validation loss. "

@@ -24,6 +24,9 @@ class RobustSpec(Parameters):
         setting="robust_rule",
     )
 
+    leaves_out: ClassVar[bool] = False
+    """Whether updates that are absurdly long are left out; a rule that counts parties needs them all."""
+
     def check(self, spec: RunSpec) -> None:
         """Raises ValueError, "SETTING: ...", when the run's other settings do not fit the rule."""
 
@@ -32,6 +35,7 @@ class NoRobustSpec(RobustSpec):
     """The aggregator's weighted mean."""
 
     summary = "nothing beyond the bounds on norms and weights"
+    leaves_out = True
 
     rule: Literal["none"] = "none"
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66\x65\x64hds/v2/status.proto\x12\tfedhds.v2\")\n\x10GetStatusRequest\x12\x15\n\rjournal_after\x18\x01 \x01(\x04\"\x1e\n\x0cPauseRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x0f\n\rPauseResponse\"\x1f\n\rResumeRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x10\n\x0eResumeResponse\"\x1d\n\x0bStopRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x0e\n\x0cStopResponse\",\n\x0c\x45victRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0f\n\rEvictResponse\":\n\x13\x43onfirmModelRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x16\n\x14\x43onfirmModelResponse\"\xd1\x06\n\x11GetStatusResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x14\n\x0cround_number\x18\x03 \x01(\r\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x0c\n\x04spec\x18\x05 \x01(\t\x12$\n\x05sites\x18\x06 \x03(\x0b\x32\x15.fedhds.v2.SiteStatus\x12-\n\rclosed_rounds\x18\x07 \x03(\x0b\x32\x16.fedhds.v2.RoundStatus\x12\x30\n\x0b\x65valuations\x18\x08 \x03(\x0b\x32\x1b.fedhds.v2.EvaluationStatus\x12\x11\n\trunning_s\x18\t \x01(\x01\x12\x16\n\x0e\x62ytes_received\x18\n \x01(\x04\x12\x12\n\ncheckpoint\x18\x0b \x01(\t\x12\x14\n\x0ctrained_rows\x18\x0c \x01(\x04\x12\x11\n\tpool_rows\x18\r \x01(\x04\x12\x13\n\x06paused\x18\x0e \x01(\tH\x00\x88\x01\x01\x12\'\n\x07journal\x18\x0f \x03(\x0b\x32\x16.fedhds.v2.JournalLine\x12\x0b\n\x03now\x18\x10 \x01(\x01\x12\x16\n\x0e\x66\x65\x64hds_version\x18\x11 \x01(\t\x12\x19\n\x11protocol_versions\x18\x12 \x03(\r\x12)\n\x06\x63ohort\x18\x13 \x01(\x0b\x32\x19.fedhds.v2.CohortProgress\x12\x41\n\x0bsite_states\x18\x14 \x03(\x0b\x32,.fedhds.v2.GetStatusResponse.SiteStatesEntry\x12\x19\n\x11model_fingerprint\x18\x15 \x01(\t\x12\x16\n\x0emodel_given_by\x18\x16 \x01(\t\x12\x17\n\x0fmodel_confirmed\x18\x17 \x01(\x08\x12\x10\n\x08warnings\x18\x18 \x03(\t\x12\x30\n\x0bvalidations\x18\x1e \x03(\x0b\x32\x1b.fedhds.v2.EvaluationStatus\x12\x17\n\nbest_round\x18\x1f \x01(\rH\x01\x88\x01\x01\x12\x17\n\x0f\x62\x65st_checkpoint\x18  \x01(\t\x1a\x31\n\x0fSiteStatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x42\t\n\x07_pausedB\r\n\x0b_best_round\"\xaf\x01\n\x0e\x43ohortProgress\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x10\n\x08\x61nswered\x18\x02 \x01(\r\x12\x0f\n\x07working\x18\x03 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\r\x12\x14\n\x0c\x64isconnected\x18\x05 \x01(\r\x12\x0e\n\x06target\x18\x06 \x01(\r\x12\x0e\n\x06quorum\x18\x07 \x01(\r\x12\x17\n\ndeadline_s\x18\x08 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_deadline_s\"K\n\x0bJournalLine\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\n\n\x02\x61t\x18\x02 \x01(\x01\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0f\n\x07trouble\x18\x04 \x01(\x08\"\xbe\x01\n\nSiteStatus\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0c\n\x04rows\x18\x03 \x01(\x04\x12\x11\n\tevaluates\x18\x04 \x01(\x08\x12\x0c\n\x04task\x18\x05 \x01(\t\x12\x12\n\nlast_error\x18\x06 \x01(\t\x12\x16\n\x0e\x62ytes_received\x18\x07 \x01(\x04\x12\x11\n\tdelivered\x18\x08 \x01(\x08\x12\x12\n\nrejections\x18\t \x01(\r\x12\x11\n\tvalidates\x18\n \x01(\x08\"\x92\x01\n\x0bRoundStatus\x12\x14\n\x0cround_number\x18\x01 \x01(\r\x12\x14\n\x0c\x63ontributors\x18\x02 \x03(\t\x12\x0f\n\x07samples\x18\x03 \x01(\x04\x12\x11\n\x04loss\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x19\n\x11\x63ontributor_count\x18\x06 \x01(\rB\x07\n\x05_loss\"\xa0\x02\n\x10\x45valuationStatus\x12\x14\n\x0cround_number\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x01(\x04\x12\x39\n\x07metrics\x18\x03 \x03(\x0b\x32(.fedhds.v2.EvaluationStatus.MetricsEntry\x12\x39\n\x07medians\x18\x04 \x03(\x0b\x32(.fedhds.v2.EvaluationStatus.MediansEntry\x12\x12\n\nevaluators\x18\x05 \x01(\r\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a.\n\x0cMediansEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\x95\x03\n\nOperations\x12\x46\n\tGetStatus\x12\x1b.fedhds.v2.GetStatusRequest\x1a\x1c.fedhds.v2.GetStatusResponse\x12:\n\x05Pause\x12\x17.fedhds.v2.PauseRequest\x1a\x18.fedhds.v2.PauseResponse\x12=\n\x06Resume\x12\x18.fedhds.v2.ResumeRequest\x1a\x19.fedhds.v2.ResumeResponse\x12\x37\n\x04Stop\x12\x16.fedhds.v2.StopRequest\x1a\x17.fedhds.v2.StopResponse\x12:\n\x05\x45vict\x12\x17.fedhds.v2.EvictRequest\x1a\x18.fedhds.v2.EvictResponse\x12O\n\x0c\x43onfirmModel\x12\x1e.fedhds.v2.ConfirmModelRequest\x1a\x1f.fedhds.v2.ConfirmModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66\x65\x64hds/v2/status.proto\x12\tfedhds.v2\")\n\x10GetStatusRequest\x12\x15\n\rjournal_after\x18\x01 \x01(\x04\"\x1e\n\x0cPauseRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x0f\n\rPauseResponse\"\x1f\n\rResumeRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x10\n\x0eResumeResponse\"\x1d\n\x0bStopRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x0e\n\x0cStopResponse\",\n\x0c\x45victRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0f\n\rEvictResponse\":\n\x13\x43onfirmModelRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x16\n\x14\x43onfirmModelResponse\"M\n\x0fRollbackRequest\x12\x19\n\x0cround_number\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x02 \x01(\tB\x0f\n\r_round_number\"(\n\x10RollbackResponse\x12\x14\n\x0cround_number\x18\x01 \x01(\r\"\xd1\x06\n\x11GetStatusResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x14\n\x0cround_number\x18\x03 \x01(\r\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x0c\n\x04spec\x18\x05 \x01(\t\x12$\n\x05sites\x18\x06 \x03(\x0b\x32\x15.fedhds.v2.SiteStatus\x12-\n\rclosed_rounds\x18\x07 \x03(\x0b\x32\x16.fedhds.v2.RoundStatus\x12\x30\n\x0b\x65valuations\x18\x08 \x03(\x0b\x32\x1b.fedhds.v2.EvaluationStatus\x12\x11\n\trunning_s\x18\t \x01(\x01\x12\x16\n\x0e\x62ytes_received\x18\n \x01(\x04\x12\x12\n\ncheckpoint\x18\x0b \x01(\t\x12\x14\n\x0ctrained_rows\x18\x0c \x01(\x04\x12\x11\n\tpool_rows\x18\r \x01(\x04\x12\x13\n\x06paused\x18\x0e \x01(\tH\x00\x88\x01\x01\x12\'\n\x07journal\x18\x0f \x03(\x0b\x32\x16.fedhds.v2.JournalLine\x12\x0b\n\x03now\x18\x10 \x01(\x01\x12\x16\n\x0e\x66\x65\x64hds_version\x18\x11 \x01(\t\x12\x19\n\x11protocol_versions\x18\x12 \x03(\r\x12)\n\x06\x63ohort\x18\x13 \x01(\x0b\x32\x19.fedhds.v2.CohortProgress\x12\x41\n\x0bsite_states\x18\x14 \x03(\x0b\x32,.fedhds.v2.GetStatusResponse.SiteStatesEntry\x12\x19\n\x11model_fingerprint\x18\x15 \x01(\t\x12\x16\n\x0emodel_given_by\x18\x16 \x01(\t\x12\x17\n\x0fmodel_confirmed\x18\x17 \x01(\x08\x12\x10\n\x08warnings\x18\x18 \x03(\t\x12\x30\n\x0bvalidations\x18\x1e \x03(\x0b\x32\x1b.fedhds.v2.EvaluationStatus\x12\x17\n\nbest_round\x18\x1f \x01(\rH\x01\x88\x01\x01\x12\x17\n\x0f\x62\x65st_checkpoint\x18  \x01(\t\x1a\x31\n\x0fSiteStatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x42\t\n\x07_pausedB\r\n\x0b_best_round\"\xaf\x01\n\x0e\x43ohortProgress\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x10\n\x08\x61nswered\x18\x02 \x01(\r\x12\x0f\n\x07working\x18\x03 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\r\x12\x14\n\x0c\x64isconnected\x18\x05 \x01(\r\x12\x0e\n\x06target\x18\x06 \x01(\r\x12\x0e\n\x06quorum\x18\x07 \x01(\r\x12\x17\n\ndeadline_s\x18\x08 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_deadline_s\"K\n\x0bJournalLine\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\n\n\x02\x61t\x18\x02 \x01(\x01\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0f\n\x07trouble\x18\x04 \x01(\x08\"\xeb\x01\n\nSiteStatus\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0c\n\x04rows\x18\x03 \x01(\x04\x12\x11\n\tevaluates\x18\x04 \x01(\x08\x12\x0c\n\x04task\x18\x05 \x01(\t\x12\x12\n\nlast_error\x18\x06 \x01(\t\x12\x16\n\x0e\x62ytes_received\x18\x07 \x01(\x04\x12\x11\n\tdelivered\x18\x08 \x01(\x08\x12\x12\n\nrejections\x18\t \x01(\r\x12\x11\n\tvalidates\x18\n \x01(\x08\x12+\n\x0blast_update\x18\x0b \x01(\x0b\x32\x16.fedhds.v2.UpdateScore\"_\n\x0bUpdateScore\x12\x0c\n\x04norm\x18\x01 \x01(\x01\x12\x15\n\x08\x64istance\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06\x63osine\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x0b\n\t_distanceB\t\n\x07_cosine\"\xcd\x02\n\x0bRoundStatus\x12\x14\n\x0cround_number\x18\x01 \x01(\r\x12\x14\n\x0c\x63ontributors\x18\x02 \x03(\t\x12\x0f\n\x07samples\x18\x03 \x01(\x04\x12\x11\n\x04loss\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x19\n\x11\x63ontributor_count\x18\x06 \x01(\r\x12\x18\n\x0bproduct_gap\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\tunchanged\x18\x08 \x01(\t\x12\x34\n\x07updates\x18\t \x03(\x0b\x32#.fedhds.v2.RoundStatus.UpdatesEntry\x1a\x46\n\x0cUpdatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.fedhds.v2.UpdateScore:\x02\x38\x01\x42\x07\n\x05_lossB\x0e\n\x0c_product_gap\"\xa0\x02\n\x10\x45valuationStatus\x12\x14\n\x0cround_number\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x01(\x04\x12\x39\n\x07metrics\x18\x03 \x03(\x0b\x32(.fedhds.v2.EvaluationStatus.MetricsEntry\x12\x39\n\x07medians\x18\x04 \x03(\x0b\x32(.fedhds.v2.EvaluationStatus.MediansEntry\x12\x12\n\nevaluators\x18\x05 \x01(\r\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a.\n\x0cMediansEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\xda\x03\n\nOperations\x12\x46\n\tGetStatus\x12\x1b.fedhds.v2.GetStatusRequest\x1a\x1c.fedhds.v2.GetStatusResponse\x12:\n\x05Pause\x12\x17.fedhds.v2.PauseRequest\x1a\x18.fedhds.v2.PauseResponse\x12=\n\x06Resume\x12\x18.fedhds.v2.ResumeRequest\x1a\x19.fedhds.v2.ResumeResponse\x12\x37\n\x04Stop\x12\x16.fedhds.v2.StopRequest\x1a\x17.fedhds.v2.StopResponse\x12:\n\x05\x45vict\x12\x17.fedhds.v2.EvictRequest\x1a\x18.fedhds.v2.EvictResponse\x12O\n\x0c\x43onfirmModel\x12\x1e.fedhds.v2.ConfirmModelRequest\x1a\x1f.fedhds.v2.ConfirmModelResponse\x12\x43\n\x08Rollback\x12\x1a.fedhds.v2.RollbackRequest\x1a\x1b.fedhds.v2.RollbackResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,6 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETSTATUSRESPONSE_SITESTATESENTRY']._loaded_options = None
   _globals['_GETSTATUSRESPONSE_SITESTATESENTRY']._serialized_options = b'8\001'
+  _globals['_ROUNDSTATUS_UPDATESENTRY']._loaded_options = None
+  _globals['_ROUNDSTATUS_UPDATESENTRY']._serialized_options = b'8\001'
   _globals['_EVALUATIONSTATUS_METRICSENTRY']._loaded_options = None
   _globals['_EVALUATIONSTATUS_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_EVALUATIONSTATUS_MEDIANSENTRY']._loaded_options = None
@@ -59,24 +61,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONFIRMMODELREQUEST']._serialized_end=348
   _globals['_CONFIRMMODELRESPONSE']._serialized_start=350
   _globals['_CONFIRMMODELRESPONSE']._serialized_end=372
-  _globals['_GETSTATUSRESPONSE']._serialized_start=375
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1224
-  _globals['_GETSTATUSRESPONSE_SITESTATESENTRY']._serialized_start=1149
-  _globals['_GETSTATUSRESPONSE_SITESTATESENTRY']._serialized_end=1198
-  _globals['_COHORTPROGRESS']._serialized_start=1227
-  _globals['_COHORTPROGRESS']._serialized_end=1402
-  _globals['_JOURNALLINE']._serialized_start=1404
-  _globals['_JOURNALLINE']._serialized_end=1479
-  _globals['_SITESTATUS']._serialized_start=1482
-  _globals['_SITESTATUS']._serialized_end=1672
-  _globals['_ROUNDSTATUS']._serialized_start=1675
-  _globals['_ROUNDSTATUS']._serialized_end=1821
-  _globals['_EVALUATIONSTATUS']._serialized_start=1824
-  _globals['_EVALUATIONSTATUS']._serialized_end=2112
-  _globals['_EVALUATIONSTATUS_METRICSENTRY']._serialized_start=2018
-  _globals['_EVALUATIONSTATUS_METRICSENTRY']._serialized_end=2064
-  _globals['_EVALUATIONSTATUS_MEDIANSENTRY']._serialized_start=2066
-  _globals['_EVALUATIONSTATUS_MEDIANSENTRY']._serialized_end=2112
-  _globals['_OPERATIONS']._serialized_start=2115
-  _globals['_OPERATIONS']._serialized_end=2520
+  _globals['_ROLLBACKREQUEST']._serialized_start=374
+  _globals['_ROLLBACKREQUEST']._serialized_end=451
+  _globals['_ROLLBACKRESPONSE']._serialized_start=453
+  _globals['_ROLLBACKRESPONSE']._serialized_end=493
+  _globals['_GETSTATUSRESPONSE']._serialized_start=496
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1345
+  _globals['_GETSTATUSRESPONSE_SITESTATESENTRY']._serialized_start=1270
+  _globals['_GETSTATUSRESPONSE_SITESTATESENTRY']._serialized_end=1319
+  _globals['_COHORTPROGRESS']._serialized_start=1348
+  _globals['_COHORTPROGRESS']._serialized_end=1523
+  _globals['_JOURNALLINE']._serialized_start=1525
+  _globals['_JOURNALLINE']._serialized_end=1600
+  _globals['_SITESTATUS']._serialized_start=1603
+  _globals['_SITESTATUS']._serialized_end=1838
+  _globals['_UPDATESCORE']._serialized_start=1840
+  _globals['_UPDATESCORE']._serialized_end=1935
+  _globals['_ROUNDSTATUS']._serialized_start=1938
+  _globals['_ROUNDSTATUS']._serialized_end=2271
+  _globals['_ROUNDSTATUS_UPDATESENTRY']._serialized_start=2176
+  _globals['_ROUNDSTATUS_UPDATESENTRY']._serialized_end=2246
+  _globals['_EVALUATIONSTATUS']._serialized_start=2274
+  _globals['_EVALUATIONSTATUS']._serialized_end=2562
+  _globals['_EVALUATIONSTATUS_METRICSENTRY']._serialized_start=2468
+  _globals['_EVALUATIONSTATUS_METRICSENTRY']._serialized_end=2514
+  _globals['_EVALUATIONSTATUS_MEDIANSENTRY']._serialized_start=2516
+  _globals['_EVALUATIONSTATUS_MEDIANSENTRY']._serialized_end=2562
+  _globals['_OPERATIONS']._serialized_start=2565
+  _globals['_OPERATIONS']._serialized_end=3039
 # @@protoc_insertion_point(module_scope)

@@ -246,6 +246,58 @@ class ConfirmModelResponse(_message.Message):
 Global___ConfirmModelResponse: _TypeAlias = ConfirmModelResponse  # noqa: Y015
 
 @_typing.final
+class RollbackRequest(_message.Message):
+    """Takes the run back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_NUMBER_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    round_number: _builtins.int
+    """The round whose adapter is the global one from now on, 0 for the initial one; absent: the round before the newest
+    adapter.
+    """
+    reason: _builtins.str
+    """Why, for the journal; not empty."""
+    def __init__(
+        self,
+        *,
+        round_number: _builtins.int | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_round_number", b"_round_number", "round_number", b"round_number"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_round_number", b"_round_number", "reason", b"reason", "round_number", b"round_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__round_number: _TypeAlias = _typing.Literal["round_number"]  # noqa: Y015
+    _WhichOneofArgType__round_number: _TypeAlias = _typing.Literal["_round_number", b"_round_number"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__round_number) -> _WhichOneofReturnType__round_number | None: ...
+
+Global___RollbackRequest: _TypeAlias = RollbackRequest  # noqa: Y015
+
+@_typing.final
+class RollbackResponse(_message.Message):
+    """The run is taken back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_NUMBER_FIELD_NUMBER: _builtins.int
+    round_number: _builtins.int
+    """The round whose adapter is the global one now."""
+    def __init__(
+        self,
+        *,
+        round_number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["round_number", b"round_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackResponse: _TypeAlias = RollbackResponse  # noqa: Y015
+
+@_typing.final
 class GetStatusResponse(_message.Message):
     """The run at one instant."""
 
@@ -520,6 +572,7 @@ class SiteStatus(_message.Message):
     DELIVERED_FIELD_NUMBER: _builtins.int
     REJECTIONS_FIELD_NUMBER: _builtins.int
     VALIDATES_FIELD_NUMBER: _builtins.int
+    LAST_UPDATE_FIELD_NUMBER: _builtins.int
     site: _builtins.str
     """The site's name."""
     state: _builtins.str
@@ -540,6 +593,10 @@ class SiteStatus(_message.Message):
     """Results that did not pass the coordinator's checks."""
     validates: _builtins.bool
     """Whether it validates."""
+    @_builtins.property
+    def last_update(self) -> Global___UpdateScore:
+        """How its last update that counted compares with the others of its round; absent before one did."""
+
     def __init__(
         self,
         *,
@@ -553,14 +610,52 @@ class SiteStatus(_message.Message):
         delivered: _builtins.bool = ...,
         rejections: _builtins.int = ...,
         validates: _builtins.bool = ...,
+        last_update: Global___UpdateScore | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_update", b"last_update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_received", b"bytes_received", "delivered", b"delivered", "evaluates", b"evaluates", "last_error", b"last_error", "rejections", b"rejections", "rows", b"rows", "site", b"site", "state", b"state", "task", b"task", "validates", b"validates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_received", b"bytes_received", "delivered", b"delivered", "evaluates", b"evaluates", "last_error", b"last_error", "last_update", b"last_update", "rejections", b"rejections", "rows", b"rows", "site", b"site", "state", b"state", "task", b"task", "validates", b"validates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SiteStatus: _TypeAlias = SiteStatus  # noqa: Y015
+
+@_typing.final
+class UpdateScore(_message.Message):
+    """How an update compares with the others of its round. Nothing follows from it but what people make of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NORM_FIELD_NUMBER: _builtins.int
+    DISTANCE_FIELD_NUMBER: _builtins.int
+    COSINE_FIELD_NUMBER: _builtins.int
+    norm: _builtins.float
+    """L2 norm of its difference to the round's adapter, before it was bounded."""
+    distance: _builtins.float
+    """Its median distance to the others over the median of these, by what the updates change; about 1 is usual."""
+    cosine: _builtins.float
+    """Cosine between what it changes and what the others change together: -1 to 1."""
+    def __init__(
+        self,
+        *,
+        norm: _builtins.float = ...,
+        distance: _builtins.float | None = ...,
+        cosine: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cosine", b"_cosine", "_distance", b"_distance", "cosine", b"cosine", "distance", b"distance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cosine", b"_cosine", "_distance", b"_distance", "cosine", b"cosine", "distance", b"distance", "norm", b"norm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cosine: _TypeAlias = _typing.Literal["cosine"]  # noqa: Y015
+    _WhichOneofArgType__cosine: _TypeAlias = _typing.Literal["_cosine", b"_cosine"]  # noqa: Y015
+    _WhichOneofReturnType__distance: _TypeAlias = _typing.Literal["distance"]  # noqa: Y015
+    _WhichOneofArgType__distance: _TypeAlias = _typing.Literal["_distance", b"_distance"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cosine) -> _WhichOneofReturnType__cosine | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__distance) -> _WhichOneofReturnType__distance | None: ...
+
+Global___UpdateScore: _TypeAlias = UpdateScore  # noqa: Y015
 
 @_typing.final
 class RoundStatus(_message.Message):
@@ -568,12 +663,36 @@ class RoundStatus(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class UpdatesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___UpdateScore: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___UpdateScore | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ROUND_NUMBER_FIELD_NUMBER: _builtins.int
     CONTRIBUTORS_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     CONTRIBUTOR_COUNT_FIELD_NUMBER: _builtins.int
+    PRODUCT_GAP_FIELD_NUMBER: _builtins.int
+    UNCHANGED_FIELD_NUMBER: _builtins.int
+    UPDATES_FIELD_NUMBER: _builtins.int
     round_number: _builtins.int
     """1 is the first."""
     samples: _builtins.int
@@ -584,9 +703,19 @@ class RoundStatus(_message.Message):
     """Seconds from opening to closing."""
     contributor_count: _builtins.int
     """Number of contributors; also where `contributors` is left out for the dashboard."""
+    product_gap: _builtins.float
+    """|mean of B A - mean of B times mean of A| / |mean of B A| over all layers of LoRA, Frobenius norm: what averaging both
+    factors costs. Absent where they are not both averaged.
+    """
+    unchanged: _builtins.str
+    """Why the global adapter is not the round's result: a rollback, or fewer updates than the robust rule needs; else empty."""
     @_builtins.property
     def contributors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Sites whose updates were combined."""
+
+    @_builtins.property
+    def updates(self) -> _containers.MessageMap[_builtins.str, Global___UpdateScore]:
+        """Scores of its updates by site; left out for the dashboard."""
 
     def __init__(
         self,
@@ -597,14 +726,22 @@ class RoundStatus(_message.Message):
         loss: _builtins.float | None = ...,
         seconds: _builtins.float = ...,
         contributor_count: _builtins.int = ...,
+        product_gap: _builtins.float | None = ...,
+        unchanged: _builtins.str = ...,
+        updates: _abc.Mapping[_builtins.str, Global___UpdateScore] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_product_gap", b"_product_gap", "loss", b"loss", "product_gap", b"product_gap"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "contributor_count", b"contributor_count", "contributors", b"contributors", "loss", b"loss", "round_number", b"round_number", "samples", b"samples", "seconds", b"seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_product_gap", b"_product_gap", "contributor_count", b"contributor_count", "contributors", b"contributors", "loss", b"loss", "product_gap", b"product_gap", "round_number", b"round_number", "samples", b"samples", "seconds", b"seconds", "unchanged", b"unchanged", "updates", b"updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    _WhichOneofReturnType__product_gap: _TypeAlias = _typing.Literal["product_gap"]  # noqa: Y015
+    _WhichOneofArgType__product_gap: _TypeAlias = _typing.Literal["_product_gap", b"_product_gap"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__product_gap) -> _WhichOneofReturnType__product_gap | None: ...
 
 Global___RoundStatus: _TypeAlias = RoundStatus  # noqa: Y015
 

@@ -66,6 +66,11 @@ class OperationsStub(object):
                 request_serializer=fedhds_dot_v2_dot_status__pb2.ConfirmModelRequest.SerializeToString,
                 response_deserializer=fedhds_dot_v2_dot_status__pb2.ConfirmModelResponse.FromString,
                 _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/fedhds.v2.Operations/Rollback',
+                request_serializer=fedhds_dot_v2_dot_status__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=fedhds_dot_v2_dot_status__pb2.RollbackResponse.FromString,
+                _registered_method=True)
 
 
 class OperationsServicer(object):
@@ -120,6 +125,16 @@ class OperationsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Rollback(self, request, context):
+        """Takes the global adapter and the server optimizer back to an earlier round, for good: later adapters are deleted, the
+        open round ends without a result and its tasks are withdrawn, and the next one starts from the earlier adapter.
+        Errors: INVALID_ARGUMENT for a round whose adapter is not kept, FAILED_PRECONDITION when the run is over or no round
+        is closed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperationsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -152,6 +167,11 @@ def add_OperationsServicer_to_server(servicer, server):
                     servicer.ConfirmModel,
                     request_deserializer=fedhds_dot_v2_dot_status__pb2.ConfirmModelRequest.FromString,
                     response_serializer=fedhds_dot_v2_dot_status__pb2.ConfirmModelResponse.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=fedhds_dot_v2_dot_status__pb2.RollbackRequest.FromString,
+                    response_serializer=fedhds_dot_v2_dot_status__pb2.RollbackResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -318,6 +338,33 @@ class Operations(object):
             '/fedhds.v2.Operations/ConfirmModel',
             fedhds_dot_v2_dot_status__pb2.ConfirmModelRequest.SerializeToString,
             fedhds_dot_v2_dot_status__pb2.ConfirmModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedhds.v2.Operations/Rollback',
+            fedhds_dot_v2_dot_status__pb2.RollbackRequest.SerializeToString,
+            fedhds_dot_v2_dot_status__pb2.RollbackResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -104,7 +104,8 @@ function showRounds() {
   const done = last ? last.round_number : 0;
   say("rounds-figure", count(done), small(` of ${count(spec.rounds.count)} closed`));
   bar("rounds-bar", spec.rounds.count, { done });
-  const took = last ? `; the last round took ${decimals(last.seconds, 1)} s` : "";
+  const gap = last?.product_gap, off = gap != null ? `, and averaging A and B apart was ${decimals(100 * gap, 2)}% off the mean of their products` : "";
+  const took = last ? `; the last round took ${decimals(last.seconds, 1)} s${off}` : "";
   say("rounds-note", running_s ? `${OVER.includes(status.phase) ? "Ran" : "Running"} for ${duration(running_s)}${took}` : "Not yet started");
 }
 
@@ -163,6 +164,9 @@ function showQuality() {
     closed.length < all ? ` The table has ${closed.length} of ${count(all)} rounds, evenly spaced.` : ""}`);
 }
 
+// Far above what rows that differ do, and far below what hostile sites like to send.
+const UNLIKE = 3;
+
 function showSites() {
   const rows = [];
   const trouble = (site) => Boolean(site.rejections || site.last_error || ["lost", "quarantined"].includes(site.state));
@@ -174,7 +178,8 @@ function showSites() {
       make("td", {}, make("span", { class: `state ${works ? "working" : site.state}` }, state)),
       make("td", { class: "number" }, site.evaluates && site.rows === "0" ? "–" : count(site.rows)),
       make("td", { class: "number" }, bytes(site.bytes_received))));
-    const error = [site.rejections && `${many(site.rejections, "result")} rejected`, site.last_error].filter(Boolean).join("; ");
+    const { distance } = site.last_update ?? {}, unlike = distance > UNLIKE && `its last update is ${decimals(distance, 1)} times as far from the others as usual`;
+    const error = [unlike, site.rejections && `${many(site.rejections, "result")} rejected`, site.last_error].filter(Boolean).join("; ");
     if (error) rows.push(make("tr", { class: "error" }, make("td", { colspan: "4" }, error)));
   }
   $("sites-rows").replaceChildren(...rows);

@@ -17,8 +17,9 @@ from fedhds.v2 import status_pb2_grpc as status_rpc
 from fedhds_server.coordinator import Coordinator
 from fedhds_server.coordinator.admission import Admission
 from fedhds_server.rpc.peers import host_of
+from fedhds_server.run import rollback
 from fedhds_server.run.base_model import check_confirmation
-from fedhds_server.run.events import ModelConfirmed, RunPaused, RunResumed, RunStopped, SiteEvicted
+from fedhds_server.run.events import ModelConfirmed, RunPaused, RunResumed, RunRolledBack, RunStopped, SiteEvicted
 from fedhds_server.run.parties import party_of
 from fedhds_server.run.state import RunState
 from fedhds_server.status import site_status_of, status_of
@@ -122,6 +123,21 @@ class OperationsServicer(status_rpc.OperationsServicer):
 
         await self._coordinator.post(decide)
         return status_pb2.ConfirmModelResponse()
+
+    @answers
+    async def Rollback(
+        self, request: status_pb2.RollbackRequest, context: grpc.aio.ServicerContext
+    ) -> status_pb2.RollbackResponse:
+        who = _operator(context, self._coordinator.admission)
+        wanted = request.round_number if request.HasField("round_number") else None
+        answer = status_pb2.RollbackResponse()
+
+        def decide(state: RunState) -> RunRolledBack:
+            answer.round_number = rollback.target(state, wanted)
+            return RunRolledBack(time.time(), answer.round_number, _reasoned(request.reason, who))
+
+        await self._coordinator.post(decide)
+        return answer
 
 
 def _operator(context: grpc.aio.ServicerContext, admission: Admission) -> str:

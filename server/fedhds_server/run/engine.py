@@ -20,6 +20,7 @@ from fedhds_server.run.events import (
     RunFailed,
     RunPaused,
     RunResumed,
+    RunRolledBack,
     RunStopped,
     SiteConnected,
     SiteEvicted,
@@ -115,6 +116,8 @@ class RunMachine:
                 return self._paused(event)
             case RunResumed():
                 return self._resumed(event)
+            case RunRolledBack():
+                return rounds.rolled_back(state, event)
             case RunStopped():
                 return [] if state.phase.over else rounds.end(state, Phase.STOPPED, event.reason, event.at)
             case RunFailed():

@@ -67,6 +67,24 @@ def settle(state: RunState) -> list[str]:
     return notes
 
 
+def rise(state: RunState, number: int) -> float | None:
+    """By how much a round's loss is above that of the best one, on the rows of the same sites; None: not known."""
+    if state.best_round is None or number not in state.validations:
+        return None
+    both = state.validations[number].keys() & state.validations[state.best_round].keys()
+    mine, best = (validation_loss(state, one, both or None) for one in (number, state.best_round))
+    return None if mine is None or best is None else mine - best
+
+
+def best_of(state: RunState, rounds: Iterable[int]) -> int | None:
+    """The round with the lowest loss among `rounds`; None where none of them has one."""
+    best: int | None = None
+    for number in sorted(rounds):
+        if validation_loss(state, number) is not None and _is_better(state, number, best, 0.0):
+            best = number
+    return best
+
+
 def early_stop(state: RunState) -> str:
     """Why the run ends before its last round; empty while it goes on."""
     spec = state.spec.evaluation

@@ -87,8 +87,8 @@ class ValidationTasks(EvaluationTasks):
 def evaluated_rounds(state: RunState) -> list[int]:
     """Rounds whose adapters are evaluated, of those that have one now: in the end the best one, too."""
     every = state.spec.evaluation.every
-    ends = (0, state.round_number, state.best_round) if state.phase is Phase.FINISHING else (0, state.spec.rounds.count)
-    return sorted(number for number in state.adapters if number in ends or (every and number % every == 0))
+    ends = (max(state.adapters), state.best_round) if state.phase is Phase.FINISHING else (state.spec.rounds.count,)
+    return sorted(number for number in state.adapters if number in (0, *ends) or (every and number % every == 0))
 
 
 def missing_evaluations(state: RunState) -> list[tuple[str, int, str]]:

@@ -19,6 +19,8 @@ from fedhds_server.workflows.base import Workflow, Workspace
 
 # Nats per response token that no model gives; what is summed over sites and rounds stays finite below it.
 MAX_LOSS = 1e9
+# Whose norms say what is usual: long enough for a median, short enough to follow what training does.
+_RECENT_ROUNDS = 5
 
 
 class TrainingWorkflow(Workflow):
@@ -94,6 +96,17 @@ def trainable_roles(state: RunState, round_number: int) -> frozenset[str]:
     """Roles of the tensors that train in a round, which alone its updates have."""
     rule = state.spec.aggregation.aggregator
     return AGGREGATORS[rule.name].trainable(rule, round_number, state.adapter_manifest.roles)
+
+
+def recent_norms(state: RunState, round_number: int) -> list[dict[str, float]]:
+    """Norms of the updates by site, of the last rounds in which the same tensors trained."""
+    roles = trainable_roles(state, round_number)
+    norms = [
+        {site: update.norm for site, update in closed.updates.items()}
+        for closed in state.closed_rounds
+        if closed.updates and trainable_roles(state, closed.round_number) == roles
+    ]
+    return norms[-_RECENT_ROUNDS:]
 
 
 @functools.lru_cache(maxsize=2)
