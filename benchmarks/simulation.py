@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fedhds.tensors.manifest import AdapterManifest, Initial, TensorSpec
 from fedhds.v2.selection_pb2 import KMeansCenters
 from fedhds_client.features.extraction import Features
 from fedhds_client.selection import STRATEGIES, SelectionContext
+from fedhds_client.selection.base import TargetRows
 from fedhds_client.selection.coreset import coreset_rows
 from fedhds_client.selection.pipeline import answer
 from fedhds_client.selection.private_reporter import MIN_CLUSTER_ROWS, PrivateReporter
@@ -74,14 +75,16 @@ def select(
     order: Callable[[Sequence[str]], Sequence[str]] = sorted,
     leaves: Mapping[str, int] | None = None,
     scores: Mapping[str, Mapping[str, npt.NDArray[np.floating]]] | None = None,
+    targets: Mapping[str, npt.NDArray[np.float32]] | None = None,
     min_cluster_rows: int = MIN_CLUSTER_ROWS,
     **settings: Any,
 ) -> Outcome:
     """Runs one selection over `shards`, features float32 (n, d) per site; sites keep their state below `folder`.
 
     Sites answer in the `order` of their names; a site in `leaves` fails its task in the step of that number.
-    `scores` are those of filters that need texts: by the name of the filter and of the site, (n,). `settings` are the
-    run's, by the names of their flags. Raises ValueError for a report that the coordinator rejects.
+    `targets` are vectors of the target rows of some sites, `scores` those of filters that need texts: by the name of
+    the filter and of the site, (n,). `settings` are the run's, by the names of their flags. Raises ValueError for a
+    report that the coordinator rejects.
     """
     spec = RunSpec.of(
         **{
@@ -118,7 +121,9 @@ def select(
                 instructions += machine.handle(TaskFailed(3.0, tasks[site].id, "gone"))
                 continue
             own = {name: of[site] for name, of in (scores or {}).items()}
-            report = _report(machine.state, tasks[site], shards[site], folder / site, own, min_cluster_rows)
+            report = _report(
+                machine.state, tasks[site], shards[site], folder / site, own, targets or {}, min_cluster_rows
+            )
             # What the coordinator sees is what was serialized.
             outcome.reports.append((site, type(report).FromString(report.SerializeToString())))
             result = AnyMessage()
@@ -146,6 +151,7 @@ def _report(
     values: npt.NDArray[np.float32],
     folder: Path,
     scores: Mapping[str, npt.NDArray[np.floating]],
+    targets: Mapping[str, npt.NDArray[np.float32]],
     min_cluster_rows: int,
 ) -> Message:
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,5 +175,19 @@ def _report(
 
     request = WORKFLOWS[_KIND].request(state, task)
     assert request is None or isinstance(request, AnyMessage)
-    context = SelectionContext(task.id, state.spec, len(values), lambda: features, reporter)
+    target = None
+    if task.site in targets:
+        wanted = Features(np.arange(len(targets[task.site])), targets[task.site])
+        own = account.ledger.account(f"{task.site} target", lambda: [f"{task.site} target".encode()])
+        target = TargetRows(lambda: wanted, lambda: wanted, replace(reporter, account=own, own_unit="client"))
+    context = SelectionContext(
+        task.id,
+        state.spec,
+        len(values),
+        lambda: features,
+        reporter,
+        # Gradients are vectors of length 1 as features are.
+        gradients=lambda ids: features if ids is None else Features(ids, values[ids]),
+        target=target,
+    )
     return answer(context, request, strategies=STRATEGIES, scores=score, round_number=task.round_number)

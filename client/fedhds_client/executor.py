@@ -106,7 +106,7 @@ class TaskExecutor:
 
         if self._models is None:
             raise TaskError("the base model is not loaded yet")
-        for shard in filter(None, (site.shard, site.held_out, site.validation)):
+        for shard in filter(None, (site.shard, site.held_out, site.validation, site.target)):
             judge(
                 shard,
                 self._models.prompter,

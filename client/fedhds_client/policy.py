@@ -108,7 +108,7 @@ class SitePolicy(BaseModel):
                 raise _broken(rule, "the run trains without noise, so that no epsilon holds")
             if training.epsilon > limit:
                 raise _broken(rule, f"the run is to have epsilon {training.epsilon:g}, the site takes {limit:g}")
-            releases = strategy.releases(spec) * (1 if spec.selection.one_shot else spec.rounds.count)
+            releases = spec.selection.releases(spec) * (1 if spec.selection.one_shot else spec.rounds.count)
             cost = gaussian_epsilon(
                 noise_multiplier=selection.noise_multiplier, delta=self.delta(spec), releases=releases
             )

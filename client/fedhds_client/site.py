@@ -34,6 +34,12 @@ class Site:
     account: Account
     """What the ledger has of the site's rows."""
     validation: Shard | None = None
+    target: Shard | None = None
+
+    @property
+    def target_account(self) -> Account:
+        """What the ledger has of the target rows, which are no training rows."""
+        return _account(self.account.ledger, self.target)
 
     @property
     def rows(self) -> int:
@@ -97,7 +103,8 @@ def open_sites(settings: ClientSettings, tls: TlsFiles | None, stack: ExitStack)
         shard = _opened(settings.data[index], settings, folder, stack) if settings.data else None
         held_out = _opened(settings.eval_data, settings, folder, stack) if settings.eval_data and not index else None
         validation = _validation(index, shard, held_out, settings, folder, stack)
-        site = Site(name, folder, shard, held_out, _account(ledger, shard), validation)
+        target = _target(held_out, settings, folder, stack) if settings.target_data and not index else None
+        site = Site(name, folder, shard, held_out, _account(ledger, shard), validation, target)
         check_held_out(site, settings)
         sites.append(site)
     return sites
@@ -120,6 +127,25 @@ def check_held_out(site: Site, settings: ClientSettings) -> None:
                 f"has {len(shard)} rows, and metrics of so few say what each of them is like; give "
                 f"{settings.rules.min_cluster_rows}, or consent with a smaller --min-cluster-rows",
             )
+    if site.target and len(site.target) < settings.rules.min_cluster_rows:
+        raise SettingsError(
+            "--target-data",
+            f"has {len(site.target)} rows, and a mean over so few says what each of them is like; give "
+            f"{settings.rules.min_cluster_rows}, or consent with a smaller --min-cluster-rows",
+        )
+
+
+def _target(held_out: Shard | None, settings: ClientSettings, folder: Path, stack: ExitStack) -> Shard:
+    """The rows of a wanted task. Raises SettingsError for rows that an evaluation measures, DataError."""
+    assert settings.target_data is not None
+    rows = _opened(settings.target_data, settings, folder, stack)
+    if held_out and (lines := rows.shared(held_out)):
+        raise SettingsError(
+            "--target-data",
+            f"would select for rows that are reported: {len(lines)} of {rows.path}, the first in line {lines[0]}, are "
+            f"in {held_out.path}, too; take them out of one of the files",
+        )
+    return rows
 
 
 def _validation(

@@ -10,7 +10,7 @@ from google.protobuf.descriptor import Descriptor
 
 from fedhds.spec import STRATEGY_SPECS, RunSpec
 from fedhds.v2 import federation_pb2 as pb
-from fedhds.v2 import selection_pb2
+from fedhds.v2 import secure_pb2, selection_pb2
 from fedhds_client.tasks import TASKS
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "privacy.md").read_text(encoding="utf-8")
@@ -32,10 +32,18 @@ def results() -> list[Descriptor]:
     specs = [RunSpec.of(model="m", rounds=1, selection_strategy=name) for name in STRATEGY_SPECS]
     kinds = [spec.selection.strategy.report_type for spec in specs]
     reports: list[Any] = [kind.DESCRIPTOR for kind in kinds if kind is not None]
-    assert len(reports) == 3
+    assert len(reports) == 5
     # What a filter asks for, whatever the strategy is.
     reports.append(selection_pb2.ScoreHistogram.DESCRIPTOR)
-    return [pb.TrainResult.DESCRIPTOR, pb.EvaluationResult.DESCRIPTOR, *reports]
+    steps = (
+        secure_pb2.RoundKeys,
+        secure_pb2.SealedShares,
+        secure_pb2.MaskedUpdate,
+        secure_pb2.SignedSurvivors,
+        secure_pb2.UnmaskingShares,
+    )
+    secure = [step.DESCRIPTOR for step in steps]
+    return [pb.TrainResult.DESCRIPTOR, pb.EvaluationResult.DESCRIPTOR, *reports, *secure]
 
 
 def test_the_list_of_what_leaves_a_site_is_complete_and_says_no_more() -> None:

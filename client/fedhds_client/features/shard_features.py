@@ -109,6 +109,10 @@ class ShardFeatures:
         self._recent[site.name] = (key, features)
         return features
 
+    def of_others(self, rows: Shard, adapter: Path) -> Features:
+        """Features of a few rows that are no site's shard, taken in this process and not kept; raises as `of` does."""
+        return self.extract(rows, range(len(rows)), adapter)
+
     def release(self, site: str) -> None:
         """Frees the memory that a site's features take."""
         self._recent.pop(site, None)

@@ -7,12 +7,15 @@ A new strategy is a file here with an `IntraClientSelection` and its entry below
 from fedhds_client.selection.base import IntraClientSelection, SelectionContext
 from fedhds_client.selection.federated_kmeans import FederatedKMeans
 from fedhds_client.selection.fedhds import FedHds
+from fedhds_client.selection.target import Target
 
 # Strategies whose coresets need nothing of the rows themselves have no half at the site.
 STRATEGIES: dict[str, IntraClientSelection] = {
     "fedhds": FedHds(),
     "fedhds-aligned": FedHds(),
     "federated-kmeans": FederatedKMeans(),
+    "target-features": Target(),
+    "target-gradients": Target(),
 }
 
 __all__ = ["STRATEGIES", "IntraClientSelection", "SelectionContext"]

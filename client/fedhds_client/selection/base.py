@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fedhds.errors import TaskError
 from fedhds_client.selection.private_reporter import PrivateReporter
 
 if TYPE_CHECKING:
@@ -16,6 +17,20 @@ if TYPE_CHECKING:
 
     from fedhds.spec import RunSpec
     from fedhds_client.features.extraction import Features
+
+
+@dataclass(frozen=True)
+class TargetRows:
+    """The rows of a wanted task that a site has."""
+
+    features: Callable[[], Features]
+    gradients: Callable[[], Features]
+    reporter: PrivateReporter
+    """For what is released about them; they are no training rows."""
+
+
+def _no_gradients(ids: npt.NDArray[np.int64] | None = None) -> Features:
+    raise TaskError("this site takes no gradients of rows")
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,10 @@ class SelectionContext:
     """Keeps a map of the rows for the site's own people: features, the points (n, k) that were grouped, groups (n,)."""
     progress: Callable[[float], None] = lambda share: None
     """To be called after each long step with the share, 0 to 1, of what follows the features."""
+    gradients: Callable[[npt.NDArray[np.int64] | None], Features] = _no_gradients
+    """Takes sketches of the gradients of these rows, or of the whole shard: several times as expensive as features."""
+    target: TargetRows | None = None
+    """None: the site has none."""
 
 
 class IntraClientSelection(ABC):

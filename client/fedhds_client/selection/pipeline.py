@@ -59,8 +59,8 @@ def answer(
         request = unpacked(packed, strategy.request_type, task="select")
     context = replace(context, request=request)
     if kept is not None:
-        whole, ids = context.features, kept
-        context = replace(context, features=lambda: _of(whole(), ids))
+        features, gradients, ids = context.features, context.gradients, kept
+        context = replace(context, features=lambda: _of(features(), ids), gradients=lambda _: gradients(ids))
     return strategies[strategy.name].report(context)
 
 

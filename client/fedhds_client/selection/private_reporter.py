@@ -59,7 +59,7 @@ class PrivateReporter:
         return self.spec.privacy.selection.noise_multiplier >= MIN_NOISE_MULTIPLIER
 
     def earlier(self, task_id: str) -> Message | None:
-        """What this task released before, to be sent again as it was; raises StorageError, PrivacyError if it is gone."""
+        """What this task released before, to be sent again as it was; raises StorageError, PrivacyError."""
         payload = self.account.release(self.run_id, task_id)
         kind = self.kind or self.spec.selection.strategy.report_type
         return None if payload is None or kind is None else kind.FromString(payload)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from fedhds_client.data.shard import Shard
     from fedhds_client.features.extraction import Features
     from fedhds_client.models.adapter import AdapterModel
 
@@ -28,6 +31,7 @@ class SelectTask(SiteTask):
 
     def run(self, context: TaskContext) -> TaskResult:
         from fedhds_client.selection import STRATEGIES, SelectionContext
+        from fedhds_client.selection.base import TargetRows
         from fedhds_client.selection.pipeline import answer
         from fedhds_client.selection.private_reporter import PrivateReporter
         from fedhds_client.selection.scores import SCORES, ScoredRows
@@ -51,14 +55,34 @@ class SelectTask(SiteTask):
         def features() -> Features:
             return context.models.features.of(site, context.index, context.adapter, context.control.first(_FEATURES))
 
-        def scores(name: str, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
-            def progress(share: float) -> None:
-                context.control.report(share)
-                if context.control.cancelled():
-                    raise Cancelled("the scores of a filter were stopped")
+        def progress(share: float) -> None:
+            context.control.report(share)
+            if context.control.cancelled():
+                raise Cancelled("the selection was stopped")
 
+        def scores(name: str, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
             return SCORES[name](
                 ScoredRows(shard, context.models.prompter, lambda: _loaded(context), features, progress), ids
+            )
+
+        def sketches(rows: Shard, ids: Sequence[int]) -> Features:
+            from fedhds_client.selection.gradients import gradient_sketches
+
+            return gradient_sketches(
+                _loaded(context),
+                context.models.prompter,
+                rows,
+                ids,
+                seed=spec.seed,
+                dimension=spec.selection.features.dimension,
+                progress=progress,
+            )
+
+        def target_rows(rows: Shard) -> TargetRows:
+            own = replace(reporter, account=site.target_account, own_unit="client")
+            ids = range(len(rows))
+            return TargetRows(
+                lambda: context.models.features.of_others(rows, context.adapter), lambda: sketches(rows, ids), own
             )
 
         report = answer(
@@ -71,6 +95,8 @@ class SelectTask(SiteTask):
                 None,
                 lambda features, points, labels: _draw_map(folder, features, points, labels, seed=spec.seed),
                 lambda share: context.control.report(_FEATURES + (1 - _FEATURES) * share),
+                lambda ids: sketches(shard, range(len(shard)) if ids is None else ids.tolist()),
+                target_rows(site.target) if site.target else None,
             ),
             task.request if task.HasField("request") else None,
             strategies=STRATEGIES,

@@ -9,6 +9,7 @@ from fedhds_server.selection.federated_kmeans import FederatedKMeans
 from fedhds_server.selection.fedhds import FedHds
 from fedhds_server.selection.full import Full
 from fedhds_server.selection.random import Random
+from fedhds_server.selection.target import Target
 
 STRATEGIES: dict[str, InterClientSelection] = {
     "full": Full(),
@@ -16,6 +17,8 @@ STRATEGIES: dict[str, InterClientSelection] = {
     "fedhds": FedHds(),
     "fedhds-aligned": FedHds(),
     "federated-kmeans": FederatedKMeans(),
+    "target-features": Target(),
+    "target-gradients": Target(),
 }
 
 __all__ = ["STRATEGIES", "Group", "InterClientSelection", "Report", "Selection", "SelectionContext"]

@@ -7,6 +7,7 @@ from fedhds.spec.strategies.fedhds import REDUCED_DIMENSION, ClusteringSpec, Fed
 from fedhds.spec.strategies.full import FullSpec
 from fedhds.spec.strategies.grouping import GroupingSpec, Shares
 from fedhds.spec.strategies.random import RandomSpec
+from fedhds.spec.strategies.target import TargetFeaturesSpec, TargetGradientsSpec, TargetSpec
 
 STRATEGY_SPECS: dict[str, type[StrategySpec]] = {
     "full": FullSpec,
@@ -14,6 +15,8 @@ STRATEGY_SPECS: dict[str, type[StrategySpec]] = {
     "fedhds": FedHdsSpec,
     "fedhds-aligned": FedHdsAlignedSpec,
     "federated-kmeans": FederatedKMeansSpec,
+    "target-features": TargetFeaturesSpec,
+    "target-gradients": TargetGradientsSpec,
 }
 STRATEGIES = Variants(STRATEGY_SPECS, key="name", default="fedhds-aligned", kind="selection strategy")
 
@@ -31,4 +34,7 @@ __all__ = [
     "Reduction",
     "Shares",
     "StrategySpec",
+    "TargetFeaturesSpec",
+    "TargetGradientsSpec",
+    "TargetSpec",
 ]
