@@ -87,7 +87,7 @@ class Conversation:
         ids = torch.tensor([prompt], device=model.device)
         sampled = {"temperature": self._temperature, "top_k": 0} if self._temperature else {}
         config = GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=min(self._max_new_tokens, model.base.max_length - len(prompt)),
+            max_new_tokens=min(self._max_new_tokens, model.max_length - len(prompt)),
             do_sample=bool(sampled),
             num_beams=1,
             pad_token_id=int(model.tokenizer.pad_token_id),
@@ -95,7 +95,7 @@ class Conversation:
             **sampled,
         )
         with without_own_generation(model.base.model), torch.inference_mode():
-            model.module.generate(
+            model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer
             )
 

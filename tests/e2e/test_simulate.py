@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.programs import BIN
+from tests.support.programs import BIN, processes_of
 from tests.support.tiny import make_model, write_rows
 
 pytestmark = pytest.mark.e2e
@@ -39,19 +38,6 @@ def command(out: Path, *flags: object) -> list[str]:
 def lines(out: Path) -> list[dict[str, Any]]:
     path = out / "runs.jsonl"
     return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-
-
-def processes_of(folder: Path) -> list[int]:
-    """Processes whose command names a folder."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if os.fsencode(folder) in words:
-            found.append(int(entry.name))
-    return found
 
 
 def until(condition: Any, what: str) -> None:

@@ -76,3 +76,16 @@ def run(
         output.seek(0)
         errors.seek(0)
         return subprocess.CompletedProcess(words, status, output.read(), errors.read())
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Processes whose command names a folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if os.fsencode(folder) in words:
+            found.append(int(entry.name))
+    return found

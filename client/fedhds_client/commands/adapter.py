@@ -40,14 +40,15 @@ def evaluate(
     from fedhds_client.data.shard import Shard
     from fedhds_client.evaluation import EvaluationSums
     from fedhds_client.evaluation.evaluate import evaluate as measure
-    from fedhds_client.models.adapter import InferenceModel
+    from fedhds_client.models.adapter import InferenceModel, virtual_tokens_of
     from fedhds_client.models.loading import load_base_model
 
     if adapter:
         _check_adapter(adapter)
     with Shard.open(data, skip_bad_rows=skip_bad_rows) as shard:
         base = load_base_model(model, device=device)
-        length = min(max_length, base.max_length)
+        # The same rows for both.
+        length = min(max_length, base.max_length - (virtual_tokens_of(adapter) if adapter else 0))
         prompter = Prompter(base.tokenizer, max_length=length, prompt_format=prompt_format, model=base.model)
         judge(shard, prompter, skip_bad_rows=skip_bad_rows, operator="you", control=Control())
 

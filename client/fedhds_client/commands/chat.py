@@ -37,11 +37,12 @@ def chat(
     from fedhds_client.models.loading import load_base_model
 
     base = load_base_model(name, device=device)
+    tuned = InferenceModel.with_adapter(base, adapter)
     prompter = Prompter(
-        base.tokenizer, max_length=base.max_length, prompt_format=folder.prompt_format(), model=base.model
+        base.tokenizer, max_length=tuned.max_length, prompt_format=folder.prompt_format(), model=base.model
     )
     conversation = Conversation(
-        InferenceModel.with_adapter(base, adapter),
+        tuned,
         prompter,
         stop_ids=stop_ids,
         system=system,
@@ -53,7 +54,7 @@ def chat(
         typer.echo(f"{name} with {adapter}. Ctrl-C stops an answer, Ctrl-D ends.", err=True)
     for question in _typed() if terminal else sys.stdin:
         if question.strip():
-            _answer(conversation, question.strip(), base.max_length, terminal)
+            _answer(conversation, question.strip(), tuned.max_length, terminal)
 
 
 def _typed() -> Iterator[str]:

@@ -46,8 +46,7 @@ class InferenceModel:
     @property
     def virtual_tokens(self) -> int:
         """Positions in front of every row that the adapter takes."""
-        config = getattr(self.module, "active_peft_config", None)
-        return int(config.num_virtual_tokens) if config is not None and config.is_prompt_learning else 0
+        return _virtual_tokens(getattr(self.module, "active_peft_config", None))
 
     def generate(self, **options: Any) -> Any:
         """What transformers' `generate` gives; virtual tokens are no part of it."""
@@ -77,9 +76,12 @@ class InferenceModel:
 
         PEFT puts virtual tokens in front of the padding, where they are farther away; prefixes are in the cache.
         """
-        if self.virtual_tokens and self.module.active_peft_config.peft_type != PeftType.PREFIX_TUNING:
-            return False
-        return self.base.left_padding
+        return (not self.virtual_tokens or self.has_prefix) and self.base.left_padding
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether its virtual tokens are in the cache of keys and values, not in front of the row."""
+        return bool(self.virtual_tokens and self.module.active_peft_config.peft_type == PeftType.PREFIX_TUNING)
 
     @classmethod
     def with_adapter(cls, base: BaseModel, folder: Path) -> InferenceModel:
@@ -156,6 +158,15 @@ class AdapterModel(InferenceModel):
     def save(self, path: Path) -> Artifact:
         """Writes the adapter in the run's type of global adapters."""
         return write_adapter(path, self._manifest, self.values(), self._spec.aggregation.adapter_dtype)
+
+
+def virtual_tokens_of(folder: Path) -> int:
+    """Positions in front of every row that the adapter of a PEFT folder takes; raises ModelError."""
+    return _virtual_tokens(_folder_config(folder))
+
+
+def _virtual_tokens(config: Any) -> int:
+    return int(config.num_virtual_tokens) if config is not None and config.is_prompt_learning else 0
 
 
 def _folder_config(folder: Path) -> PeftConfig:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedhds.errors import ModelError
 from fedhds.spec import LoraSpec
 from fedhds.spec.peft.lora import MAGNITUDE
 from fedhds.tensors.manifest import FloatArray, Initial
@@ -37,6 +38,12 @@ class Lora(PeftMethod):
 
         lora = spec.peft
         assert isinstance(lora, LoraSpec)
+        if lora.use_dora and getattr(base.model, "hf_quantizer", None) is not None:
+            raise ModelError(
+                f"DoRA starts from the lengths of the weights, and those of {base.name} are quantized here, so that "
+                "other sites have other ones; load it in another --dtype, or the operator of the coordinator drops "
+                "--use-dora"
+            )
         return LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT scales by any number

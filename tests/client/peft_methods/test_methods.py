@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedhds.errors import AdapterError, ModelError
+from fedhds.errors import AdapterError, ModelError, TaskError
 from fedhds.spec import PEFT_SPECS, RunSpec
 from fedhds.tensors.codecs import CODECS
 from fedhds.tensors.manifest import AdapterManifest, FloatArray, InitialKind, TensorSpec
@@ -311,6 +311,21 @@ def test_prompts_on_models_that_cannot_take_them_are_refused(
     base = base_of(architecture, llama, tmp_path)
     with pytest.raises(ModelError, match=r"--peft-method|does not fit"):
         AdapterModel(base, spec_of(name))
+
+
+def test_doras_lengths_are_not_those_of_a_quantized_model(llama: Path) -> None:
+    base = load_base_model(str(llama), device="cpu")
+    base.model.hf_quantizer = object()
+    with pytest.raises(ModelError, match=r"--dtype, or .* drops --use-dora"):
+        AdapterModel(base, spec_of("dora"))
+
+
+def test_a_prefix_is_not_computed_again(tmp_path: Path, llama: Path, shard: Shard) -> None:
+    adapter, spec = adapter_of(llama, "prefix-tuning"), spec_of("prefix-tuning")
+    prompter = Prompter(adapter.tokenizer, max_length=128)
+    options: dict[str, Any] = {"progress": lambda share: None, "cancelled": lambda: False}
+    with pytest.raises(TaskError, match=r"prefix tuning .* without --gradient-checkpointing"):
+        train(adapter, shard, [0], prompter, spec.training, seed=1, gradient_checkpointing=True, **options)
 
 
 def test_virtual_tokens_take_positions_of_rows(llama: Path) -> None:
