@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 PROTO_BIN := .venv-proto/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-fast test-slow coverage e2e-compose upgrade-fixture bench-selection bench-transport lint \
-  format proto proto-check docs wheel wheelhouse images clean
+.PHONY: help setup demo test test-fast test-slow coverage e2e-compose upgrade-fixture bench-evaluation bench-selection \
+  bench-transport lint format proto proto-check docs wheel wheelhouse images clean
 
 help:  ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,8 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP)  ## install everything into .venv
 
-demo: $(STAMP)  ## run a whole federation on this machine (MODEL=, STRATEGY=, ROUNDS=)
-	$(BIN)/python demo/run.py $(if $(MODEL),--model '$(MODEL)') $(if $(STRATEGY),--strategy '$(STRATEGY)') $(if $(ROUNDS),--rounds '$(ROUNDS)')
+demo: $(STAMP)  ## run a whole federation on this machine (MODEL=, STRATEGY=, ROUNDS=, SECURE=1)
+	$(BIN)/python demo/run.py $(if $(MODEL),--model '$(MODEL)') $(if $(STRATEGY),--strategy '$(STRATEGY)') $(if $(ROUNDS),--rounds '$(ROUNDS)') $(if $(SECURE),--secure)
 
 # One thread each: the tests run in as many processes as there are cores, and so do those that they start.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
@@ -54,6 +54,11 @@ bench-selection: $(STAMP)  ## measure what the strategies pick and what selectin
 	@test -n '$(DATA)' && test -n '$(MODEL)' \
 	  || { echo 'bench-selection needs DATA= (Dolly-15k: a file or its folder) and MODEL= (hub id or path)'; exit 2; }
 	$(BIN)/python -m benchmarks.selection --data '$(DATA)' --model '$(MODEL)'
+
+bench-evaluation: $(STAMP)  ## measure rows a second of evaluation, in batches and one at a time (DATA=, MODELS=)
+	@test -n '$(DATA)' -a -n '$(MODELS)' \
+	  || { echo 'bench-evaluation needs DATA= (a file of rows) and MODELS= (hub ids or paths)'; exit 2; }
+	$(BIN)/python -m benchmarks.evaluation --data '$(DATA)' --model $(MODELS)
 
 bench-transport: $(STAMP)  ## measure rounds, idle sites and their cost beside plain gRPC, on Linux
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.transport

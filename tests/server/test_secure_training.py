@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedhds.errors import RequestError
+from fedhds.errors import RequestError, SettingsError
 from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
 from fedhds.v2 import federation_pb2
@@ -363,7 +363,6 @@ def test_the_state_of_every_step_is_read_again(tmp_path: Path) -> None:
         ({"wire_dtype": "int8"}, "do not add up"),
         ({"max_update_norm": 1.0}, "clip theirs"),
         ({"over_selection": 0.5}, "leaves behind"),
-        ({"min_sites": 4}, "cannot begin with 4"),
         ({"min_secure_sites": 2}, "greater than or equal to 3"),
         ({"secure_threshold": 0.5}, "greater than 0.5"),
     ],
@@ -382,9 +381,12 @@ def test_means_are_allowed(aggregator: str) -> None:
 
 def test_the_coordinator_needs_tls_and_keeps_no_updates(tmp_path: Path) -> None:
     spec = RunSpec.of(model="m", rounds=1, secure_aggregation=True, min_sites=5)
-    with pytest.raises(ValidationError, match="there is no TLS"):
-        ServerSettings(run=spec)
+    with pytest.raises(SettingsError, match="there is no TLS"):
+        ServerSettings(run=spec).check_start()
     tls = {name: tmp_path / name for name in ("tls_ca", "tls_cert", "tls_key")}
-    assert ServerSettings(run=spec, **tls).run.secure.enabled
+    ServerSettings(run=spec, **tls).check_start()
+    with pytest.raises(SettingsError, match="cannot begin with 4 sites"):
+        ServerSettings(run=spec.replace(min_sites=4), **tls).check_start()
+    ServerSettings(run=RunSpec.of(model="m", rounds=1)).check_start()
     with pytest.raises(ValidationError, match="no single update to keep"):
         ServerSettings(run=spec, keep_updates=True, **tls)

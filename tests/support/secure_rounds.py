@@ -190,7 +190,7 @@ class SecureRun:
         return long_message(self.store.verified(artifact).read_bytes())
 
     def answer(self, site: str, request: AnyMessage) -> tuple[Message, Path | None]:
-        """What the site says to a request, whoever asks."""
+        """What the site says to a request, from any coordinator."""
         site_round = self.site_round(site)
         if request.Is(pb.KeysRequest.DESCRIPTOR):
             return site_round.keys(), None

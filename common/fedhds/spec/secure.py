@@ -51,7 +51,7 @@ class SecureSpec(Parameters):
     )
 
     def check(self, spec: RunSpec) -> None:
-        """Raises ValueError, "SETTING: ...", for what needs single updates, or more sites than the run waits for."""
+        """Raises ValueError, "SETTING: ...", for what needs single updates."""
         if not self.enabled:
             return
         rounds, aggregation = spec.rounds, spec.aggregation
@@ -79,9 +79,4 @@ class SecureSpec(Parameters):
             raise ValueError(
                 "over_selection: each site that a secure round leaves behind costs its sites shares and time; set it "
                 "to 0, or drop --secure-aggregation"
-            )
-        if rounds.min_sites < self.min_sites:
-            raise ValueError(
-                f"min_sites: a run with --secure-aggregation cannot begin with {rounds.min_sites} sites, as its rounds "
-                f"need --min-secure-sites {self.min_sites}; set it to that at least"
             )

@@ -73,6 +73,8 @@ class SimulationSettings(Parameters):
             raise ValueError("data: give either --data, or --shards with ready shards")
         if self.shards and (self.unseen or self.unseen_rows):
             raise ValueError("unseen: ready shards are not split; put the rows into unseen.jsonl of --shards")
+        if self.coordinator.run.secure.enabled and not self.tls:
+            raise ValueError("secure_aggregation: sites check each other's certificates; add --tls")
         names = ["unseen", *(path.name.split(".")[0] for path in self.eval_data)]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:

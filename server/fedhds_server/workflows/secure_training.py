@@ -69,8 +69,8 @@ class SecureTrainingWorkflow(Workflow):
     """Keys, shares, masked updates, signed lists and unmasking shares; every step's list of sites is durable."""
 
     kind = "secure-train"
-    collecting = "masking"
-    resolving = "summing"
+    collecting = "training"
+    resolving = "aggregating"
     answers = "answers"
     masked = True
     abandons = True
