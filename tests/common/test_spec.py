@@ -199,6 +199,10 @@ def test_an_unknown_schema_is_refused_before_its_fields_are_read(version: object
         ({"lora_targets": (",",)}, "peft.targets"),
         ({"lora_targets": ("all-linear", "q_proj")}, "all-linear stands alone"),
         ({"lora_targets": ("self_attn.q_proj",)}, "the last part of the module's name: q_proj"),
+        ({"peft_method": "beft", "beft_targets": ("all-linear", "q_proj")}, "all-linear stands alone"),
+        ({"peft_method": "ia3", "ia3_targets": ("auto", "q_proj")}, "auto stands alone"),
+        ({"peft_method": "ia3", "ia3_feedforward": ("fc2",)}, "ia3_feedforward: fc2 is not among --ia3-targets"),
+        ({"peft_method": "prompt-tuning", "num_virtual_tokens": 0}, "num_virtual_tokens"),
         ({"kmeans_iterations": 0, "selection_strategy": "federated-kmeans"}, "selection.strategy.kmeans_iterations"),
     ],
 )

@@ -176,7 +176,10 @@ class TensorSpec:
             needed = f"above 0 and at most {MAX_BOUND:g}" if uniform else "0"
             raise AdapterError(f"the manifest gives {name!r}, {kind} at first, the bound {message.bound}, not {needed}")
         if not (is_digest(message.digest) if kind is InitialKind.BASE else not message.digest):
-            raise AdapterError(f"the manifest gives {name!r}, {kind} at first, no digest of 64 digits, or one too many")
+            needed = "one of 64 hexadecimal digits" if kind is InitialKind.BASE else "none"
+            raise AdapterError(
+                f"the manifest gives {name!r}, {kind} at first, the digest {message.digest[:70]!r}, not {needed}"
+            )
         axis = message.scale_axis if message.HasField("scale_axis") else None
         if axis is not None and axis >= len(shape):
             raise AdapterError(f"the manifest gives {name!r} scales along axis {axis}, which its shape {shape} lacks")
