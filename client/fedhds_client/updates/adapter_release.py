@@ -58,7 +58,8 @@ class AdapterRelease:
         cost, private = Cost(0.0), spec.privacy.training
         if private.noised:
             spent = [entry.cost for entry in earlier if entry.unit == "example"]
-            cost = _private_cost(spec, policy, spent, asked, rounds=spec.rounds.count - round_number + 1)
+            last = next((entry.cost for entry in reversed(earlier) if entry.release == RELEASE), None)
+            cost = _private_cost(spec, policy, spent, last, asked, rounds=spec.rounds.count - round_number + 1)
             if private.epsilon:
                 limits = (*limits, Limit(private.epsilon, private.delta, "limit, the run's --epsilon", run_id))
         site.account.check(cost, unit="example", limits=limits, adapter=True)
@@ -97,7 +98,9 @@ class AdapterRelease:
         return replace(outcome, samples=self.asked, loss=0.0, loss_rows=0, seconds=0.0, truncated_rows=0)
 
 
-def _private_cost(spec: RunSpec, policy: SitePolicy, spent: list[Cost], asked: int, *, rounds: int) -> Cost:
+def _private_cost(
+    spec: RunSpec, policy: SitePolicy, spent: list[Cost], last: Cost | None, asked: int, *, rounds: int
+) -> Cost:
     """The cost of one round of DP-SGD, with noise for this and all `rounds` that are still to come."""
     private = spec.privacy.training
     rate, steps = min(1.0, spec.training.batch_size / asked), steps_of(spec.training, asked)
@@ -109,11 +112,9 @@ def _private_cost(spec: RunSpec, policy: SitePolicy, spent: list[Cost], asked: i
     if not private.epsilon:
         return cost(private.noise_multiplier, 1)
     # As in the round before, if that still fits: equal steps compose faster, and not a bit is lost by rounding.
-    for last in reversed(spent):
-        if last.sample_rate == rate and last.replaced == replaced and last.steps == steps:
-            if epsilon_of([*spent, cost(last.noise_multiplier, rounds)], delta=private.delta) <= private.epsilon:
-                return cost(last.noise_multiplier, 1)
-            break
+    again = cost(last.noise_multiplier, rounds) if last and last == cost(last.noise_multiplier, 1) else None
+    if last and again and epsilon_of([*spent, again], delta=private.delta) <= private.epsilon:
+        return last
     noise = calibrate(
         epsilon=private.epsilon,
         delta=private.delta,
