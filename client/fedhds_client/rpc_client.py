@@ -16,6 +16,7 @@ import grpc
 from fedhds.errors import ArtifactError, CoordinatorUnreachable, FedhdsError, NotLeading, StorageError
 from fedhds.grpc_errors import error_of, older_coordinator
 from fedhds.security.credentials import TlsFiles, channel_credentials, diagnose_failure
+from fedhds.security.renewal import Renewal
 from fedhds.settings import addresses
 from fedhds.tensors.artifact import Artifact
 from fedhds.transfer import chunks
@@ -75,6 +76,8 @@ class CoordinatorClient:
     def __init__(self, server: str, tls: TlsFiles | None, *, reconnect_timeout_s: float) -> None:
         self._targets = addresses(server)
         self._tls = tls
+        self._renewal = Renewal(tls.paths) if tls else None
+        self._former: list[grpc.aio.Channel] = []
         self._reconnect_timeout_s = reconnect_timeout_s
         self.bytes_sent = 0
         self.unanswered_since: float | None = None
@@ -88,9 +91,25 @@ class CoordinatorClient:
             return grpc.aio.secure_channel(target, channel_credentials(self._tls), options=_OPTIONS)
         return grpc.aio.insecure_channel(target, options=_OPTIONS)
 
+    def _renew(self) -> None:
+        """Opens new channels if the TLS files changed: gRPC reads them once for each.
+
+        Calls that are under way end on the former ones, which stay until the end.
+        """
+
+        def channels() -> list[grpc.aio.Channel]:
+            if self._tls:
+                self._tls.check()
+            return [self._channel(target) for target in self._targets]
+
+        if self._renewal and (renewed := self._renewal.load(channels)):
+            self._former += self._channels
+            self._channels = renewed
+            self._stubs = [_stub(channel) for channel in renewed]
+
     async def close(self) -> None:
         """Closes the channels."""
-        for channel in self._channels:
+        for channel in (*self._former, *self._channels):
             await channel.close()
 
     async def call(self, method: Any, request: Any, *, wait_s: float = 0.0) -> Any:
@@ -213,6 +232,7 @@ class CoordinatorClient:
                     raise FedhdsError(
                         f"the coordinator at {target} answered {failure.code().name}: {failure.details()}"
                     ) from None
+                self._renew()
                 self.unanswered_since = self.unanswered_since or time.monotonic()
                 # A call that was cut short says nothing of the reason; an earlier one may have.
                 if not (_cut_short(failure) and target in failures):

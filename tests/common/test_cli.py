@@ -111,6 +111,18 @@ def test_certificates_from_init_to_flags_that_work(tmp_path: Path, monkeypatch: 
     assert own_identity(_flags(renewed.stdout)) == site
 
 
+def test_a_key_is_made_at_the_site_and_its_request_signed_elsewhere(tmp_path: Path) -> None:
+    _fedhds("certs", "init", cwd=tmp_path)
+    asked = _fedhds("certs", "request", "a", "--role", "site", "--out", "site", cwd=tmp_path)
+    assert "fedhds certs issue a --role site --csr a.csr --out answer" in asked.stdout
+    words = ("certs", "issue", "a", "--role", "site", "--csr", "site/a.csr", "--out", "answer")
+    signed = _fedhds(*words, cwd=tmp_path)
+    assert "Wrote answer/a.crt, for the site a" in signed.stdout
+    files = TlsFiles(*(tmp_path / name for name in ("answer/ca.crt", "answer/a.crt", "site/a.key")))
+    files.check()
+    assert own_identity(files).name == "a"
+
+
 def test_a_mistake_is_one_line_and_status_2(tmp_path: Path) -> None:
     failed = _fedhds("certs", "issue", "a", "--role", "site", cwd=tmp_path)
     assert failed.returncode == 2

@@ -152,16 +152,52 @@ def certs_issue(
         int, typer.Option(metavar="N", help="Days until it expires; never later than the authority.")
     ] = 825,
     renew: Annotated[bool, typer.Option("--renew", help="Replace the certificate; keep key and identity.")] = False,
+    csr: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Sign the key of this request, from `fedhds certs request`, and make no key here."
+        ),
+    ] = None,
 ) -> None:
     """Issue a certificate to a coordinator, a site or an operator."""
-    from fedhds.security.pki import expiry, issue
+    from fedhds.security.pki import AUTHORITY, expiry, issue
 
+    if csr is not None:
+        from fedhds.security.requests import sign_request
+
+        path = sign_request(ca, csr, name, role=role, hosts=host or (), days=days, out=out, renew=renew)
+        typer.echo(f"Wrote {path}, for the {role} {name}, valid until {expiry(path):%Y-%m-%d}.")
+        typer.echo(f"Send it back with {path.with_name(AUTHORITY + '.crt')}; neither is secret.")
+        return
     files = issue(ca, name, role=role, hosts=host or (), days=days, out=out, renew=renew)
     typer.echo(f"Wrote {files.cert}, for the {role} {name}, valid until {expiry(files.cert):%Y-%m-%d}.")
     typer.echo(f"{'Kept' if renew else 'Wrote'} {files.key}: the private key, for the {role} alone.")
     flags = ["--tls-ca", files.ca, "--tls-cert", files.cert, "--tls-key", files.key]
     typer.echo("Use them with:")
     typer.echo(f"  {_PROGRAM[role]} {shlex.join(str(flag) for flag in flags)}")
+
+
+@certs.command("request")
+def certs_request(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Who the certificate is to be for.")],
+    role: Annotated[Role, typer.Option(help="What its holder may do.")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST",
+            help="A host name or IP address by which sites reach the coordinator; repeat it for several.",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files; made if missing.")] = Path("certs"),
+) -> None:
+    """Make a private key here, and a request that its certificate be issued: the key never leaves this host."""
+    from fedhds.security.requests import make_request
+
+    request, key = make_request(out, name, role=role, hosts=host or ())
+    typer.echo(f"The private key is {key}, for the {role} {name} alone.")
+    typer.echo(f"Wrote {request}: send it to the person who issues certificates. It is not secret. They run:")
+    hosts = "".join(f" --host {shlex.quote(each)}" for each in host or ())
+    typer.echo(f"  fedhds certs issue {shlex.quote(name)} --role {role}{hosts} --csr {request.name} --out answer")
 
 
 @certs.command("show")

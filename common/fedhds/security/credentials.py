@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import socket
 import ssl
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,11 +16,20 @@ from typing import TYPE_CHECKING
 
 from fedhds.errors import EnrollmentRefused, SettingsError
 from fedhds.runtime.proxies import bypass, proxy_to
+from fedhds.security.certificates import (
+    ISSUER_KEYS,
+    OWN_KEYS,
+    chains,
+    check_dates,
+    check_public_key,
+    load_certificates,
+    read,
+)
 from fedhds.security.identity import PeerIdentity, Role, identity_from_certificate
+from fedhds.security.renewal import Renewal
 
 if TYPE_CHECKING:
     import grpc
-    from cryptography import x509
 
 # HTTP/2's connection preface and an empty SETTINGS frame: what every gRPC client says first (RFC 9113, 3.4).
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
@@ -30,9 +38,6 @@ _SETTINGS_FRAME = 4
 _ADDRESS = re.compile(
     r"(?:dns:(?://[^/]*/)?|ipv4:|ipv6:)?(?:\[(?P<v6>[^][/]+)\]|(?P<host>[^:/]+|[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*))(?::(?P<port>\d+))?"
 )
-# Keys that grpcio 1.85 takes, tried one by one: of a certificate's own end, and of one that signed another.
-_OWN_KEYS = frozenset({"RSA", "secp256r1", "secp384r1"})
-_ISSUER_KEYS = _OWN_KEYS | {"secp224r1", "secp521r1", "Ed25519"}
 _DEFAULT_PORT, _HIGHEST_PORT = 443, 65_535
 # OpenSSL's X509_V_ERR_* numbers, which Python's ssl names nowhere.
 _NOT_YET_VALID, _EXPIRED, _WRONG_PURPOSE, _WRONG_HOST = {9}, {10}, {26}, {62, 64}
@@ -48,6 +53,11 @@ class TlsFiles:
     """This end's certificate, followed by any intermediate ones."""
     key: Path
     """The private key of `cert`, unencrypted."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All three."""
+        return self.ca, self.cert, self.key
 
     @classmethod
     def from_settings(cls, ca: Path | None, cert: Path | None, key: Path | None) -> TlsFiles | None:
@@ -71,24 +81,24 @@ class TlsFiles:
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-        authorities = _load_certificates("--tls-ca", self.ca)
-        leaf, *intermediates = _load_certificates("--tls-cert", self.cert)
-        _check_public_key("--tls-cert", self.cert, leaf, _OWN_KEYS)
+        authorities = load_certificates("--tls-ca", self.ca)
+        leaf, *intermediates = load_certificates("--tls-cert", self.cert)
+        check_public_key("--tls-cert", self.cert, leaf, OWN_KEYS)
         for flag, path, issuers in (
             ("--tls-cert", self.cert, intermediates),
             ("--tls-ca", self.ca, authorities),
         ):
             for issuer in issuers:
-                _check_public_key(flag, path, issuer, _ISSUER_KEYS)
+                check_public_key(flag, path, issuer, ISSUER_KEYS)
         try:
-            key = load_pem_private_key(_read("--tls-key", self.key), password=None)
+            key = load_pem_private_key(read("--tls-key", self.key), password=None)
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise SettingsError("--tls-key", f"{self.key} is not an unencrypted PEM key: {error}") from error
         if key.public_key() != leaf.public_key():
             raise SettingsError(
                 "--tls-key", f"{self.key} does not belong to the certificate {self.cert}; name the pair's own key"
             )
-        if not _chains(leaf, intermediates, authorities):
+        if not chains(leaf, intermediates, authorities):
             raise SettingsError(
                 "--tls-cert",
                 f"{self.cert} is not signed by the authority in {self.ca}; "
@@ -97,8 +107,8 @@ class TlsFiles:
         # First, as a certificate ends with its authority, and cannot be renewed then.
         if all(authority.not_valid_after_utc <= datetime.now(UTC) for authority in authorities):
             remedy = "make a new authority with `fedhds certs init` and issue every certificate again"
-            _check_dates("--tls-ca", self.ca, authorities[0], remedy)
-        _check_dates("--tls-cert", self.cert, leaf, "have a new one issued with `fedhds certs issue ... --renew`")
+            check_dates("--tls-ca", self.ca, authorities[0], remedy)
+        check_dates("--tls-cert", self.cert, leaf, "have a new one issued with `fedhds certs issue ... --renew`")
         try:
             identity_from_certificate(self.cert.read_bytes())
         except EnrollmentRefused as error:
@@ -111,21 +121,28 @@ def own_identity(files: TlsFiles) -> PeerIdentity:
 
 
 def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
-    """Credentials that admit only peers with a certificate of `files.ca`.
+    """Credentials that admit only peers with a certificate of `files.ca`; renewed files count from the next handshake.
 
-    Raises SettingsError for a site's or an operator's certificate, which every client would refuse.
+    Raises SettingsError for files that cannot serve, and for a certificate that is not a coordinator's.
     """
     import grpc
 
-    identity = own_identity(files)
-    if identity.role is not Role.COORDINATOR:
-        raise SettingsError(
-            "--tls-cert",
-            f"{files.cert} is for the {identity.role} {identity.name}; "
-            "a coordinator needs one issued with --role coordinator",
-        )
-    pair = (files.key.read_bytes(), files.cert.read_bytes())
-    return grpc.ssl_server_credentials([pair], root_certificates=files.ca.read_bytes(), require_client_auth=True)
+    def configuration() -> grpc.ServerCertificateConfiguration:
+        files.check()
+        identity = own_identity(files)
+        if identity.role is not Role.COORDINATOR:
+            raise SettingsError(
+                "--tls-cert",
+                f"{files.cert} is for the {identity.role} {identity.name}; "
+                "a coordinator needs one issued with --role coordinator",
+            )
+        pair = (files.key.read_bytes(), files.cert.read_bytes())
+        return grpc.ssl_server_certificate_configuration([pair], root_certificates=files.ca.read_bytes())
+
+    renewal = Renewal(files.paths)
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(), lambda: renewal.load(configuration), require_client_authentication=True
+    )
 
 
 def channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
@@ -319,77 +336,3 @@ def _receive(connection: socket.socket, size: int) -> bytes:
     while len(received) < size and (more := connection.recv(size - len(received))):
         received += more
     return received
-
-
-def _read(flag: str, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SettingsError(flag, f"{path} cannot be read: {error.strerror}; check path and rights") from error
-
-
-def _load_certificates(flag: str, path: Path) -> list[x509.Certificate]:
-    from cryptography import x509
-
-    try:
-        return x509.load_pem_x509_certificates(_read(flag, path))
-    except ValueError as error:
-        raise SettingsError(flag, f"{path} holds no PEM certificate: {error}") from error
-
-
-def _chains(
-    leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]
-) -> bool:
-    """Whether signatures lead from `leaf` to one of `authorities`."""
-    if any(_signed(leaf, authority) for authority in authorities):
-        return True
-    return any(
-        _signed(leaf, issuer) and _chains(issuer, [*intermediates[:index], *intermediates[index + 1 :]], authorities)
-        for index, issuer in enumerate(intermediates)
-    )
-
-
-def _signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
-    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-
-    try:
-        certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
-        return False
-    return True
-
-
-def _check_public_key(flag: str, path: Path, certificate: x509.Certificate, kinds: frozenset[str]) -> None:
-    """Raises SettingsError for a key that gRPC refuses in the handshake: all that it says then is UNAVAILABLE."""
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-
-    try:
-        key = certificate.public_key()
-    except (UnsupportedAlgorithm, ValueError) as error:
-        kind = f"unknown ({error})"
-    else:
-        kind = (
-            key.curve.name if isinstance(key, EllipticCurvePublicKey) else type(key).__name__.removesuffix("PublicKey")
-        )
-    if kind not in kinds:
-        raise SettingsError(
-            flag,
-            f"{path} has a key of the kind {kind}, which gRPC does not take; it takes {', '.join(sorted(kinds))}, and "
-            "what `fedhds certs` makes",
-        )
-
-
-def _check_dates(flag: str, path: Path, certificate: x509.Certificate, remedy: str) -> None:
-    now = datetime.now(UTC)
-    if certificate.not_valid_after_utc <= now:
-        raise SettingsError(
-            flag,
-            f"{path} expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC; {remedy}",
-        )
-    if certificate.not_valid_before_utc > now:
-        raise SettingsError(
-            flag,
-            f"{path} is valid only from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; "
-            "check this machine's clock",
-        )

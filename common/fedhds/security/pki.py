@@ -16,7 +16,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedhds.errors import EnrollmentRefused, StorageError, UsageError
@@ -46,7 +46,7 @@ def init_authority(folder: Path, *, name: str = "fedhds federation", days: int =
 
     Raises UsageError if there is an authority already, or if the folder cannot be written.
     """
-    certificate_path, key_path = _paths(folder, AUTHORITY)
+    certificate_path, key_path = paths(folder, AUTHORITY)
     for path in (certificate_path, key_path):
         if path.exists():
             raise UsageError(
@@ -64,9 +64,9 @@ def init_authority(folder: Path, *, name: str = "fedhds federation", days: int =
     builder = builder.add_extension(
         x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False
     )
-    _make_folder(folder)
-    _write(key_path, _key_pem(key), private=True)
-    _write(certificate_path, _certificate_pem(builder.sign(key, hashes.SHA256())))
+    make_private_folder(folder)
+    write_key(key_path, key)
+    write(certificate_path, _certificate_pem(builder.sign(key, hashes.SHA256())))
     return certificate_path
 
 
@@ -90,17 +90,15 @@ def issue(
     Raises UsageError if the name is not allowed or taken, if `hosts` are given for another role, if the
     authority is missing or expired, or if a file cannot be read or written.
     """
-    if check_name(name).lower() == AUTHORITY:
-        raise UsageError(f"the name {name!r} is reserved for the authority's own files; choose another")
-    if hosts and role is not Role.COORDINATOR:
-        raise UsageError(f"--host is for coordinators alone: nobody dials a {role}")
-    authority, authority_key = _load_authority(folder)
+    check_leaf(name, role, hosts)
+    # Before a key is made that nobody signs.
+    _load_authority(folder)
     out = folder if out is None else out
-    certificate_path, key_path = _paths(out, name)
+    certificate_path, key_path = paths(out, name)
     key = ec.generate_private_key(ec.SECP256R1())
     names: list[x509.GeneralName] = []
     if renew:
-        key = _load_key(key_path, missing="there is nothing to renew; issue it without --renew")
+        key = load_key(key_path, missing="there is nothing to renew; issue it without --renew")
         names = _renewed_hosts(certificate_path, key, name=name, role=role)
     else:
         for path in (certificate_path, key_path):
@@ -110,25 +108,52 @@ def issue(
                     "or choose another name or folder"
                 )
     if role is Role.COORDINATOR:
-        named = [_general_name(host) for host in hosts or ([] if names else _own_hosts())]
+        named = [general_name(host) for host in hosts or ([] if names else _own_hosts())]
         names = list(dict.fromkeys([*names, *named]))
+    if not renew:
+        make_private_folder(out)
+        _copy_authority(folder, out)
+        write_key(key_path, key)
+    certificate_path = sign(folder, key.public_key(), name, role=role, hosts=names, days=days, out=out)
+    return TlsFiles(ca=out / f"{AUTHORITY}.crt", cert=certificate_path, key=key_path)
+
+
+def sign(
+    folder: Path,
+    public_key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey,
+    name: str,
+    *,
+    role: Role,
+    hosts: Sequence[x509.GeneralName],
+    days: int,
+    out: Path,
+) -> Path:
+    """Writes `NAME.crt` for a key, and a copy of `ca.crt` beside it, to `out`; returns its path. Raises UsageError."""
+    authority, authority_key = _load_authority(folder)
     starts, ends = _validity(days)
     certificate = _sign_leaf(
         authority,
         authority_key,
-        key.public_key(),
+        public_key,
         name=name,
         role=role,
-        hosts=names,
+        hosts=hosts,
         starts=starts,
         ends=min(ends, authority.not_valid_after_utc),
     )
-    _make_folder(out)
-    authority_copy = _copy_authority(folder, out)
-    if not renew:
-        _write(key_path, _key_pem(key), private=True)
-    _write(certificate_path, _certificate_pem(certificate))
-    return TlsFiles(ca=authority_copy, cert=certificate_path, key=key_path)
+    make_private_folder(out)
+    _copy_authority(folder, out)
+    path, _ = paths(out, name)
+    write(path, _certificate_pem(certificate))
+    return path
+
+
+def check_leaf(name: str, role: Role, hosts: Sequence[str]) -> None:
+    """Raises UsageError for a name that no leaf can have, and for hosts of somebody whom nobody dials."""
+    if check_name(name).lower() == AUTHORITY:
+        raise UsageError(f"the name {name!r} is reserved for the authority's own files; choose another")
+    if hosts and role is not Role.COORDINATOR:
+        raise UsageError(f"--host is for coordinators alone: nobody dials a {role}")
 
 
 def revoke(folder: Path, certificate_path: Path) -> Path:
@@ -138,10 +163,10 @@ def revoke(folder: Path, certificate_path: Path) -> Path:
     and when a file cannot be read or written.
     """
     authority, key = _load_authority(folder)
-    certificate, path = _load_certificate(certificate_path), folder / f"{AUTHORITY}.crl"
+    certificate, path = load_certificate(certificate_path), folder / f"{AUTHORITY}.crl"
     try:
         certificate.verify_directly_issued_by(authority)
-        before = x509.load_pem_x509_crl(_read(path)) if path.exists() else None
+        before = x509.load_pem_x509_crl(read(path)) if path.exists() else None
     except (ValueError, TypeError, InvalidSignature) as error:
         raise UsageError(
             f"{certificate_path} is not a certificate of the authority in {folder}, or {path} is no revocation list"
@@ -156,24 +181,24 @@ def revoke(folder: Path, certificate_path: Path) -> Path:
     builder = builder.add_extension(x509.CRLNumber(number), critical=False)
     authority_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
     revoked = builder.add_extension(authority_id, critical=False).sign(key, hashes.SHA256())
-    _write(path, revoked.public_bytes(serialization.Encoding.PEM))
+    write(path, revoked.public_bytes(serialization.Encoding.PEM))
     return path
 
 
 def expiry(certificate_path: Path) -> datetime:
     """When the certificate ends (UTC). Raises UsageError if it cannot be read."""
-    return _load_certificate(certificate_path).not_valid_after_utc
+    return load_certificate(certificate_path).not_valid_after_utc
 
 
 def hosts_of(certificate_path: Path) -> list[str]:
     """The host names and IP addresses that a coordinator's certificate is for; raises UsageError."""
-    return [str(known.value) for known in _hosts(_load_certificate(certificate_path))]
+    return [str(known.value) for known in _hosts(load_certificate(certificate_path))]
 
 
 def _sign_leaf(
     authority: x509.Certificate,
     authority_key: ec.EllipticCurvePrivateKey,
-    public_key: ec.EllipticCurvePublicKey,
+    public_key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey,
     *,
     name: str,
     role: Role,
@@ -190,15 +215,19 @@ def _sign_leaf(
     builder = builder.add_extension(
         x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(authority_id), critical=False
     )
-    urn = x509.UniformResourceIdentifier(f"{URN_PREFIX}{role}:{name}")
-    builder = builder.add_extension(x509.SubjectAlternativeName([urn, *hosts]), critical=False)
+    builder = builder.add_extension(subject_names(name, role, hosts), critical=False)
     return builder.sign(authority_key, hashes.SHA256())
+
+
+def subject_names(name: str, role: Role, hosts: Sequence[x509.GeneralName]) -> x509.SubjectAlternativeName:
+    """The identity, and the hosts of a coordinator, as certificates and requests have them."""
+    return x509.SubjectAlternativeName([x509.UniformResourceIdentifier(f"{URN_PREFIX}{role}:{name}"), *hosts])
 
 
 def _builder(
     subject: x509.Name,
     issuer: x509.Name,
-    public_key: ec.EllipticCurvePublicKey,
+    public_key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey,
     starts: datetime,
     ends: datetime,
 ) -> x509.CertificateBuilder:
@@ -240,7 +269,8 @@ def _own_hosts() -> list[str]:
     return ["localhost", "127.0.0.1", "::1", *([machine] if _HOST.fullmatch(machine) else [])]
 
 
-def _general_name(host: str) -> x509.GeneralName:
+def general_name(host: str) -> x509.GeneralName:
+    """A host name or an IP address; raises UsageError."""
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
@@ -256,7 +286,7 @@ def _renewed_hosts(
     """The hosts that the certificate of `key` names; none if that certificate is gone."""
     if not certificate_path.exists():
         return []
-    pem = _read(certificate_path)
+    pem = read(certificate_path)
     try:
         identity = identity_from_certificate(pem)
     except EnrollmentRefused as error:
@@ -278,10 +308,10 @@ def _hosts(certificate: x509.Certificate) -> list[x509.GeneralName]:
 
 
 def _load_authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    certificate_path, key_path = _paths(folder, AUTHORITY)
+    certificate_path, key_path = paths(folder, AUTHORITY)
     missing = "make an authority first with `fedhds certs init`, or name its folder with --ca"
-    certificate = _load_certificate(certificate_path, missing=missing)
-    key = _load_key(key_path, missing=missing)
+    certificate = load_certificate(certificate_path, missing=missing)
+    key = load_key(key_path, missing=missing)
     if certificate.public_key() != key.public_key():
         raise UsageError(f"{certificate_path} does not belong to {key_path}; restore the pair from a backup")
     if certificate.not_valid_after_utc <= datetime.now(UTC):
@@ -292,17 +322,19 @@ def _load_authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePri
     return certificate, key
 
 
-def _load_certificate(path: Path, *, missing: str = "") -> x509.Certificate:
+def load_certificate(path: Path, *, missing: str = "") -> x509.Certificate:
+    """The first certificate of a PEM file; raises UsageError."""
     try:
-        certificate = x509.load_pem_x509_certificate(_read(path, missing=missing))
+        certificate = x509.load_pem_x509_certificate(read(path, missing=missing))
         certificate.public_key()
     except (ValueError, UnsupportedAlgorithm) as error:
         raise UsageError(f"{path} is not a PEM certificate that can be used here: {error}") from error
     return certificate
 
 
-def _load_key(path: Path, *, missing: str) -> ec.EllipticCurvePrivateKey:
-    pem = _read(path, missing=missing)
+def load_key(path: Path, *, missing: str = "") -> ec.EllipticCurvePrivateKey:
+    """A key that fedhds made; raises UsageError."""
+    pem = read(path, missing=missing)
     try:
         key = serialization.load_pem_private_key(pem, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -314,20 +346,26 @@ def _load_key(path: Path, *, missing: str) -> ec.EllipticCurvePrivateKey:
 
 def _copy_authority(folder: Path, out: Path) -> Path:
     source, copy = folder / f"{AUTHORITY}.crt", out / f"{AUTHORITY}.crt"
-    pem = _read(source)
+    pem = read(source)
     if not copy.exists():
-        _write(copy, pem)
-    elif _read(copy) != pem:
+        write(copy, pem)
+    elif read(copy) != pem:
         raise UsageError(f"{copy} is another authority's certificate; choose another folder with --out")
     return copy
 
 
-def _paths(folder: Path, stem: str) -> tuple[Path, Path]:
+def paths(folder: Path, stem: str) -> tuple[Path, Path]:
+    """Where certificate and key stand."""
     return folder / f"{stem}.crt", folder / f"{stem}.key"
 
 
 def _certificate_pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
+    """Unencrypted, for its owner alone; raises UsageError."""
+    write(path, _key_pem(key), private=True)
 
 
 def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -336,14 +374,16 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def _make_folder(folder: Path) -> None:
+def make_private_folder(folder: Path) -> None:
+    """Made with mode 0700; raises UsageError."""
     try:
         make_folder(folder, private=True)
     except OSError as error:
         raise UsageError(f"{folder} cannot be made: {error.strerror}") from error
 
 
-def _read(path: Path, *, missing: str = "") -> bytes:
+def read(path: Path, *, missing: str = "") -> bytes:
+    """A file's bytes; raises UsageError, which says `missing` of a file that is not there."""
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
@@ -352,7 +392,8 @@ def _read(path: Path, *, missing: str = "") -> bytes:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _write(path: Path, content: bytes, *, private: bool = False) -> None:
+def write(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Writes a file whole or not at all; raises UsageError."""
     try:
         replace_file(path, content, private=private, shared=True)
     except StorageError as error:
