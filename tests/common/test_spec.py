@@ -283,7 +283,7 @@ def test_budgets(budget: str, pool: int, rows: int | None) -> None:
 
 def test_only_full_and_the_papers_own_rule_have_no_budget() -> None:
     found = {name: spec(selection_strategy=name).selection.budget_of(1000) for name in STRATEGY_SPECS}
-    assert found == {"full": None, "random": 15, "fedhds": None, "fedhds-aligned": 15, "federated-kmeans": 15}
+    assert found == {name: None if name in ("full", "fedhds") else 15 for name in STRATEGY_SPECS}
     given = spec(selection_strategy="fedhds", selection_budget="2%").selection.budget_of(1000)
     assert given == 20
 
@@ -306,6 +306,8 @@ class TestStrategies:
         "fedhds": (False, "client"),
         "fedhds-aligned": (True, "client"),
         "federated-kmeans": (True, "example"),
+        "target-features": (True, "example"),
+        "target-gradients": (True, "example"),
     }
 
     def test_space_and_privacy_unit(self) -> None:
@@ -316,7 +318,12 @@ class TestStrategies:
         found = {name: each.selection.strategy.releases(each) for name, each in made.items()}
         kmeans = splitting_passes(8) + FederatedKMeansSpec().kmeans_iterations + 1
         assert kmeans == total_passes(8, 5) == 12
-        assert found == {"full": 0, "random": 0, "fedhds": 1, "fedhds-aligned": 1, "federated-kmeans": kmeans}
+        assert found == dict.fromkeys(STRATEGY_SPECS, 1) | {"full": 0, "random": 0, "federated-kmeans": kmeans}
+        # A filter is a release more, whatever the strategy is.
+        filtered = {name: each.replace(selection_filters="length,alignment") for name, each in made.items()}
+        assert {name: each.selection.releases(each) for name, each in filtered.items()} == {
+            name: count + 2 for name, count in found.items()
+        }
 
     def test_the_model_card_says_what_was_released_and_how(self) -> None:
         noise = {"selection_clip_norm": 1.5, "selection_noise_multiplier": 0.5}

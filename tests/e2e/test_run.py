@@ -18,13 +18,21 @@ from tests.support.tiny import logits, make_model, write_rows
 pytestmark = pytest.mark.e2e
 
 
-@pytest.mark.parametrize("strategy", STRATEGY_SPECS)
+# A run of each, and what it needs besides: a targeted one goes with filters before it.
+FILTERED = ["--selection-budget=7", "--selection-filters=length,alignment"]
+SETTINGS: dict[str, list[str]] = {"full": [], "fedhds": [], "target-features": FILTERED}
+LONG = {"target-gradients"}
+
+
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in STRATEGY_SPECS]
+)
 def test_a_run_ends_with_an_adapter_that_peft_loads_and_every_site_has(federation: Federation, strategy: str) -> None:
     folder = federation.folder
     server = federation.server(
         "--rounds=2",
         f"--selection-strategy={strategy}",
-        *(["--selection-budget=7"] if strategy not in ("full", "fedhds") else []),
+        *SETTINGS.get(strategy, ["--selection-budget=7"]),
         "--min-evaluators=1",
         "--evaluate-every=1",
         "--learning-rate=0.01",
@@ -36,8 +44,9 @@ def test_a_run_ends_with_an_adapter_that_peft_loads_and_every_site_has(federatio
         for name, topics in {"a": {"sun": 12, "moon": 9}, "b": {"sun": 8, "sea": 14}}.items()
     ]
     unseen = write_rows(folder / "unseen.jsonl", {"star": 5})
+    wanted = write_rows(folder / "wanted.jsonl", {"sea": 6})
     sites = [
-        federation.client("a", f"--data={shards[0]}", "--allow-exact-kmeans-sums"),
+        federation.client("a", f"--data={shards[0]}", f"--target-data={wanted}", "--allow-exact-kmeans-sums"),
         federation.client("b", f"--data={shards[1]}", "--allow-exact-kmeans-sums"),
         federation.client("e", f"--eval-data={unseen}"),
     ]

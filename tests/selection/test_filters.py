@@ -44,7 +44,8 @@ def drawn(seed: int = 0) -> Scores:
 
 
 def run(folder: Path, strategy: str = "full", filters: str = "alignment", **settings: Any) -> Outcome:
-    options = {"scores": {"alignment": drawn(), "length": lengths()}, "min_cluster_rows": 1} | FAST.get(strategy, {})
+    options: dict[str, Any] = {"scores": {"alignment": drawn(), "length": lengths()}, "min_cluster_rows": 1}
+    options |= {"targets": {"site-0": shards()["site-0"][:6]}} | FAST.get(strategy, {})
     return select(shards(), folder, strategy, selection_filters=filters, **(options | settings))
 
 

@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.simulation import Shards, select
+from benchmarks import simulation
+from benchmarks.simulation import Outcome, Shards
 from fedhds.spec import STRATEGY_SPECS
+from fedhds.spec.strategies import TargetSpec
 from fedhds.v2 import selection_pb2
 
 STRATEGIES = tuple(STRATEGY_SPECS)
@@ -45,6 +47,16 @@ def world(sizes: list[int], kind: str, seed: int = 0) -> Shards:
             values = rng.normal(size=(size, 8))
         shards[f"site-{number}"] = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
     return shards
+
+
+def select(shards: Shards, folder: Path, strategy: str, **settings: Any) -> Outcome:
+    """As in the simulation; a targeted strategy looks for six rows, which the first site that has any has."""
+    if issubclass(STRATEGY_SPECS[strategy], TargetSpec):
+        wanted = np.random.default_rng(5).normal(size=(6, next(iter(shards.values())).shape[1]))
+        first = next(site for site in sorted(shards) if len(shards[site]))
+        unit = (wanted / np.linalg.norm(wanted, axis=1, keepdims=True)).astype(np.float32)
+        settings["targets"] = {first: unit}
+    return simulation.select(shards, folder, strategy, **settings)
 
 
 def rows_of(shards: Shards) -> int:
@@ -126,14 +138,26 @@ def test_under_noise_the_budget_is_an_upper_bound_and_no_site_shows_what_it_has(
     assert 0 < len(outcome.rows) <= 20
     assert len(set(outcome.rows)) == len(outcome.rows)
     shapes = {site: [_shape(report) for name, report in outcome.reports if name == site] for site in shards}
+    if issubclass(STRATEGY_SPECS[strategy], TargetSpec):
+        # Which sites have target rows is no secret; how many they have is one.
+        shapes = {site: own[1:] for site, own in shapes.items()}
     # Sites of 40, 25 and 3 rows send the same shapes; the one without rows takes no part.
     assert shapes["site-0"] == shapes["site-1"] == shapes["site-3"]
     for _, report in outcome.reports:
-        assert report.noise_std > 0
+        if isinstance(report, selection_pb2.TargetReport) and not report.queries:
+            # In the first step a site sends queries, if it has any.
+            assert report.values_noise_std > 0 or not report.ListFields()
+        else:
+            assert report.noise_std > 0
 
 
-def _shape(report: selection_pb2.ClusterReport | selection_pb2.KMeansStats) -> tuple[object, ...]:
+def _shape(
+    report: selection_pb2.ClusterReport | selection_pb2.KMeansStats | selection_pb2.TargetReport,
+) -> tuple[object, ...]:
     """Everything about a report that is no noised value."""
+    if isinstance(report, selection_pb2.TargetReport):
+        queries = [(query.query_id, len(query.counts)) for query in report.queries]
+        return report.dimension, report.noise_std, report.values_noise_std, len(report.values), queries
     if isinstance(report, selection_pb2.KMeansStats):
         clusters = [(each.cluster_id, len(each.sums), each.HasField("nearest")) for each in report.clusters]
         return report.dimension, report.noise_std, clusters

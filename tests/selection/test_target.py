@@ -28,7 +28,8 @@ NOISE: dict[str, Any] = {"selection_clip_norm": 1.0, "selection_noise_multiplier
 
 
 def unit(values: npt.NDArray[np.float64]) -> FloatArray:
-    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    scaled: FloatArray = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    return scaled
 
 
 def world(seed: int = 0) -> tuple[Shards, dict[str, npt.NDArray[np.int64]], FloatArray]:

@@ -58,6 +58,21 @@ class SelectionSpec(Parameters):
         """How many releases of a site one selection makes, in its privacy unit."""
         return len(self.filter_names) + self.strategy.releases(spec)
 
+    @property
+    def released(self) -> str:
+        """What a site sends for selection, for the model card; empty: nothing."""
+        counts = "counts of rows by the scores of filters" if self.filters else ""
+        return " and ".join(filter(None, (self.strategy.released, counts)))
+
+    def privacy_note(self, spec: RunSpec) -> str:
+        """The model card's sentences about clipping and noise; empty where nothing is released."""
+        notes = [self.strategy.privacy_note(spec)]
+        if self.filters:
+            privacy = spec.privacy.selection
+            noise = f"Gaussian noise of multiplier {privacy.noise_multiplier:.4g}" if privacy.noised else "no noise"
+            notes.append(f"Counts of rows by the scores of the filters {', '.join(self.filter_names)} had {noise}.")
+        return " ".join(filter(None, notes))
+
     def check(self, spec: RunSpec) -> None:
         """Raises ValueError, "SETTING: ...", when settings do not fit each other."""
         self.strategy.check(spec)

@@ -17,7 +17,7 @@ from fedhds.spec.robust import ActiveRobustSpec
 from fedhds.tensors.manifest import StopToken
 from fedhds_server.aggregation import AGGREGATORS, Aggregator
 
-_WEIGHTED = {"rows": "by rows", "equal": "equally"}
+_WEIGHTED = {"rows": "by rows", "tokens": "by response tokens", "equal": "equally"}
 # No dot first: ../model is a path.
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # What the hub takes as the identifier of a license; anything else stands beside it.
@@ -50,7 +50,7 @@ def model_card(spec: RunSpec, facts: CardFacts) -> str:
     """Markdown behind the YAML front matter that the Hugging Face hub reads."""
     model, rounds, selection, training = spec.model, spec.rounds, spec.selection, spec.training
     share = f"{facts.samples / facts.rows:.1%}" if facts.rows else "none"
-    released = selection.strategy.released
+    released = selection.released
     optimizer = spec.aggregation.optimizer
     return "\n".join(
         [
@@ -90,7 +90,7 @@ def model_card(spec: RunSpec, facts: CardFacts) -> str:
             *_validation_lines(facts),
             "## Privacy",
             "",
-            *filter(None, [selection.strategy.privacy_note(spec)]),
+            *filter(None, [selection.privacy_note(spec)]),
             _training_privacy(spec),
             "",
             "## Licenses, as declared by the operator",
