@@ -28,6 +28,8 @@ class FilterSpec:
     """Lower edge of the first bin."""
     width: float
     """Of every bin; the score may be a logarithm, for even relative steps."""
+    of_one_row: bool = True
+    """Whether a row's score depends on that row alone; else noise on counts hides no row."""
 
     def bins(self, scores: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The bin of each finite score."""
@@ -47,6 +49,7 @@ FILTER_SPECS: dict[str, FilterSpec] = {
         "high",
         -12.0,
         1 / 16,
+        of_one_row=False,
     ),
 }
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from fedhds.settings import Parameters, parameter
 from fedhds.spec.amounts import Budget, budget_rows
 from fedhds.spec.features import FeatureSpec
-from fedhds.spec.filters import Filters, Share
+from fedhds.spec.filters import FILTER_SPECS, Filters, Share
 from fedhds.spec.strategies import STRATEGIES, StrategySpec
 
 if TYPE_CHECKING:
@@ -78,10 +78,11 @@ class SelectionSpec(Parameters):
         self.strategy.check(spec)
         if not self.filters or not spec.privacy.noised:
             return
-        if "duplicates" in self.filter_names:
+        unbounded = next((name for name in self.filter_names if not FILTER_SPECS[name].of_one_row), None)
+        if unbounded:
             raise ValueError(
-                "selection_filters: one row decides for many others whether they are duplicates, so noise would hide "
-                "nothing; drop the filter duplicates, or all noise"
+                f"selection_filters: with {unbounded} one row decides for many others, so noise would hide nothing; "
+                f"drop the filter {unbounded}, or all noise"
             )
         if not spec.privacy.selection.noised:
             raise ValueError(

@@ -78,6 +78,8 @@ def _federation(point: Point, shards: Shards, folder: Path, daemons: Daemons, pr
         names = sites[index::processes]
         name = names[0] if processes == len(sites) else f"sites-{index}"
         data = ("--data", *(shards.sites[site] for site in names), "--allow-exact-kmeans-sums")
+        if point.settings.target_data and not index:
+            data = (*data, f"--target-data={point.settings.target_data}")
         identity = tls(name) or ("--name", *names)
         daemons.start(name, "fedhds-client", f"--server={server}", *data, *identity, *allowed, *_home(folder, name))
     for name, path in shards.evaluators.items():

@@ -49,6 +49,12 @@ class SimulationSettings(Parameters):
     eval_data: tuple[Path, ...] = parameter(
         (), "More rows to evaluate on: one evaluator per file, named after it.", group="Simulation"
     )
+    target_data: Path | None = parameter(
+        None,
+        "Rows of a wanted task, which the first site has besides its own, for the strategies target-features and "
+        "target-gradients.",
+        group="Simulation",
+    )
     processes: int = parameter(
         max(1, (os.cpu_count() or 1) - 1),
         "Client processes that the sites share; each of them loads the model.",
