@@ -38,6 +38,8 @@ class UpdateMetadata:
     residual: str = ""
     loss_rows: int | None = None
     """Rows behind `loss`; None: all samples, as earlier versions wrote it."""
+    response_tokens: int | None = None
+    tokens_per_s: float = 0.0
 
     @classmethod
     def read(cls, note: Path) -> UpdateMetadata | None:
@@ -62,14 +64,17 @@ class FinishedUpdate:
         return Artifact(self.metadata.digest, self.metadata.size)
 
     def result(self, *, min_rows: int = 1) -> pb.TrainResult:
-        """The wire message; it leaves out a loss over fewer than `min_rows` rows."""
+        """The wire message; it leaves out a loss over fewer than `min_rows` rows, and numbers of their tokens."""
         rows = self.metadata.samples if self.metadata.loss_rows is None else self.metadata.loss_rows
+        said = rows >= min_rows
         return pb.TrainResult(
             update=self.artifact.to_proto(),
             samples=self.metadata.samples,
-            loss=self.metadata.loss if rows >= min_rows else None,
+            loss=self.metadata.loss if said else None,
             train_s=self.metadata.seconds,
             truncated_rows=self.metadata.truncated,
+            response_tokens=self.metadata.response_tokens if said else None,
+            tokens_per_s=self.metadata.tokens_per_s if said else None,
         )
 
     @classmethod
@@ -120,6 +125,8 @@ def keep_update(
             round_number=round_number,
             residual=residual,
             loss_rows=outcome.loss_rows,
+            response_tokens=outcome.response_tokens,
+            tokens_per_s=outcome.tokens_per_s,
         )
         replace_file(path.with_suffix(".json"), json.dumps(asdict(metadata)), private=True)
         for old in folder.glob("update-*"):

@@ -112,10 +112,10 @@ class AggregationSpec(Parameters):
     aggregator: Annotated[AggregatorSpec, AGGREGATORS] = Field(default_factory=AGGREGATORS.make_default)
     robust: Annotated[RobustSpec, ROBUST_RULES] = Field(default_factory=ROBUST_RULES.make_default)
     optimizer: Annotated[OptimizerSpec, OPTIMIZERS] = Field(default_factory=OPTIMIZERS.make_default)
-    weight_by: Literal["rows", "equal"] = parameter(
+    weight_by: Literal["rows", "tokens", "equal"] = parameter(
         "rows",
-        "How much an update counts. rows: as many as the site trained on; equal: all sites that trained the same. "
-        "--max-weight-share bounds both.",
+        "How much an update counts. rows: as many as the site trained on; tokens: those of their responses, which give "
+        "the loss; equal: all sites that trained the same. --max-weight-share bounds all of them.",
     )
     wire_dtype: WireDtype = parameter(
         "float32",
@@ -147,6 +147,14 @@ class AggregationSpec(Parameters):
         "Largest adapter, in MiB of float32 values; a site whose adapter is larger cannot register.",
         ge=1,
     )
+
+    def check(self, spec: RunSpec) -> None:
+        """Raises ValueError, "SETTING: ...", for weights that the run's other settings keep from the coordinator."""
+        if self.weight_by == "tokens" and (spec.privacy.noised or spec.secure.enabled):
+            raise ValueError(
+                "weight_by: the number of response tokens is an exact release about private rows, which neither noise "
+                "nor --secure-aggregation covers; set --weight-by rows or equal"
+            )
 
     @property
     def adapter_dtype(self) -> AdapterDtype:

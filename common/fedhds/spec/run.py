@@ -66,6 +66,7 @@ class RunSpec(Parameters):
     @model_validator(mode="after")
     def _check_variants(self) -> Self:
         self.selection.check(self)
+        self.aggregation.check(self)
         self.aggregation.aggregator.check(self)
         self.privacy.training.check(self)
         self.aggregation.robust.check(self)

@@ -707,6 +707,8 @@ class TrainResult(_message.Message):
     LOSS_FIELD_NUMBER: _builtins.int
     TRAIN_S_FIELD_NUMBER: _builtins.int
     TRUNCATED_ROWS_FIELD_NUMBER: _builtins.int
+    RESPONSE_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     samples: _builtins.int
     """Rows trained on; the update's weight, bounded by what the site declared. 0: no row of the site was picked."""
     loss: _builtins.float
@@ -715,6 +717,12 @@ class TrainResult(_message.Message):
     """Seconds spent training."""
     truncated_rows: _builtins.int
     """Rows that were cut to the longest length."""
+    response_tokens: _builtins.int
+    """Response tokens of these rows: the update's weight under `--weight-by tokens`, bounded by rows and longest length.
+    Absent where the site's policy keeps it, as for a few rows: the update then counts with the others' tokens per row.
+    """
+    tokens_per_s: _builtins.float
+    """Tokens of prompts and responses trained on per second; absent as `loss` is."""
     @_builtins.property
     def update(self) -> _transfer_pb2.ArtifactRef:
         """The uploaded update (safetensors, the run's wire type); absent when `samples` is 0."""
@@ -727,14 +735,25 @@ class TrainResult(_message.Message):
         loss: _builtins.float | None = ...,
         train_s: _builtins.float = ...,
         truncated_rows: _builtins.int = ...,
+        response_tokens: _builtins.int | None = ...,
+        tokens_per_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_response_tokens", b"_response_tokens", "_tokens_per_s", b"_tokens_per_s", "loss", b"loss", "response_tokens", b"response_tokens", "tokens_per_s", b"tokens_per_s", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss", "samples", b"samples", "train_s", b"train_s", "truncated_rows", b"truncated_rows", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_response_tokens", b"_response_tokens", "_tokens_per_s", b"_tokens_per_s", "loss", b"loss", "response_tokens", b"response_tokens", "samples", b"samples", "tokens_per_s", b"tokens_per_s", "train_s", b"train_s", "truncated_rows", b"truncated_rows", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    _WhichOneofReturnType__response_tokens: _TypeAlias = _typing.Literal["response_tokens"]  # noqa: Y015
+    _WhichOneofArgType__response_tokens: _TypeAlias = _typing.Literal["_response_tokens", b"_response_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__tokens_per_s: _TypeAlias = _typing.Literal["tokens_per_s"]  # noqa: Y015
+    _WhichOneofArgType__tokens_per_s: _TypeAlias = _typing.Literal["_tokens_per_s", b"_tokens_per_s"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__response_tokens) -> _WhichOneofReturnType__response_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_per_s) -> _WhichOneofReturnType__tokens_per_s | None: ...
 
 Global___TrainResult: _TypeAlias = TrainResult  # noqa: Y015
 

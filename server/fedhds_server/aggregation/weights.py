@@ -1,4 +1,4 @@
-"""How much each update counts: its rows, bounded so that no party can take a round over by claiming many."""
+"""How much each update counts: its rows or tokens, bounded so that no party takes a round over by claiming many."""
 
 from __future__ import annotations
 
@@ -8,7 +8,30 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from fedhds.v2 import federation_pb2 as pb
 from fedhds_server.run.parties import party_of
+
+
+def weight_counts(results: Mapping[str, pb.TrainResult], weight_by: str) -> dict[str, int]:
+    """What the sites' updates count by: rows, response tokens, or one each.
+
+    Sites keep the tokens of a few rows to themselves: theirs are as many per row as those of all others together.
+    """
+    match weight_by:
+        case "equal":
+            return {site: min(result.samples, 1) for site, result in results.items()}
+        case "tokens":
+            said = [result for result in results.values() if result.HasField("response_tokens")]
+            tokens, rows = sum(each.response_tokens for each in said), sum(each.samples for each in said)
+            return {
+                site: result.response_tokens
+                if result.HasField("response_tokens")
+                else result.samples * tokens // rows
+                if rows
+                else result.samples
+                for site, result in results.items()
+            }
+    return {site: result.samples for site, result in results.items()}
 
 
 def site_shares(samples: Mapping[str, int], largest: float) -> dict[str, float]:

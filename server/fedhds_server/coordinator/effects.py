@@ -26,7 +26,7 @@ from fedhds_server.aggregation import AGGREGATORS, Update, aggregate
 from fedhds_server.aggregation.norms import bounded, update_norm
 from fedhds_server.aggregation.pipeline import Aggregated
 from fedhds_server.aggregation.secure_sum import add_masked, write_mean
-from fedhds_server.aggregation.weights import site_shares
+from fedhds_server.aggregation.weights import site_shares, weight_counts
 from fedhds_server.counters import AGGREGATION_SECONDS
 from fedhds_server.optimizers import OPTIMIZERS
 from fedhds_server.run.events import (
@@ -195,8 +195,7 @@ class Effects:
         recent = recent_norms(state, stage.round_number)
         bound = bounded(norms, recent, spec.update_norm_factor, leave_out=spec.robust.leaves_out)
         counted = [site for site in paths if site not in bound.left_out]
-        by_rows = spec.weight_by == "rows"
-        counts = {site: results[site].samples if by_rows else min(results[site].samples, 1) for site in counted}
+        counts = weight_counts({site: results[site] for site in counted}, spec.weight_by)
         shares = site_shares(counts, spec.max_weight_share)
         updates = [Update(site, paths[site], shares[site], bound.scales[site]) for site in counted]
         result = self._combined(state, stage, updates)
@@ -241,9 +240,7 @@ class Effects:
             return RoundAbandoned(str(error))
         result = self._combined(state, stage, [Update("sum", path, 1.0)])
         path.unlink(missing_ok=True)
-        results = {
-            site: pb.TrainResult(samples=member.rows, loss=loss) for site, member in sorted(survivors.items())
-        }
+        results = {site: pb.TrainResult(samples=member.rows, loss=loss) for site, member in sorted(survivors.items())}
         return AdapterUpdated(result.adapter, result.slots, results=results)
 
     def _combined(self, state: RunState, stage: Stage, updates: Sequence[Update]) -> Aggregated:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from fedhds.tensors.artifact import Artifact
 from fedhds_server.run import rollback, stages, validation
+from fedhds_server.run.cohorts import drawn, eligible_sites, training_kind
 from fedhds_server.run.events import (
     AdapterUpdated,
     CoresetsSelected,
@@ -19,44 +18,19 @@ from fedhds_server.run.events import (
     Wake,
     WriteCheckpoint,
 )
+from fedhds_server.run.failures import last_failures
 from fedhds_server.run.messages import VALIDATING, missing
 from fedhds_server.run.parties import parties
-from fedhds_server.run.quorum import CohortProgress, cohort_size, draw, listed
-from fedhds_server.run.state import ClosedRound, Phase, Reply, RunState, SiteState, Stage, packed
-from fedhds_server.workflows import WORKFLOWS
+from fedhds_server.run.quorum import CohortProgress, cohort_size, listed
+from fedhds_server.run.state import ClosedRound, Phase, Reply, RunState, Stage, packed
 from fedhds_server.workflows.evaluation import EvaluationTasks, evaluated_rounds, missing_evaluations
-from fedhds_server.workflows.secure_training import SecureTrainingWorkflow
 from fedhds_server.workflows.selection import SelectionWorkflow
-from fedhds_server.workflows.training import TrainingWorkflow, contributions
+from fedhds_server.workflows.training import contributions
 
 # A round whose every task failed leaves the adapter as it is. One may be bad luck (a full disk, a GPU that another
 # job uses); three in a row mean that the run cannot make progress and that somebody should look.
 _MAX_FAILED_ROUNDS = 3
-# In a message: one line for people.
-_MAX_ERRORS = 3
-_VALIDATING = "validating"
 _SELECT, _EVALUATE = SelectionWorkflow.kind, EvaluationTasks.kind
-
-
-def activity(state: RunState) -> str:
-    """Where the run stands, for people: its phase, or what its open stage does."""
-    if state.phase is not Phase.RUNNING:
-        return state.phase.value
-    if state.stage is None:
-        return _VALIDATING
-    workflow = WORKFLOWS[state.stage.kind]
-    return workflow.resolving if state.stage.closed else workflow.collecting
-
-
-def activities() -> list[str]:
-    """Everything that `activity` can say."""
-    running = [name for workflow in WORKFLOWS.values() for name in (workflow.collecting, workflow.resolving)]
-    return [
-        Phase.ENROLLING.value,
-        *dict.fromkeys(running),
-        _VALIDATING,
-        *(phase.value for phase in Phase if phase.over or phase is Phase.FINISHING),
-    ]
 
 
 def advance(state: RunState, at: float) -> list[Instruction]:
@@ -79,7 +53,7 @@ def advance(state: RunState, at: float) -> list[Instruction]:
 def _moved_on(state: RunState, at: float) -> list[Instruction]:
     if state.phase is Phase.FINISHING and not _evaluating(state):
         stages.withdraw(state, kind=_EVALUATE)
-        return end(state, Phase.COMPLETED, _completed(state), at)
+        return end(state, Phase.COMPLETED, validation.completed(state), at)
     progress = CohortProgress.of(state)
     if progress is None:
         return []
@@ -168,7 +142,7 @@ def end(state: RunState, phase: Phase, reason: str, at: float, *, failures: str 
 def _start_if_ready(state: RunState, at: float) -> list[Instruction]:
     awaited = missing(state)
     if awaited or 0 not in state.adapters:
-        state.message = f"waiting for {awaited or 'the initial adapter'}{_failures(state)}"
+        state.message = f"waiting for {awaited or 'the initial adapter'}{last_failures(state)}"
         return []
     state.started_at, state.phase = at, Phase.RUNNING
     pool = sum(state.sites[name].rows for name in state.trainers)
@@ -181,7 +155,7 @@ def _start_if_ready(state: RunState, at: float) -> list[Instruction]:
 def _open_selection(state: RunState) -> list[Instruction]:
     """Asks the trainers (one-shot) or the round's cohort (per round) for reports, if the strategy needs any."""
     state.coresets = {}
-    sites = state.trainers if state.spec.selection.one_shot else _draw(state, state.trainers)
+    sites = state.trainers if state.spec.selection.one_shot else drawn(state, state.trainers)
     if state.spec.selection.asks_sites:
         stages.open_stage(state, _SELECT, sites, len(parties(sites)))
         return []
@@ -199,34 +173,19 @@ def _open_round(state: RunState, at: float) -> list[Instruction]:
 def _fill_round(state: RunState, at: float) -> list[Instruction]:
     """Draws the cohort of the open round; waits, with a message, while no live site could be in it."""
     state.round_opened_at = at
-    stages.open_stage(state, _training(state), [], 0)
-    eligible = _eligible(state)
+    stages.open_stage(state, training_kind(state), [], 0)
+    eligible = eligible_sites(state)
     state.round_size = cohort_size(len(parties(eligible)), state.spec.rounds.cohort_fraction)
     if not eligible:
         return stages.waits(state)
     if not state.spec.selection.one_shot:
         return _open_selection(state)
-    return _open_training(state, _draw(state, eligible), at)
-
-
-def _eligible(state: RunState) -> list[str]:
-    """Sites that a round may draw: with one-shot selection those that it gave rows."""
-    anyone = not state.spec.selection.one_shot
-    return [site for site in state.trainers if anyone or site in state.coresets]
-
-
-def _draw(state: RunState, sites: list[str]) -> list[str]:
-    """The round's cohort out of `sites`, over-selection included; never fewer than the quorum."""
-    rounds = state.spec.rounds
-    size = max(math.ceil(state.round_size * (1 + rounds.over_selection)), rounds.quorum_of(state.round_size))
-    if state.spec.secure.enabled:
-        size = max(size, state.spec.secure.min_sites)
-    return draw(sites, size, seed=state.spec.seed, round_number=state.round_number)
+    return _open_training(state, drawn(state, eligible), at)
 
 
 def _open_training(state: RunState, cohort: list[str], at: float) -> list[Instruction]:
     secure = state.spec.secure
-    stages.open_stage(state, _training(state), cohort, min(len(parties(cohort)), state.round_size))
+    stages.open_stage(state, training_kind(state), cohort, min(len(parties(cohort)), state.round_size))
     if not cohort:
         note = Record(f"round {state.round_number}: no row was selected, the adapter stays as it is")
         return [note, *stages.close(state)]
@@ -237,17 +196,12 @@ def _open_training(state: RunState, cohort: list[str], at: float) -> list[Instru
     return [Record(f"round {state.round_number} of {state.spec.rounds.count} opens with {listed(cohort)}")]
 
 
-def _training(state: RunState) -> str:
-    """The kind of the run's training tasks."""
-    return (SecureTrainingWorkflow if state.spec.secure.enabled else TrainingWorkflow).kind
-
-
 def _fill_up(state: RunState, progress: CohortProgress, at: float) -> list[Instruction]:
     """Asks others in place of disconnected sites, or starts again where others cannot replace them."""
     stage = state.stage
     if stage is None:
         return []
-    able = state.trainers if stage.kind == _SELECT else _eligible(state)
+    able = state.trainers if stage.kind == _SELECT else eligible_sites(state)
     if not progress.workflow.replaceable(state, stage):
         if not progress.answered and not progress.failed and able and not progress.by_site:
             # Nothing has come that a new start would throw away.
@@ -272,12 +226,12 @@ def _selected(state: RunState, stage: Stage, outcome: CoresetsSelected, at: floa
     state.coresets = {site: packed(rows) for site, rows in coresets.items()}
     notes: list[Instruction] = [Record(note) for note in outcome.notes]
     notes.append(Record(f"selection: {len(coresets)} of {len(stage.replies)} sites have rows to train on"))
-    failures = _failures(state, stage)
+    failures = last_failures(state, stage)
     if not state.spec.selection.one_shot:
         if stage.replies:
             return [*notes, *_open_training(state, sorted(coresets), at)]
         # Its tasks were given, and all failed: a failed round.
-        number, kind = state.round_number, _training(state)
+        number, kind = state.round_number, training_kind(state)
         state.stage = Stage(kind=kind, round_number=number, cohort=stage.cohort, failed=stage.failed)
         note = Record(f"round {state.round_number}: no site could select; the adapter stays as it is{failures}", True)
         return [*notes, note, *stages.close(state)]
@@ -372,11 +326,11 @@ def _after_round(state: RunState, stage: Stage, at: float) -> list[Instruction]:
         message = f"no site delivered an update in {_MAX_FAILED_ROUNDS} rounds in a row"
         if reason := recent[-1].unchanged:
             message = f"no update was combined in {_MAX_FAILED_ROUNDS} rounds in a row: {reason}"
-        return end(state, Phase.FAILED, message, at, failures=_failures(state, stage))
+        return end(state, Phase.FAILED, message, at, failures=last_failures(state, stage))
     last = state.round_number == state.spec.rounds.count
     if last and not any(closed.contributions for closed in state.closed_rounds):
         message = "no site delivered an update in any round, the adapter is untrained"
-        return end(state, Phase.FAILED, message, at, failures=_failures(state, stage))
+        return end(state, Phase.FAILED, message, at, failures=last_failures(state, stage))
     return _go_on(state, at)
 
 
@@ -393,28 +347,6 @@ def _go_on(state: RunState, at: float) -> list[Instruction]:
     add_evaluations(state)
     note = [Record(f"the run stops early: {reason}")] if reason else []
     return [*note, *advance(state, at)]
-
-
-def _completed(state: RunState) -> str:
-    """How many rounds are done, and why no more."""
-    reason, count = validation.early_stop(state), state.spec.rounds.count
-    if state.round_number == count or not reason:
-        return f"{count} rounds are done"
-    return f"{state.round_number} of {count} rounds are done: {reason}"
-
-
-def _failures(state: RunState, stage: Stage | None = None) -> str:
-    """What sites said last that failed in `stage`, left with an error or are quarantined: the end of a message."""
-    failed = stage.failed if stage else ()
-    sites: dict[str, list[str]] = {}
-    for site in sorted(state.sites.values(), key=lambda site: site.name):
-        if site.last_error and (site.name in failed or site.state is SiteState.LEFT or site.quarantined):
-            sites.setdefault(site.last_error, []).append(site.name)
-    # What most sites say comes first; status and journal have all of it.
-    errors = sorted(sites, key=lambda error: -len(sites[error]))
-    lines = [f"site{'s' * (len(sites[error]) > 1)} {listed(sites[error])}: {error}" for error in errors[:_MAX_ERRORS]]
-    more = [f"and {len(errors) - _MAX_ERRORS} other errors"] * (len(errors) > _MAX_ERRORS)
-    return f"; last failures: {'; '.join([*lines, *more])}" if lines else ""
 
 
 def _evaluating(state: RunState) -> bool:

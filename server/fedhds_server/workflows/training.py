@@ -19,6 +19,8 @@ from fedhds_server.workflows.base import Workflow, Workspace
 
 # Nats per response token that no model gives; what is summed over sites and rounds stays finite below it.
 MAX_LOSS = 1e9
+# A site's speed that no hardware has.
+MAX_TOKENS_PER_S = 1e12
 # Whose norms say what is usual: long enough for a median, short enough to follow what training does.
 _RECENT_ROUNDS = 5
 
@@ -67,6 +69,11 @@ class TrainingWorkflow(Workflow):
             return "samples", claim
         if trained.HasField("loss") and not abs(trained.loss) <= MAX_LOSS:
             return "loss", f"the training loss is {trained.loss:g}, which no model gives"
+        largest = trained.samples * state.spec.model.max_length
+        if trained.response_tokens > largest:
+            return "tokens", f"the update claims {trained.response_tokens} tokens; its rows hold {largest} at most"
+        if trained.HasField("tokens_per_s") and not 0 <= trained.tokens_per_s <= MAX_TOKENS_PER_S:
+            return "tokens", f"the update claims {trained.tokens_per_s:g} tokens a second"
         if not trained.HasField("update"):
             return "adapter", "the result names no update"
         return None
@@ -78,7 +85,12 @@ class TrainingWorkflow(Workflow):
         trained = read(event.result)
         empty = event.artifact is None
         # Nothing else that a site may have put into its message is kept.
-        kept = pb.TrainResult(samples=trained.samples, loss=trained.loss if trained.HasField("loss") else None)
+        kept = pb.TrainResult(
+            samples=trained.samples,
+            loss=trained.loss if trained.HasField("loss") else None,
+            response_tokens=trained.response_tokens if trained.HasField("response_tokens") else None,
+            tokens_per_s=trained.tokens_per_s if trained.HasField("tokens_per_s") else None,
+        )
         stage.replies[task.site] = Reply(task_id=task.id, message=packed(kept), artifact=event.artifact, empty=empty)
         if not empty:
             return []

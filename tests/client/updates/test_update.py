@@ -23,7 +23,9 @@ from tests.support.manifests import lora_manifest
 
 MANIFEST = lora_manifest({"q.lora_A.weight": (2, 3), "q.lora_B.weight": (4, 2)})
 A, B = MANIFEST.tensors
-OUTCOME: Any = SimpleNamespace(samples=5, loss_rows=5, loss=1.5, seconds=2.0, truncated_rows=1)
+OUTCOME: Any = SimpleNamespace(
+    samples=5, loss_rows=5, loss=1.5, seconds=2.0, truncated_rows=1, response_tokens=40, tokens_per_s=50.0
+)
 # Of a rank with one large value the small ones are less than half a step: quantized each by itself they never count.
 LEARNED = {A.name: np.array([[1.0, 0.003, -0.001], [0.5, 0.001, 0.0]]), B.name: np.full((4, 2), 0.1)}
 LEARNED[B.name][0, 0] = 40.0
