@@ -44,7 +44,7 @@ RENAMED = {
     r"fedhds_(?:rounds_wanted|sites_wanted|evaluation_loss|evaluation_rouge_l|fold_seconds|collection_\w+)": (
         "a metric of an earlier version"
     ),
-    r"\bpatience\b": "heartbeat timeout, reconnect timeout",
+    r"(?<!early-stop-)\bpatience\b": "heartbeat timeout, reconnect timeout",
     r"\boversampl\w*": "over-selection",
     r"\bfusion\b": "reduction",
     r"lloyd(?!')\w*": "k-means",

@@ -14,9 +14,9 @@ from fedhds import __version__
 from fedhds.runtime.metrics import Measure
 from fedhds_server.leadership.gate import PROBLEMS
 from fedhds_server.leadership.readiness import Readiness, disk_needed
+from fedhds_server.run.activity import activities, activity
 from fedhds_server.run.parties import parties
 from fedhds_server.run.quorum import CohortProgress
-from fedhds_server.run.rounds import activities, activity
 from fedhds_server.run.state import RunState, SiteState
 from fedhds_server.status import means_of
 

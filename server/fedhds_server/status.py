@@ -14,10 +14,10 @@ from typing import TypeVar
 from fedhds import PROTOCOL_VERSIONS, __version__
 from fedhds.fingerprint import combined
 from fedhds.v2 import status_pb2
+from fedhds_server.run.activity import activity
 from fedhds_server.run.messages import for_site
 from fedhds_server.run.parties import parties, party_of
 from fedhds_server.run.quorum import CohortProgress
-from fedhds_server.run.rounds import activity
 from fedhds_server.run.state import Evaluation, MetricSum, RunState, Site, SiteState, UpdateScore
 from fedhds_server.storage.base import JournalEntry
 from fedhds_server.storage.checkpoint import BEST

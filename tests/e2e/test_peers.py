@@ -18,7 +18,7 @@ from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
 from fedhds.tensors.manifest import AdapterManifest, TensorSpec
 from fedhds.tensors.safetensors import AdapterReader
-from fedhds_server.run.rounds import activity
+from fedhds_server.run.activity import activity
 from fedhds_server.run.state import Reply
 from tests.support.federation import Daemon, Federation, free_port
 from tests.support.hostile import Forgery, Hostile, state_of, until

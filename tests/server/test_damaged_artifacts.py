@@ -15,8 +15,8 @@ from fedhds.errors import ArtifactError, StorageError
 from fedhds.tensors.safetensors import AdapterReader
 from fedhds_server.coordinator import effects
 from fedhds_server.coordinator.effects import Effects
+from fedhds_server.run.activity import activity
 from fedhds_server.run.events import AdapterUpdated
-from fedhds_server.run.rounds import activity
 from fedhds_server.run.state import RunState, Stage
 from tests.support.host import MANIFEST, Host, complete, enroll, refused, send, start, task_of, written
 

@@ -15,7 +15,7 @@ from fedhds.errors import AdapterError
 from fedhds.v2 import selection_pb2
 from fedhds_server.aggregation import AGGREGATORS, Aggregator
 from fedhds_server.aggregation.fedavg import FedAvg
-from fedhds_server.run.rounds import activity
+from fedhds_server.run.activity import activity
 from fedhds_server.selection import STRATEGIES, InterClientSelection, Report, SelectionContext
 from fedhds_server.selection.random import Random
 from tests.support.host import Host, complete, complete_with, enroll, send, start, task_of, written

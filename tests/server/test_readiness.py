@@ -13,7 +13,7 @@ from fedhds_server.counters import FAILED, count_failure
 from fedhds_server.leadership.gate import PROBLEMS, LeaderGate
 from fedhds_server.leadership.readiness import DISK_RESERVE, Readiness, disk_needed
 from fedhds_server.metrics import MEASURES, run_families
-from fedhds_server.run.rounds import activities
+from fedhds_server.run.activity import activities
 from fedhds_server.run.state import Phase, Reply, RunState
 from tests.support.run_states import ADAPTER, leading, of_sites
 from tests.support.stores import Place

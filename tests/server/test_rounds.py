@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhds.v2.selection_pb2 import KMeansStats
+from fedhds_server.run.activity import activities
 from fedhds_server.run.events import (
     AdapterDrawn,
     AdapterUpdated,
@@ -25,7 +26,6 @@ from fedhds_server.run.events import (
     WriteCheckpoint,
 )
 from fedhds_server.run.quorum import cohort_size, draw
-from fedhds_server.run.rounds import activities
 from fedhds_server.run.state import Phase, RunState, SiteState
 from tests.support.machine import (
     ALL_ROWS,

@@ -80,9 +80,9 @@ def in_coordinator(points: Points) -> None:
     from fedhds_server.aggregation.fedavg import FedAvg
     from fedhds_server.coordinator import effects
     from fedhds_server.rpc.federation import FederationServicer
+    from fedhds_server.run.activity import activity
     from fedhds_server.run.engine import RunMachine
-    from fedhds_server.run.events import ResultReceived, StageResolved
-    from fedhds_server.run.rounds import activity
+    from fedhds_server.run.events import NextStep, ResultReceived, StageResolved
     from fedhds_server.storage import checkpoint
     from fedhds_server.storage.artifacts import ArtifactStore
     from fedhds_server.storage.sql import SqlStore
@@ -96,6 +96,8 @@ def in_coordinator(points: Points) -> None:
         match event:
             case ResultReceived(result=result):
                 return f"ResultReceived {result.TypeName().rpartition('.')[2]}"
+            case StageResolved(stage=stage, outcome=NextStep()) if stage.startswith("secure-train"):
+                return f"StageResolved NextStep {stage.partition('.')[2].partition('-')[0] or 0}"
             case StageResolved(outcome=outcome):
                 return f"StageResolved {type(outcome).__name__}"
         return type(event).__name__
@@ -172,7 +174,9 @@ def in_site(points: Points) -> None:
     """Points of fedhds-client: enrollment, transfers, every kind of task, delivery."""
     from fedhds.privacy.ledger import Account
     from fedhds.tensors.codecs import Codec
-    from fedhds_client import computation, rpc_client, run_models, site_loop
+    from fedhds_client import computation, executor, rpc_client, run_models
+    from fedhds_client.secure.round_record import RoundRecord
+    from fedhds_client.secure.site_round import SiteRound
     from fedhds_client.selection import federated_kmeans, fedhds
     from fedhds_client.site import Site
     from fedhds_client.tasks import TASKS
@@ -241,6 +245,9 @@ def in_site(points: Points) -> None:
     rpc_client._MAX_PAUSE_S = 0.5
     for kind in TASKS:
         computed(kind)
+    for step in ("keys", "shares", "begin_masking", "masks", "keep_masked", "sign", "open"):
+        points.after(SiteRound, step, f"secure {step} ended")
+    points.after(RoundRecord, "save", "record of a secure round saved")
     points.after(Site, "next_session")
     points.after(Site, "keep_session")
     points.at_call(run_models, "load_models", 1, "model load begins")
@@ -251,7 +258,7 @@ def in_site(points: Points) -> None:
     points.after(Codec, "write", "update written")
     # The last of three files.
     points.at_call(delivery, "replacing", 1, "delivery underway")
-    points.after(site_loop, "write_adapter_folder", "delivery ended")
+    points.after(executor, "write_adapter_folder", "delivery ended")
 
 
 if __name__ == "__main__":

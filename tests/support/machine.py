@@ -9,6 +9,7 @@ from fedhds.spec import RunSpec
 from fedhds.tensors.artifact import Artifact
 from fedhds.v2 import federation_pb2 as pb
 from fedhds.v2 import selection_pb2
+from fedhds_server.run.activity import activity
 from fedhds_server.run.engine import RunMachine
 from fedhds_server.run.events import (
     AdapterDrawn,
@@ -25,7 +26,6 @@ from fedhds_server.run.events import (
     TaskFailed,
     Wake,
 )
-from fedhds_server.run.rounds import activity
 from fedhds_server.run.state import RunState, Stage
 from tests.support.manifests import lora_manifest
 

@@ -169,7 +169,7 @@ def _card(card: str, report: dict[str, Any], settings: PersonalSettings) -> str:
             "# Personal adapter of one site",
             "",
             f"Tuned on from the global adapter of the run `{report['run_id']}` ({what}): {settings.epochs} epochs on",
-            f"{report['rows']} rows of one site. Whoever has it has what these rows taught it: no noise was added.",
+            f"{report['rows']} rows of one site. It holds what these rows taught it, without any noise: share it where you would share them.",
             "",
             f"On {report['compared_on']} rows of the site that did not train, and validated the run:",
             "",

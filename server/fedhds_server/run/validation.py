@@ -98,6 +98,14 @@ def early_stop(state: RunState) -> str:
     return f"the validation loss has not improved{delta} since round {state.improved_round}"
 
 
+def completed(state: RunState) -> str:
+    """How many rounds are done, and why no more."""
+    reason, count = early_stop(state), state.spec.rounds.count
+    if state.round_number == count or not reason:
+        return f"{count} rounds are done"
+    return f"{state.round_number} of {count} rounds are done: {reason}"
+
+
 def _open_rounds(state: RunState) -> list[int]:
     """Rounds with an adapter on which validation has not decided."""
     return sorted(number for number in state.adapters if number > state.validated_round)
