@@ -7,7 +7,7 @@ PROTO_BIN := .venv-proto/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: help setup demo test test-fast test-slow coverage e2e-compose upgrade-fixture bench-evaluation bench-selection \
-  bench-transport lint format proto proto-check docs wheel wheelhouse images clean
+  bench-secure bench-transport lint format proto proto-check docs wheel wheelhouse images clean
 
 help:  ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ bench-evaluation: $(STAMP)  ## measure rows a second of evaluation, in batches a
 	@test -n '$(DATA)' -a -n '$(MODELS)' \
 	  || { echo 'bench-evaluation needs DATA= (a file of rows) and MODELS= (hub ids or paths)'; exit 2; }
 	$(BIN)/python -m benchmarks.evaluation --data '$(DATA)' --model $(MODELS)
+
+bench-secure: $(STAMP)  ## measure a round under secure aggregation beside one in the clear, on this machine
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.secure
 
 bench-transport: $(STAMP)  ## measure rounds, idle sites and their cost beside plain gRPC, on Linux
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.transport
