@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fedhds.errors import RequestError, RunOver
@@ -119,7 +121,7 @@ def test_rounds_that_left_the_adapter_as_it_was_are_skipped() -> None:
     assert rollback.target(run.state, None) == 1
 
 
-def guarded(losses: dict[int, float], **settings: object) -> RunMachine:
+def guarded(losses: dict[int, float], **settings: Any) -> RunMachine:
     """A run whose site v validates the adapters of rounds with these losses."""
     run = started(rounds=len(losses) - 1 + 3, **settings)
     join(run, "v", 0, validation_rows=4)

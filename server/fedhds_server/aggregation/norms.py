@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median_low
+from statistics import median, median_low
 
 import numpy as np
 
@@ -64,20 +64,20 @@ def bounded(
     own = _by_party(norms)
     if not factor or not own:
         return Bounded(dict.fromkeys(norms, 1.0))
-    usual = median_low([norm for earlier in [norms, *recent] for norm in _by_party(earlier)])
-    # What most updates of this round are like is never absurd, whatever earlier ones were like.
-    limit, absurd = factor * usual, _ABSURD * factor * max(usual, median_low(own))
+    known = [norm for earlier in [norms, *recent] for norm in _by_party(earlier)]
+    usual = median(known)
+    # Of two updates alone, the longer one is not shortened to fit the other. Absurd is what is so beside the lower
+    # half, but never what most updates of this round are like, whatever earlier ones were.
+    limit, absurd = factor * usual, _ABSURD * factor * max(median_low(known), median_low(own))
     scales: dict[str, float] = {}
     left_out: dict[str, str] = {}
     notes: list[str] = []
     for site, norm in norms.items():
         scales[site] = min(1.0, limit / norm) if norm > 0 else 1.0
-        if norm <= limit:
-            continue
         times = f"its norm is {norm:.4g}, {norm / usual:.3g} times the median of recent updates"
         if leave_out and norm > absurd:
             left_out[site] = f"{times}; --update-norm-factor is {factor:g}"
-        else:
+        elif norm > limit:
             notes.append(f"the update of site {site} counts in part: {times}, --update-norm-factor {factor:g}")
     return Bounded(scales, left_out, notes)
 
