@@ -93,8 +93,8 @@ class SitePolicy(BaseModel):
         self._check_noise(spec)
 
     def _check_noise(self, spec: RunSpec) -> None:
-        selection, training, strategy = spec.privacy.selection, spec.privacy.training, spec.selection.strategy
-        if strategy.privacy_unit and selection.noise_multiplier < self.min_selection_noise:
+        selection, training = spec.privacy.selection, spec.privacy.training
+        if spec.selection.asks_sites and selection.noise_multiplier < self.min_selection_noise:
             have = f"{selection.noise_multiplier:g} for selection, the site needs {self.min_selection_noise:g}"
             raise _broken("min_selection_noise", f"the run has a noise multiplier of {have}")
         if training.epsilon == 0 and training.noise_multiplier < self.min_training_noise:

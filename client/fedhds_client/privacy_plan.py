@@ -52,9 +52,13 @@ def planned(spec: RunSpec, rows: int) -> Plan:
     )
     costs: list[tuple[str, Unit, Cost]] = []
     notes = []
+    selections = 1 if spec.selection.one_shot else spec.rounds.count
+    if spec.selection.filters:
+        steps = len(spec.selection.filter_names) * selections
+        costs.append(("counts of filters", "example", Cost(selection.noise_multiplier, steps=steps)))
     if strategy.privacy_unit is not None:
-        releases = strategy.releases(spec) * (1 if spec.selection.one_shot else spec.rounds.count)
-        costs.append((strategy.released, strategy.privacy_unit, Cost(selection.noise_multiplier, steps=releases)))
+        steps = strategy.releases(spec) * selections
+        costs.append((strategy.released, strategy.privacy_unit, Cost(selection.noise_multiplier, steps=steps)))
     if noise := rows_noise(spec):
         costs.append(("number of rows", "example", Cost(noise)))
     if training.noised:

@@ -100,6 +100,8 @@ def open_sites(settings: ClientSettings, tls: TlsFiles | None, stack: ExitStack)
     sites = []
     for index, name in enumerate(names):
         folder = _locked_folder(settings.state / file_key(name), name, stack)
+        if (old := folder / "ledger.jsonl").exists():
+            logger.warning("%s is of an earlier version and not counted: take what it has off the limits", old)
         shard = _opened(settings.data[index], settings, folder, stack) if settings.data else None
         held_out = _opened(settings.eval_data, settings, folder, stack) if settings.eval_data and not index else None
         validation = _validation(index, shard, held_out, settings, folder, stack)

@@ -22,7 +22,8 @@ _TASK = "rows"
 def rows_noise(spec: RunSpec) -> float:
     """Noise multiplier, and deviation, of the count of rows, which one row changes by 1; 0: the count is not noised."""
     selection, training = spec.privacy.selection, spec.privacy.training
-    if selection.noised and spec.selection.strategy.privacy_unit == "example":
+    units = {spec.selection.strategy.privacy_unit, "example" if spec.selection.filters else None}
+    if selection.noised and "example" in units:
         return selection.noise_multiplier
     if training.epsilon:
         return calibrate_noise(epsilon=_SHARE * training.epsilon, delta=training.delta)

@@ -220,6 +220,8 @@ class ServerSettings(Parameters):
         releases = selections * self.run.selection.releases(self.run)
         if self.selection_epsilon is None or not releases:
             return self.run
+        # Where noise hides single rows, the number of rows leaves noised, too, once a run.
+        releases += self.run.selection.strategy.privacy_unit != "client"
         from fedhds.privacy.mechanisms import calibrate_noise
 
         delta = self.run.privacy.selection.delta

@@ -98,6 +98,11 @@ class TrainingPrivacySpec(Parameters):
                 f"selection_noise_multiplier: {strategy.name} without noise tells of rows what DP-SGD is to hide; "
                 "set it above 0"
             )
+        if strategy.coreset_kind == "random" and spec.selection.filters:
+            raise ValueError(
+                f"selection_filters: one row that passes or not changes the whole draw of {strategy.name}, so DP-SGD "
+                "would guarantee nothing; drop the filters or choose full"
+            )
         if spec.peft.dp_sgd_obstacle:
             raise ValueError(f"peft_method: DP-SGD cannot train it: {spec.peft.dp_sgd_obstacle}")
 
