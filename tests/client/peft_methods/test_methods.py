@@ -25,7 +25,7 @@ from fedhds_client.evaluation.evaluate import evaluate
 from fedhds_client.evaluation.generation import generate
 from fedhds_client.features.extraction import extract_features
 from fedhds_client.features.projection import FeatureSpace
-from fedhds_client.models.adapter import AdapterModel, InferenceModel
+from fedhds_client.models.adapter import AdapterModel, InferenceModel, virtual_tokens_of
 from fedhds_client.models.loading import BaseModel, load_base_model
 from fedhds_client.peft_methods import PEFT_METHODS
 from fedhds_client.peft_methods.lora import row_lengths
@@ -156,6 +156,7 @@ def test_peft_loads_the_checkpoint_and_computes_the_same(tmp_path: Path, llama: 
     torch.testing.assert_close(logits_of(theirs), ours, rtol=0, atol=1e-6 if name == "p-tuning" else 0)
     assert not torch.allclose(ours, base, atol=1e-3)
     again = InferenceModel.with_adapter(load_base_model(str(llama), device="cpu"), folder)
+    assert again.virtual_tokens == virtual_tokens_of(folder) == (20 if name in PROMPTS else 0)
     assert torch.equal(logits_of(again.module), logits_of(theirs))
 
 
