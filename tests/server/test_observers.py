@@ -73,6 +73,26 @@ async def test_an_observer_that_stands_still_is_left_behind(
     assert standing.messages == ["0"]
 
 
+async def test_an_observer_that_stands_still_keeps_no_other_waiting(tmp_path: Path) -> None:
+    heard = threading.Event()
+
+    class Quick(Listening):
+        def recorded(self, entry: JournalEntry) -> None:
+            super().recorded(entry)
+            if entry.message == "2":
+                heard.set()
+
+    standing, quick = Standing(tmp_path), Quick(tmp_path)
+    observers = Observers([standing, quick])
+    observers.started(STATE)
+    observers.committed(STATE, journal(0, 2))
+    assert await asyncio.to_thread(heard.wait, 20)
+    assert standing.messages in ([], ["0"])
+    standing.free.set()
+    await observers.close()
+    assert standing.messages == quick.messages == ["0", "2"]
+
+
 _STANDING = """
 import asyncio, pathlib, threading
 from fedhds_server.observers import base

@@ -150,6 +150,17 @@ def test_a_run_with_a_restart_is_there_once(name: str, make: Callable[[str], Tra
     assert {key: count for key, count in found.items() if key[0] != "parameters"} == EXPECTED
 
 
+def test_a_record_that_a_crash_cut_short_is_written_again(make: Callable[[str], Tracker], tmp_path: Path) -> None:
+    tell(make("tensorboard"), 1)
+    (file,) = (tmp_path / "tensorboard" / "run-1").iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    after = make("tensorboard")
+    tell(after, restarted=True)
+    finish(after)
+    found = tensorboard_scalars(tmp_path)
+    assert {key: count for key, count in found.items() if key[0] != "parameters"} == EXPECTED
+
+
 def test_mlflow_has_the_settings_and_the_end(make: Callable[[str], Tracker], tmp_path: Path) -> None:
     tracker = make("mlflow")
     tell(tracker)
