@@ -7,7 +7,7 @@ PROTO_BIN := .venv-proto/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: help setup demo test test-fast test-slow coverage e2e-compose upgrade-fixture bench-evaluation bench-selection \
-  bench-secure bench-transport lint format proto proto-check docs wheel wheelhouse images clean
+  bench-secure bench-training bench-transport lint format proto proto-check docs wheel wheelhouse images clean
 
 help:  ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,12 @@ bench-selection: $(STAMP)  ## measure what the strategies pick and what selectin
 	@test -n '$(DATA)' && test -n '$(MODEL)' \
 	  || { echo 'bench-selection needs DATA= (Dolly-15k: a file or its folder) and MODEL= (hub id or path)'; exit 2; }
 	$(BIN)/python -m benchmarks.selection --data '$(DATA)' --model '$(MODEL)'
+
+bench-training: $(STAMP)  ## measure training beside trl and transformers' Trainer (DATA=, MODELS=, BENCH_FLAGS=)
+	@test -n '$(DATA)' && test -n '$(MODELS)' \
+	  || { echo 'bench-training needs DATA= (Dolly-15k: a file) and MODELS= (hub ids or paths)'; exit 2; }
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[client,bench]'
+	$(BIN)/python -m benchmarks.training --data '$(DATA)' --model $(MODELS) $(BENCH_FLAGS)
 
 bench-evaluation: $(STAMP)  ## measure rows a second of evaluation, in batches and one at a time (DATA=, MODELS=)
 	@test -n '$(DATA)' -a -n '$(MODELS)' \

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
 from fedhds.security.identity import Role
 from fedhds.security.pki import init_authority, issue
@@ -52,6 +53,14 @@ _RUNS = {
         "--selection-budget=4",
         "--reduction=pca",
     ),
+    "secure": (
+        "--selection-strategy=full",
+        "--rounds=2",
+        "--min-sites=3",
+        "--secure-aggregation",
+        "--min-secure-sites=3",
+        "--server-optimizer=momentum",
+    ),
     "random": ("--selection-strategy=random", "--rounds=2", "--selection-schedule=per-round", "--selection-budget=4"),
 }
 _CHANGE = r"[a-z]+-[a-z]+ (un)?committed"
@@ -70,23 +79,34 @@ class Outcome:
     adapters: set[bytes]
     rounds: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
+    best: tuple[int, bytes]
+    """The round with the lowest validation loss, and its adapter."""
     artifacts: set[str]
     """What is left of adapters and updates at the coordinator."""
     reached: dict[str, set[str]] = field(compare=False)
 
 
 class Run:
-    """A coordinator and the sites a and b, which are started again whenever a point has killed them."""
+    """A coordinator and the sites `names`, which are started again whenever a point has killed them."""
 
     def __init__(
-        self, federation: Federation, name: str, *, heartbeat_timeout: int, server: str = "", sites: str = ""
+        self,
+        federation: Federation,
+        name: str,
+        *,
+        heartbeat_timeout: int,
+        server: str = "",
+        sites: str = "",
+        names: str = "ab",
     ) -> None:
         """`server` and `sites` are patterns of the points at which they die; see kill_points."""
         self._federation = federation
         self._flags = (*_COMMON, *_RUNS[name], f"--heartbeat-timeout={heartbeat_timeout}")
         self._patterns = {"server": server, "sites": sites}
         self._ending = threading.Event()
-        self.lives: dict[str, list[Daemon]] = {name: [] for name in ("server", "a", "b")}
+        self._names = names
+        self.lives: dict[str, list[Daemon]] = {name: [] for name in ("server", *names)}
 
     def outcome(self) -> Outcome:
         """Runs to the end; fails when a process ends in any other way."""
@@ -94,14 +114,16 @@ class Run:
         for name in self._patterns:
             (folder / "points" / name).mkdir(parents=True)
         listen = f"127.0.0.1:{_quiet_port()}"
-        shards = {name: write_rows(folder / f"{name}.jsonl", {name: 7, "sea": 5}) for name in "ab"}
+        shards = {name: write_rows(folder / f"{name}.jsonl", {name: 7, "sea": 5}) for name in self._names}
         common = ("--allow-exact-kmeans-sums", "--inference-batch-size=4")
-        site_a = (f"--data={shards['a']}", f"--eval-data={shards['b']}", *common)
+        validation = write_rows(folder / "v.jsonl", {"hills": 6})
+        site_a = (f"--data={shards['a']}", f"--eval-data={shards['b']}", f"--validation-data={validation}", *common)
         flags = {
             "server": federation.server_flags(*self._flags, listen=listen),
             "a": federation.client_flags("a", *site_a, server=listen),
-            "b": federation.client_flags("b", f"--data={shards['b']}", *common, server=listen),
         }
+        for name in self._names[1:]:
+            flags[name] = federation.client_flags(name, f"--data={shards[name]}", *common, server=listen)
         with ThreadPoolExecutor(len(flags)) as pool:
             lives = [pool.submit(self._live, name, flags[name]) for name in flags]
             for life in lives:
@@ -109,11 +131,13 @@ class Run:
         report = json.loads((folder / "run" / "report.json").read_text())
         for closed in report["closed_rounds"]:
             del closed["seconds"]
-        adapters = [folder / "run" / "checkpoint", folder / "out" / "a", folder / "out" / "b"]
+        adapters = [folder / "run" / "checkpoint", *(folder / "out" / name for name in self._names)]
         return Outcome(
-            adapters={(path / "adapter_model.safetensors").read_bytes() for path in adapters},
+            adapters={_tensors(path) for path in adapters},
             rounds=report["closed_rounds"],
             evaluations=report["evaluations"],
+            validations=report["validations"],
+            best=(report["best_round"], _tensors(folder / "run" / "checkpoint-best")),
             artifacts={path.name for path in (folder / "run" / "artifacts").iterdir()},
             reached={name: {path.name for path in (folder / "points" / name).iterdir()} for name in self._patterns},
         )
@@ -136,6 +160,10 @@ class Run:
                 self._ending.set()
                 self._federation.stop()
                 raise AssertionError(f"{name} ended with status {status}:\n{daemon.text}")
+
+
+def _tensors(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
 
 
 def _quiet_port() -> int:
@@ -191,6 +219,7 @@ def test_a_coordinator_that_is_killed_everywhere(
     assert len(run.lives["server"]) > least
     assert killed == plain
     assert len(killed.adapters) == 1
+    assert [line["round_number"] for line in killed.validations] == list(range(len(killed.rounds) + 1))
     for site in "ab":
         assert len(run.lives[site]) == 1
         # What was trained was never lost: not the site's work, nor what the coordinator had accepted.
@@ -200,11 +229,7 @@ def test_a_coordinator_that_is_killed_everywhere(
 
 def test_sites_that_are_killed_everywhere(federation: Federation, undisturbed: Callable[[str], Outcome]) -> None:
     plain = undisturbed("federated-kmeans")
-    federation.tls = federation.folder / "certs"
-    init_authority(federation.tls)
-    issue(federation.tls, "coordinator", role=Role.COORDINATOR, hosts=("127.0.0.1",))
-    for site in "ab":
-        issue(federation.tls, site, role=Role.SITE)
+    _certified(federation, "ab")
     # A killed site is back within the time-out, also on a busy machine: a selection without it would be another.
     run = Run(federation, "federated-kmeans", heartbeat_timeout=100, sites=_SITE_POINTS)
     killed = run.outcome()
@@ -213,3 +238,56 @@ def test_sites_that_are_killed_everywhere(federation: Federation, undisturbed: C
     assert killed == plain
     assert len(killed.adapters) == 1
     assert not run.said("server", "failed|is lost|Traceback")
+
+
+@pytest.fixture(scope="module")
+def undisturbed_sum(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[Outcome, dict[str, Any]]:
+    """The outcome of a run under secure aggregation in which nothing dies, and its adapter."""
+    federation = Federation(tmp_path_factory.mktemp("undisturbed-secure"), model)
+    _certified(federation, "abc")
+    try:
+        outcome = Run(federation, "secure", heartbeat_timeout=60, names="abc").outcome()
+    finally:
+        federation.stop()
+    return outcome, _adapter(federation)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("killed", ["server", "sites"])
+def test_a_secure_run_that_is_killed_everywhere(
+    federation: Federation, undisturbed_sum: tuple[Outcome, dict[str, Any]], killed: str
+) -> None:
+    plain, adapter = undisturbed_sum
+    _certified(federation, "abc")
+    points = {"server": _COORDINATOR_POINTS, "sites": _SITE_POINTS}[killed]
+    run = Run(federation, "secure", heartbeat_timeout=100, names="abc", **{killed: points})
+    outcome = run.outcome()
+    steps = {"keys", "shares", "begin_masking", "masks", "keep_masked", "sign", "open"}
+    assert {f"secure {step} ended" for step in steps} <= outcome.reached["sites"]
+    assert {f"StageResolved NextStep {step} committed" for step in range(4)} <= outcome.reached["server"]
+    assert outcome.reached[killed] >= {point for point in plain.reached[killed] if re.fullmatch(points, point)}
+    lives = [len(run.lives[name]) - 1 for name in (["server"] if killed == "server" else "abc")]
+    assert sum(lives) >= 20
+    # Nobody was left out, and no site was asked for a second list or a second update.
+    for closed, undisturbed in zip(outcome.rounds, plain.rounds, strict=True):
+        assert closed["contributors"] == undisturbed["contributors"] == 3
+        assert closed["samples"] == undisturbed["samples"]
+    assert not any(run.said(name, "ListChanged|RoundReplayed|sits the round out|FH6") for name in ("server", *"abc"))
+    assert len(outcome.adapters) == 1
+    for key, value in _adapter(federation).items():
+        # Each run draws its own rounding.
+        assert value == pytest.approx(adapter[key], abs=1e-6)
+    assert not run.said("server", "Traceback")
+
+
+def _certified(federation: Federation, names: str) -> None:
+    federation.tls = federation.folder / "certs"
+    init_authority(federation.tls)
+    issue(federation.tls, "coordinator", role=Role.COORDINATOR, hosts=("127.0.0.1",))
+    for name in names:
+        issue(federation.tls, name, role=Role.SITE)
+
+
+def _adapter(federation: Federation) -> dict[str, Any]:
+    return load_file(federation.folder / "run" / "checkpoint" / "adapter_model.safetensors")
