@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.simulation import Outcome, Shards, select
-from fedhds.errors import PrivacyError
+from fedhds.errors import PrivacyError, TaskError
 from fedhds.privacy.ledger import Ledger
 from fedhds.privacy.mechanisms import centroid_sensitivity
 from fedhds.spec import BINS, RunSpec
 from fedhds.v2.selection_pb2 import QueryRows, TargetQueries, TargetReport
-from fedhds_client.selection.target import _told
+from fedhds_client.selection.target import _queries, _told
 from fedhds_server.selection import STRATEGIES
 
 FloatArray = npt.NDArray[np.float32]
@@ -170,6 +170,22 @@ def test_noise_is_on_queries_and_counts_each_in_its_unit(tmp_path: Path) -> None
         ("client", "means of target rows", 0.5),
         ("example", "counts of rows by similarity", 0.5),
     ]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        TargetQueries(),
+        TargetQueries(dimension=3),
+        TargetQueries(dimension=4, values=[1.0] * 4),
+        TargetQueries(dimension=3, values=[1.0] * 4),
+        TargetQueries(dimension=3, values=[math.nan] * 3),
+        TargetQueries(dimension=3, values=[1.0] * 3 * 257),
+    ],
+)
+def test_a_site_takes_no_hostile_queries(request_: TargetQueries) -> None:
+    with pytest.raises(TaskError, match="quer"):
+        _queries(request_, 3)
 
 
 SPEC = RunSpec.of(model="m", rounds=1, selection_strategy="target-features", target_queries=2, feature_dimension=3)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fedhds.errors import PrivacyError
+from fedhds.errors import PrivacyError, TaskError
 from fedhds.privacy.mechanisms import centroid_sensitivity, clip, noised_centroids, noised_counts, site_rng
 from fedhds.spec import BINS
 from fedhds.spec.strategies import TargetSpec
@@ -28,6 +28,8 @@ FloatArray = npt.NDArray[np.float64]
 # Distances of vectors of length 1 are at most 2.
 _BINS_PER_UNIT = BINS / 2
 _BLOCK = 4096
+# Beyond what a coordinator merges queries to, it only fills the site's memory.
+_MAX_QUERIES = 256
 
 
 class Target(IntraClientSelection):
@@ -109,7 +111,7 @@ def _means(values: npt.NDArray[np.float32], queries: int, *, least: int, seed: i
 def _release_rows(context: SelectionContext, request: TargetQueries, vectors: Features) -> TargetReport:
     """Counts of rows by their nearest query and the distance to it; unit with noise: one row, which is in one bin."""
     reporter, privacy = context.reporter, context.spec.privacy.selection
-    queries = np.array(request.values, dtype=np.float64).reshape(-1, request.dimension)
+    queries = _queries(request, context.spec.selection.features.dimension)
     nearest, distances = _nearest(vectors.values, queries)
     bins = BINS - 1 - np.clip((distances * _BINS_PER_UNIT).astype(np.int64), 0, BINS - 1)
     order = np.lexsort((vectors.ids, distances))
@@ -137,6 +139,17 @@ def _release_rows(context: SelectionContext, request: TargetQueries, vectors: Fe
     )
     context.draw_map(vectors, vectors.values, nearest)
     return report
+
+
+def _queries(request: TargetQueries, dimension: int) -> FloatArray:
+    """The queries (k, dimension); raises TaskError for what no coordinator of this version sends."""
+    count, rest = divmod(len(request.values), dimension)
+    if request.dimension != dimension or rest or not 0 < count <= _MAX_QUERIES:
+        raise TaskError(f"the task does not have 1 to {_MAX_QUERIES} queries of the run's {dimension} values")
+    queries = np.array(request.values, dtype=np.float64).reshape(count, dimension)
+    if not np.isfinite(queries).all():
+        raise TaskError("the task has a query that holds values which are not finite")
+    return queries
 
 
 def _nearest(values: npt.NDArray[np.float32], queries: FloatArray) -> tuple[npt.NDArray[np.int64], FloatArray]:
