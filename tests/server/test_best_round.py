@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from fedhds.cli.status import _picture
 from fedhds.v2 import federation_pb2 as pb
 from fedhds_server.observers.base import ObserverContext, Observers
 from fedhds_server.observers.metrics_file import MetricsFile
@@ -267,6 +269,15 @@ async def test_observers_hear_of_validations_apart_from_evaluations(tmp_path: Pa
         ("evaluation", 0, 2.0),
         ("validation", 0, 5.0),
     ]
+
+
+def test_the_status_command_tells_them_apart() -> None:
+    console = Console(width=160)
+    with console.capture() as captured:
+        console.print(_picture(status_of(_run([5.0, 1.0, 2.0]).state, Path("/run"))))
+    text = captured.get()
+    assert "validation, on rows that are not those below: the loss is lowest after round 1; 2.0000 in round 2" in text
+    assert "held-out rows" not in text
 
 
 def test_a_state_that_knows_no_validation_goes_on() -> None:

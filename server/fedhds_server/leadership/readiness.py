@@ -28,8 +28,8 @@ DISK_RESERVE = 16 << 20
 def disk_needed(state: RunState | None) -> int:
     """Bytes that one round may write, and a reserve.
 
-    An adapter for each update that the open round still lacks, the new global adapter, its copy in the checkpoint, and
-    the server optimizer's new slots.
+    An adapter for each update that the open round still lacks, the new global adapter, its copies in the checkpoints
+    (of the last round, and of the best one), and the server optimizer's new slots.
     """
     if state is None or not state.adapters:
         return DISK_RESERVE
@@ -38,7 +38,8 @@ def disk_needed(state: RunState | None) -> int:
     slots = len(OPTIMIZERS[state.spec.aggregation.optimizer.name].slots)
     stage = state.stage
     missing = max(len(stage.cohort), stage.target) - len(stage.uploads) if stage else 0
-    return DISK_RESERVE + (max(missing, 0) + 2 + slots) * adapter
+    copies = 2 if state.best_round is None else 3
+    return DISK_RESERVE + (max(missing, 0) + copies + slots) * adapter
 
 
 @dataclass
