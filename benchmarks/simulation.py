@@ -132,7 +132,10 @@ def select(
                 raise ValueError(f"{tasks[site].id}: {rejection[1]}")
             instructions += machine.handle(ResultReceived(3.0, tasks[site].id, result))
     for site, coreset in outcome.selection.coresets.items():
-        outcome.picks[site] = coreset_rows(coreset, rows=len(shards[site]), run_id=_RUN_ID, folder=folder / site)
+        number = 0 if spec.selection.one_shot else machine.state.round_number
+        outcome.picks[site] = coreset_rows(
+            coreset, rows=len(shards[site]), run_id=_RUN_ID, folder=folder / site, round_number=number
+        )
     return outcome
 
 

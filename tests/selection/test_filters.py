@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from benchmarks.simulation import Outcome, Shards, select
@@ -79,6 +80,7 @@ def test_the_middle_of_the_lengths_stays(tmp_path: Path) -> None:
     assert 0.6 * len(pooled) <= len(kept) <= 0.72 * len(pooled)
 
 
+@hypothesis_settings(max_examples=25)
 @given(st.lists(st.integers(0, 20), min_size=BINS, max_size=BINS), st.floats(0.01, 1.0), st.booleans())
 def test_no_fewer_rows_stay_than_are_to(counts: list[int], keep: float, middle: bool) -> None:
     values = np.array(counts)
@@ -99,6 +101,17 @@ def test_every_strategy_picks_from_what_stays_alone(tmp_path: Path, strategy: st
     outcome = run(tmp_path / "own", strategy, filters="alignment,length", filter_keep="50%", **settings)
     assert set(outcome.rows) <= full
     assert len(set(outcome.rows)) == (len(full) if strategy == "full" else 11)
+
+
+def test_a_selection_per_round_has_scores_of_its_own(tmp_path: Path) -> None:
+    once = run(tmp_path, "random", selection_budget="20", filter_keep="40%")
+    # In the same folder, where the scores before the first round are.
+    again = {"alignment": {site: -scores for site, scores in drawn().items()}, "length": lengths()}
+    settings: dict[str, Any] = {"selection_budget": "20", "filter_keep": "40%", "selection_schedule": "per-round"}
+    each = run(tmp_path, "random", scores=again, **settings)
+    assert len(each.rows) == 20
+    assert np.mean([drawn()[site][row] for site, row in once.rows]) > 0.9
+    assert np.mean([drawn()[site][row] for site, row in each.rows]) < 0.4
 
 
 def test_a_budget_beyond_what_stays_takes_all_of_it(tmp_path: Path) -> None:
