@@ -153,6 +153,13 @@ class ClientSettings(BaseModel):
         "taken in smaller ones, which cost no time and less memory.",
         json_schema_extra={"group": "Compute"},
     )
+    max_lora_rank: int = Field(
+        0,
+        ge=0,
+        description="Train at most this many of the directions of the run's LoRA, the strongest ones; 0: all. It takes "
+        "a run with --aggregator svd, which orders them.",
+        json_schema_extra={"group": "Compute"},
+    )
     policy: Path | None = Field(
         None,
         description="YAML file of rules that no coordinator can override: models, methods, noise, epsilon and more; a "

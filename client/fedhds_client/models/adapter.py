@@ -137,6 +137,24 @@ class AdapterModel(InferenceModel):
         """Sets the adapter from a safetensors file; raises AdapterError when it does not fit."""
         self._method.load(self.module, _read(self._manifest, path))
 
+    def truncate(self, rank: int) -> None:
+        """Leaves LoRA its first `rank` directions, which the aggregator svd orders by strength.
+
+        The others are zeros in both factors: they have no gradient, so training leaves them, and so has the update.
+        Raises TaskError in a run whose aggregator does not order them.
+        """
+        rule = self._spec.aggregation.aggregator.name
+        if rule != "svd":
+            raise TaskError(
+                f"--max-lora-rank takes a run with --aggregator svd, this one has {rule}, which does not order LoRA's "
+                "directions; start the site without it, or let the run's operator set svd"
+            )
+        state = self._method.state(self.module)
+        with torch.no_grad():
+            for spec in self._manifest.tensors:
+                directions = state[spec.name] if spec.role == "lora_A" else state[spec.name].T
+                directions[rank:] = 0
+
     @property
     def codec(self) -> Codec:
         """How the run's updates are written."""

@@ -73,6 +73,8 @@ class TrainTask(SiteTask):
         )
         logger.info("%s: round %d trains on %d of %d rows", site.name, task.round_number, len(rows), len(site.shard))
         models.model.load(context.adapter)
+        if limit := context.settings.max_lora_rank:
+            models.model.truncate(limit)
         options: dict[str, Any] = {
             "seed": spec.seed + int(file_key(task.id)[:12], 16),
             "round_number": task.round_number,
