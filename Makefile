@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 PROTO_BIN := .venv-proto/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-fast test-slow coverage e2e-compose upgrade-fixture bench-evaluation bench-selection \
-  bench-secure bench-training bench-transport lint format proto proto-check docs wheel wheelhouse images clean
+.PHONY: help setup demo test test-fast test-slow coverage e2e-compose upgrade-fixture bench-attacks bench-evaluation bench-selection \
+  bench-privacy bench-secure bench-training bench-transport lint format proto proto-check docs wheel wheelhouse images clean
 
 help:  ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,14 @@ bench-evaluation: $(STAMP)  ## measure rows a second of evaluation, in batches a
 
 bench-secure: $(STAMP)  ## measure a round under secure aggregation beside one in the clear, on this machine
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.secure
+
+bench-privacy: $(STAMP)  ## measure unseen loss and Rouge-L against epsilon of DP-SGD (DATA=, MODEL=)
+	@test -n '$(DATA)' && test -n '$(MODEL)' \
+	  || { echo 'bench-privacy needs DATA= (a file of rows) and MODEL= (hub id or path)'; exit 2; }
+	$(BIN)/python -m benchmarks.privacy --data '$(DATA)' --model '$(MODEL)'
+
+bench-attacks: $(STAMP)  ## measure what hostile sites do to the demo's model under each rule (BENCH_FLAGS=)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.attacks $(BENCH_FLAGS)
 
 bench-transport: $(STAMP)  ## measure rounds, idle sites and their cost beside plain gRPC, on Linux
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.transport
