@@ -24,7 +24,7 @@ from fedhds_client.tasks.select import _draw_map
 
 def context(folder: Path, strategy: str, *, shard: Any = "rows", **settings: Any) -> TaskContext:
     account = Ledger(folder / "ledger.db").account("rows", lambda: [b"row"])
-    site = SimpleNamespace(name="ward", folder=folder, shard=shard, account=account)
+    site = SimpleNamespace(name="ward", folder=folder, shard=shard, account=account, target=None)
     spec = RunSpec.of(model="m", rounds=1, selection_strategy=strategy, **settings)
     features = SimpleNamespace(of=lambda *_: pytest.fail("features were taken"))
     policy = SimpleNamespace(rules=SitePolicy())
