@@ -124,7 +124,7 @@ async def test_an_update_with_what_does_not_train_is_rejected(tmp_path: Path) ->
 
 @pytest.mark.parametrize(("weight_by", "mean"), [("rows", 3.0), ("tokens", 1.0), ("equal", 2.0)])
 async def test_updates_count_by_rows_by_tokens_or_equally(tmp_path: Path, weight_by: str, mean: float) -> None:
-    host = await start(tmp_path, min_sites=2, weight_by=weight_by, max_weight_share=1.0)
+    host = await start(tmp_path, min_sites=2, weight_by=weight_by, max_weight_share=1.0, update_norm_factor=0.0)
     sessions = {site: await enroll(host, site, rows=rows) for site, rows in (("a", 1), ("b", 3))}
     for (site, session), update, samples in zip(sessions.items(), (0.0, 4.0), (1, 3), strict=True):
         task = (await task_of(host, session)).task

@@ -132,6 +132,7 @@ def _training(
     frozen = [parameter for parameter in model.parameters() if parameter not in trained]
     devices = [model.device] if model.device.type == "cuda" else []
     model.module.train()
+    optimizer.zero_grad(set_to_none=True)
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
@@ -162,12 +163,12 @@ def _checkpointing(model: AdapterModel, *, on: bool) -> Iterator[None]:
             "--gradient-checkpointing"
         )
     if on:
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        module.activation_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
         if on:
-            module.gradient_checkpointing_disable()
+            module.activation_checkpointing_disable()
 
 
 def _pull_back(parameters: Sequence[torch.nn.Parameter], start: Sequence[torch.Tensor], mu: float) -> None:

@@ -85,9 +85,9 @@ def test_a_finished_update_is_found_again_and_goes_with_the_next(
     assert result.update.digest == first.artifact.digest
     # A loss over fewer rows than the site's floor stays at home; all else is the same.
     quiet = first.result(min_rows=6)
-    assert not quiet.HasField("loss")
+    assert not any(quiet.HasField(name) for name in ("loss", "response_tokens", "tokens_per_s"))
     assert first.result(min_rows=5) == result
-    quiet.loss = 1.5
+    quiet.loss, quiet.response_tokens, quiet.tokens_per_s = 1.5, 40, 50.0
     assert quiet == result
     second = kept(tmp_path, adapter, 2, dtype)
     assert FinishedUpdate.load(first.path) is None
