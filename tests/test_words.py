@@ -37,9 +37,9 @@ PHRASES = [
     "more kills",
 ]
 RENAMED = {
-    r"(?<![\w-])--(?:patience|oversample|clip-norm|noise-multiplier|epsilon|delta|max-epsilon|fusion|lloyd-passes"
+    r"(?<![\w-])--(?:patience|oversample|clip-norm|noise-multiplier|max-epsilon|fusion|lloyd-passes"
     r"|share-exact-cells|http-open|clients)\b": "a flag of an earlier version",
-    r"FEDHDS_(?:PATIENCE|OVERSAMPLE|CLIP_NORM|NOISE_MULTIPLIER|EPSILON|DELTA|MAX_EPSILON|FUSION|LLOYD_PASSES|STRATEGY"
+    r"FEDHDS_(?:PATIENCE|OVERSAMPLE|CLIP_NORM|NOISE_MULTIPLIER|MAX_EPSILON|FUSION|LLOYD_PASSES|STRATEGY"
     r"|SCHEDULE|BUDGET|SHARE_EXACT_CELLS|HTTP_OPEN|MODEL_LICENCE|DATA_LICENCE)\b": "a variable of an earlier version",
     r"fedhds_(?:rounds_wanted|sites_wanted|evaluation_loss|evaluation_rouge_l|fold_seconds|collection_\w+)": (
         "a metric of an earlier version"

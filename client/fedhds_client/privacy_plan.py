@@ -78,7 +78,7 @@ def planned(spec: RunSpec, rows: int) -> Plan:
         if multiplier is None:
             notes.append(f"no noise on training keeps within epsilon {training.epsilon:g}: selection alone costs more")
         costs.append(("adapters", "example", Cost(multiplier or 0.0, rate, steps, replaced)))
-        if spec.aggregation.aggregator.name not in ("ffa", "alternating"):
+        if not spec.aggregation.aggregator.one_factor:
             notes.append("noise on both factors of LoRA multiplies: --aggregator ffa or alternating keep it linear")
     else:
         notes.append("adapters are trained without noise: no epsilon covers them")

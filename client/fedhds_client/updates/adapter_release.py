@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RELEASE = "adapter"
-# What trains one factor a round, so that the noise stays linear in the product.
-_ONE_FACTOR = ("ffa", "alternating")
-_BETTER = " or ".join(_ONE_FACTOR)
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,9 @@ class AdapterRelease:
         limits = policy.limits(spec, run_id)
         cost, private = Cost(0.0), spec.privacy.training
         if private.noised:
-            if round_number == 1 and spec.aggregation.aggregator.name not in _ONE_FACTOR:
-                logger.warning("noise on both factors of LoRA multiplies: --aggregator %s keep it linear", _BETTER)
+            if round_number == 1 and not spec.aggregation.aggregator.one_factor:
+                text = "%s: noise on both factors of LoRA multiplies; --aggregator ffa or alternating keep it linear"
+                logger.warning(text, site.name)
             spent = [entry.cost for entry in earlier if entry.unit == "example"]
             last = next((entry.cost for entry in reversed(earlier) if entry.release == RELEASE), None)
             cost = _private_cost(spec, policy, spent, last, asked, rounds=spec.rounds.count - round_number + 1)
