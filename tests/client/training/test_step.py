@@ -60,8 +60,8 @@ def _adapter(folder: Path, spec: RunSpec = SPEC) -> AdapterModel:
 
 def _trained(adapter: AdapterModel, shard: Shard, spec: RunSpec = SPEC, **options: Any) -> list[torch.Tensor]:
     prompter = Prompter(adapter.tokenizer, max_length=adapter.base.max_length)
-    options = {"seed": 1, "progress": lambda share: None, "cancelled": lambda: False} | options
-    train(adapter, shard, range(8), prompter, spec.training, **options)
+    defaults: dict[str, Any] = {"seed": 1, "progress": lambda share: None, "cancelled": lambda: False}
+    train(adapter, shard, range(8), prompter, spec.training, **(defaults | options))
     return [parameter.detach().clone() for parameter in adapter.parameters()]
 
 
@@ -238,7 +238,7 @@ def test_fedprox_follows_its_formula(llama: Path, shard: Shard) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = None if gradient is None else gradient.clone()
     loop._pull_back(parameters, start, 0.7)
-    far = sum(((one - first) ** 2).sum() for one, first in zip(parameters, start, strict=True))
+    far = torch.stack([((one - first) ** 2).sum() for one, first in zip(parameters, start, strict=True)]).sum()
     for parameter, gradient, pull in zip(
         parameters, gradients, torch.autograd.grad(0.7 / 2 * far, parameters), strict=True
     ):
