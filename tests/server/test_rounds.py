@@ -474,7 +474,9 @@ def test_pending_work_after_a_restart() -> None:
 
 # A name with a slash is one shard of a party's, see test_parties.py.
 @given(
-    st.sets(st.text(st.characters(exclude_characters="/"), min_size=1, max_size=8), min_size=1, max_size=30),
+    st.sets(
+        st.text(st.characters(codec="utf-8", exclude_characters="/"), min_size=1, max_size=8), min_size=1, max_size=30
+    ),
     st.floats(0.01, 1),
     st.integers(1, 9),
 )
