@@ -143,11 +143,11 @@ class AdapterModel(InferenceModel):
         The others are zeros in both factors: they have no gradient, so training leaves them, and so has the update.
         Raises TaskError in a run whose aggregator does not order them.
         """
-        rule = self._spec.aggregation.aggregator.name
-        if rule != "svd":
+        rule = self._spec.aggregation.aggregator
+        if not rule.orders_directions:
             raise TaskError(
-                f"--max-lora-rank takes a run with --aggregator svd, this one has {rule}, which does not order LoRA's "
-                "directions; start the site without it, or let the run's operator set svd"
+                f"--max-lora-rank takes a run with --aggregator svd, this one has {rule.name}, which does not order "
+                "LoRA's directions; start the site without it, or let the run's operator set svd"
             )
         state = self._method.state(self.module)
         with torch.no_grad():

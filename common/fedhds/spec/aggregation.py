@@ -31,6 +31,8 @@ class AggregatorSpec(Parameters):
     """Whether each round trains one of LoRA's factors, so that its values compare between sites."""
     averages_factors: ClassVar[bool] = False
     """Whether it averages LoRA's factors each by itself, which is not the mean of the products."""
+    orders_directions: ClassVar[bool] = False
+    """Whether LoRA's directions come by strength, so that the first ones are the best of their number."""
 
     def check(self, spec: RunSpec) -> None:
         """Raises ValueError, "SETTING: ...", when the run's other settings do not fit the aggregator."""
@@ -78,6 +80,7 @@ class SvdSpec(LoraAggregatorSpec):
     """FlexLoRA's aggregation (Bai et al. 2024, arXiv 2402.11505) at one rank."""
 
     summary = "the best approximation of the mean of LoRA's products at the adapter's rank (FlexLoRA)"
+    orders_directions = True
 
     name: Literal["svd"] = "svd"
 
