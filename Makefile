@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 PROTO_BIN := .venv-proto/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-fast test-slow coverage e2e-compose upgrade-fixture bench-attacks bench-evaluation bench-selection \
-  bench-privacy bench-secure bench-training bench-transport lint format proto proto-check docs wheel wheelhouse images clean
+.PHONY: help setup demo test test-fast test-slow coverage e2e-compose upgrade-fixture bench-evaluation bench-selection \
+  bench-attacks bench-privacy bench-secure bench-training bench-transport lint format proto proto-check docs wheel wheelhouse images clean
 
 help:  ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
