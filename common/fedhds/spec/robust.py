@@ -49,7 +49,7 @@ class ActiveRobustSpec(RobustSpec):
     mixing: Literal["none", "nearest-neighbor", "bucketing"] = parameter(
         "none",
         "What becomes of the updates before the rule, for sites whose rows differ. nearest-neighbor: each is replaced "
-        "by the mean of the n - f nearest ones (Allouah et al. 2023); bucketing: means of groups that are drawn anew "
+        "by the mean of the n - f nearest ones (Allouah et al. 2023); bucketing: means of groups that are drawn "
         "in each round (Karimireddy et al. 2022).",
         setting="robust_mixing",
     )
