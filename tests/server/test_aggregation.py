@@ -247,7 +247,7 @@ def test_memory_does_not_grow_with_the_cohort(
     name: str, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     aggregator = AGGREGATORS[name]
-    size, count = 1 << 13, 44
+    size, count = 1 << 14, 44
     shapes = {"A": (8, size // 8), "B": (size // 8, 8)}
     manifest = lora_manifest({f"{n}.lora_{key}.weight": shapes[key] for n in range(2) for key in "AB"})
     current, path = tmp_path / "current", tmp_path / "update"
