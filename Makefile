@@ -24,7 +24,8 @@ demo: $(STAMP)  ## run a whole federation on this machine (MODEL=, STRATEGY=, RO
 	$(BIN)/python demo/run.py $(if $(MODEL),--model '$(MODEL)') $(if $(STRATEGY),--strategy '$(STRATEGY)') $(if $(ROUNDS),--rounds '$(ROUNDS)') $(if $(SECURE),--secure)
 
 # One thread each: the tests run in as many processes as there are cores, and so do those that they start.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+# Python keeps what it compiles, whatever the caller says: each process would compile all of tests and fedhds again.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 test: $(STAMP)  ## run the tests but for the long ones
 	$(PYTEST)
 	@echo "The long tests (make test-slow) last passed: $$(cat tests/long-tests.txt)"
