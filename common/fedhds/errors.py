@@ -21,7 +21,7 @@ FedhdsError                         FH01
 │   └── DamagedArtifact             FH51  an artifact that was acknowledged is gone, or holds other bytes now
 ├── CoordinatorUnreachable          FH52  no answer from the coordinator within the reconnect timeout
 ├── SecureAggregationError          FH60  a step of secure aggregation that cannot be done
-│   ├── PeerNotVerified             FH61  keys, shares or a signature that are not the site's under whose name they stand
+│   ├── PeerNotVerified             FH61  keys, shares or a signature that are not of the site that they name
 │   ├── ListChanged                 FH62  a second, different list of sites for one round
 │   ├── RoundReplayed               FH63  a round that is over at the site, or a step of it out of turn
 │   ├── BothSharesAsked             FH64  both kinds of shares of one site

@@ -18,7 +18,11 @@ from fedhds_client.metrics import MEASURES, SiteMetrics
 
 def site(folder: Path, name: str) -> Any:
     return SimpleNamespace(
-        name=name, rows=3, held_out=None, validation=None, account=Ledger(folder / "ledger.db").account(name, lambda: [name.encode()])
+        name=name,
+        rows=3,
+        held_out=None,
+        validation=None,
+        account=Ledger(folder / "ledger.db").account(name, lambda: [name.encode()]),
     )
 
 

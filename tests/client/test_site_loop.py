@@ -57,6 +57,8 @@ class Coordinator:
     async def call(self, method: str, request: Message, *, wait_s: float = 0.0) -> Any:
         self.calls.append((method, request))
         match method:
+            case "Register":
+                return pb.RegisterResponse()
             case "Enroll":
                 return pb.EnrollResponse(session="s", run_id="run", spec=self._spec, heartbeat_timeout_s=60)
             case "NextTask" if self._tasks:
@@ -86,9 +88,10 @@ class Executor:
         assert spec == SPEC
         return pb.ModelFingerprint(), SimpleNamespace(to_proto=pb.AdapterManifest)
 
-    def judge(self, site: Site, control: object) -> None:
+    def judge(self, site: Site, run_id: str, control: object) -> int:
         if self.unfit:
             raise self.unfit
+        return site.rows
 
     async def fetch(self, *_: object) -> Path:
         self.fetches += 1

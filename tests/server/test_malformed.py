@@ -64,6 +64,10 @@ PATIENT = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+# One method in `make test-fast`, every one in `make test`.
+SOME_METHODS = [
+    pytest.param(name, marks=[pytest.mark.slow] * (not name.endswith("Federation/CompleteTask"))) for name in METHODS
+]
 ROWS = 10
 RESULTS = [
     f"fedhds.v2.{name}" for name in ("TrainResult", "EvaluationResult", "ClusterReport", "KMeansStats", "Coreset")
@@ -319,7 +323,7 @@ KMEANS: Fields = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SOME_METHODS)
 @PATIENT
 @given(data=st.data())
 async def test_any_message(method: str, data: st.DataObject) -> None:
@@ -333,7 +337,9 @@ async def test_any_message(method: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [FULL, RANDOM, CLUSTERS, ALIGNED, KMEANS], ids=lambda fields: str(fields["selection_strategy"])
+    "fields",
+    [FULL, *(pytest.param(fields, marks=pytest.mark.slow) for fields in (RANDOM, CLUSTERS, ALIGNED, KMEANS))],
+    ids=lambda fields: str(fields["selection_strategy"]),
 )
 @PATIENT
 @given(data=st.data())
@@ -406,6 +412,7 @@ def right_messages(artifact: Artifact) -> dict[str, Message]:
         "last statistics": selection_pb2.KMeansStats(dimension=2, clusters=[nearest]),
         "train": pb.TrainResult(update=artifact.to_proto(), samples=ROWS, loss=1.0),
         "evaluate": pb.EvaluationResult(rows=4, metrics=metrics),
+        "validate": pb.EvaluationResult(rows=4, metrics={"loss": metrics["loss"]}),
     }
     right: dict[str, Message] = {
         "register": pb.RegisterRequest(
@@ -420,7 +427,7 @@ def right_messages(artifact: Artifact) -> dict[str, Message]:
     return right
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SOME_METHODS)
 @PATIENT
 @given(data=st.data())
 async def test_any_bytes(method: str, data: st.DataObject) -> None:
@@ -503,6 +510,7 @@ def bulky(data: st.DataObject, session: str) -> tuple[str, Message]:
     return "CompleteTask", request
 
 
+@pytest.mark.slow
 @PATIENT
 @given(data=st.data())
 async def test_messages_of_any_size(data: st.DataObject) -> None:

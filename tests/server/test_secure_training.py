@@ -248,7 +248,7 @@ def test_what_is_received_says_nothing_of_single_updates(tmp_path: Path) -> None
 def _chi_square(values: Any) -> float:
     cells = Counter((values.reshape(-1) >> np.uint32(26)).tolist())
     mean = values.size / 64
-    return sum((cells[cell] - mean) ** 2 / mean for cell in range(64))
+    return float(sum((cells[cell] - mean) ** 2 / mean for cell in range(64)))
 
 
 # What the coordinator does not take from a site.
@@ -331,6 +331,7 @@ def test_a_step_takes_no_upload_but_its_own(tmp_path: Path) -> None:
             assert sizes() == range(4 * (2 + 14), 4 * (2 + 14) + 1)
         result = AnyMessage()
         result.Pack(federation_pb2.TrainResult())
+        assert run.state.stage is not None
         task = run.state.tasks[run.state.stage.task_id("a")]
         if step in (Step.SHARES, Step.UNMASK):
             with pytest.raises(RequestError, match="not a"):

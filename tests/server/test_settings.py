@@ -153,6 +153,7 @@ def test_groups_come_in_the_order_in_which_people_decide() -> None:
         "Selection",
         "Privacy",
         "Aggregation",
+        "Secure aggregation",
         "Rounds",
         "Evaluation",
         "Server",

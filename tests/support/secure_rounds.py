@@ -179,6 +179,7 @@ class SecureRun:
         assert stage is not None
         task = self.state.tasks[stage.task_id(site)]
         request = WORKFLOWS[KIND].request(self.state, task)
+        assert request is not None
         if not isinstance(request, AnyMessage):
             message = AnyMessage()
             message.Pack(request)

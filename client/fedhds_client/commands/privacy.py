@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from fedhds.privacy.ledger import Unit
-
 if TYPE_CHECKING:
     from fedhds.spec import RunSpec
 
@@ -56,7 +54,7 @@ def _spent(file: Path | None, delta: float, *, json: bool) -> None:
     import json as codec
 
     from fedhds.errors import UsageError
-    from fedhds.privacy.ledger import Ledger
+    from fedhds.privacy.ledger import Ledger, Unit
     from fedhds_client.settings import LEDGER, default_state_folder
 
     path = file or default_state_folder() / LEDGER

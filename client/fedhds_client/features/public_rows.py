@@ -20,7 +20,10 @@ PUBLIC_ROWS: tuple[tuple[str, str], ...] = (
     ("Translate to English: Ich habe heute keine Zeit.", "I have no time today."),
     ("Is this review positive or negative? The food was cold and the waiter was rude.", "Negative"),
     ("Is this review positive or negative? I would watch this film again at once.", "Positive"),
-    ("Which topic is this headline about: sports, business or science? Keeper saves two penalties in the final.", "Sports"),
+    (
+        "Which topic is this headline about: sports, business or science? Keeper saves two penalties in the final.",
+        "Sports",
+    ),
     ("Which topic is this headline about: sports, business or science? Central bank keeps rates.", "Business"),
     ("Does the first sentence imply the second? A man plays a guitar. A person makes music.", "Yes"),
     ("Does the first sentence imply the second? A dog sleeps on a sofa. A cat runs.", "No"),

@@ -115,7 +115,8 @@ def noised_counts(counts: npt.ArrayLike, *, noise_multiplier: float, rng: random
     """
     values = np.asarray(counts, dtype=np.float64)
     noise = np.array([rng.gauss(0.0, noise_multiplier) for _ in range(values.size)]).reshape(values.shape)
-    return np.rint(values + noise).astype(np.int64)
+    rounded: npt.NDArray[np.int64] = np.rint(values + noise).astype(np.int64)
+    return rounded
 
 
 def composed_multiplier(noise_multipliers: Iterable[float]) -> float:

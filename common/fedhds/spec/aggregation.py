@@ -53,8 +53,8 @@ class LoraAggregatorSpec(AggregatorSpec):
     def check(self, spec: RunSpec) -> None:
         if spec.peft.roles != LORA_ROLES:
             raise ValueError(
-                f"aggregator: {self.name} needs an adapter of LoRA's factors A and B alone; set another --aggregator, or "
-                "--peft-method lora without --use-dora"
+                f"aggregator: {self.name} needs an adapter of LoRA's factors A and B alone; set another --aggregator, "
+                "or --peft-method lora without --use-dora"
             )
 
 

@@ -57,7 +57,7 @@ def model_given(state: RunState, event: SiteRegistered) -> list[Instruction]:
         return _values_given(state, event)
     state.fingerprint, state.model_given_by = event.fingerprint, event.site
     state.manifest = packed(event.manifest.to_proto())
-    drawing = [DrawAdapter()] if not state.needs_first_values else _values_given(state, event)
+    drawing: list[Instruction] = [DrawAdapter()] if not state.needs_first_values else _values_given(state, event)
     if state.expected_fingerprint:
         return drawing
     note = (

@@ -13,8 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from fedhds.errors import DataError, SettingsError
-from fedhds_client.commands.adapter import evaluate
 from fedhds.spec import RunSpec
+from fedhds_client.commands.adapter import evaluate
 from fedhds_client.computation import Cancelled, Control
 from fedhds_client.data.judging import judge
 from fedhds_client.data.prompts import Prompter

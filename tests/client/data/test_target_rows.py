@@ -16,7 +16,9 @@ from tests.support.tiny import write_rows
 
 
 def opened(stack: ExitStack, folder: Path, **settings: Any) -> list[Site]:
-    return open_sites(ClientSettings(state=folder / "state", out=folder / "out", **settings), None, stack)
+    return open_sites(
+        ClientSettings(state=folder / "state", ledger=folder / "ledger.db", out=folder / "out", **settings), None, stack
+    )
 
 
 def test_the_first_site_has_the_target_rows_and_the_ledger_keeps_them_apart(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_worker_leaves_out_the_rows_that_the_template_refuses(
 
     monkeypatch.setattr(worker, "load_models", lambda *_: (None, None, Prompter(tokenizer, max_length=256)))
     monkeypatch.setattr(worker, "ShardFeatures", Features)
-    settings: Any = SimpleNamespace(data=(path,), skip_bad_rows=True)
+    settings: Any = SimpleNamespace(data=(path,), skip_bad_rows=True, holdout=0.0)
     group: Any = Group()
     assert worker.run_worker(settings, group) == 0
     assert seen == ["assistant 1", "assistant 3"]

@@ -202,7 +202,8 @@ def test_an_adapter_is_measured_and_a_trained_one_is_better(tmp_path: Path, llam
     plain = evaluate(*_swapped(_opened(llama), shard), max_new_tokens=4, batch_size=4)
     adapter = AdapterModel(load_base_model(str(llama), device="cpu"), SPEC)
     prompter = Prompter(adapter.tokenizer, max_length=256)
-    assert evaluate(adapter, shard, prompter, max_new_tokens=4, batch_size=4) == plain
+    fresh = evaluate(adapter, shard, prompter, max_new_tokens=4, batch_size=4)
+    assert fresh.means == pytest.approx(plain.means, rel=1e-6)
     spec = SPEC.replace(learning_rate=1e-2, local_epochs=5).training
     train(adapter, shard, range(7), prompter, spec, seed=0, progress=lambda share: None, cancelled=lambda: False)
     assert evaluate(adapter, shard, prompter, max_new_tokens=4, batch_size=4).means["loss"] < plain.means["loss"]

@@ -56,9 +56,10 @@ def test_other_runs_are_joined() -> None:
 def context(folder: Path, task: pb.Task, spec: RunSpec, run: SecureRun | None = None) -> TaskContext:
     site = SimpleNamespace(name="a", folder=folder, shard=range(5))
     model = SimpleNamespace(manifest=lambda: run.manifest if run else None)
-    parts: Any = (site, 0, settings(), SimpleNamespace(spec=spec, model=model))
     adapter = run.store.verified(run.state.adapter) if run else folder / "adapter"
-    return TaskContext(task, "run", *parts, adapter, SimpleNamespace())  # type: ignore[arg-type]
+    models = SimpleNamespace(spec=spec, model=model)
+    parts: Any = (task, "run", site, 0, settings(), models, adapter, SimpleNamespace())
+    return TaskContext(*parts)
 
 
 def test_a_task_in_the_clear_is_refused_in_a_secure_run_and_the_other_way_round(tmp_path: Path) -> None:
