@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -33,6 +34,7 @@ def test_the_dockerfile_is_clean() -> None:
     assert "# syntax" not in (DEPLOY / "Dockerfile").read_text()
 
 
+@functools.cache
 def merged(files: tuple[str, ...]) -> dict[str, Any]:
     """The stack as Compose sees it."""
     program = ["docker", "compose"]

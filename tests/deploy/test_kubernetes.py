@@ -84,7 +84,9 @@ def workloads(manifests: list[Manifest]) -> Iterator[tuple[Manifest, Manifest]]:
         yield manifest, manifest["spec"]["template"]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    "version", [*(pytest.param(version, marks=pytest.mark.slow) for version in VERSIONS[:-1]), VERSIONS[-1]]
+)
 def test_manifests_are_valid(manifests: list[Manifest], version: str) -> None:
     # In the process: the command takes an unknown kind for a warning, and ends with 0.
     import kubernetes_validate

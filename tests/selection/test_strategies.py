@@ -63,7 +63,10 @@ def rows_of(shards: Shards) -> int:
     return sum(len(values) for values in shards.values())
 
 
-@pytest.mark.parametrize("strategy", BUDGETED)
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "federated-kmeans")) for name in BUDGETED],
+)
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.sampled_from([0, 1, 2, 3, 4, 7, 40]), min_size=1, max_size=5).filter(any),
@@ -190,7 +193,7 @@ def planted(seed: int) -> tuple[Shards, dict[str, npt.NDArray[np.int64]]]:
     return shards, truth
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 @pytest.mark.parametrize("strategy", ["fedhds-aligned", "federated-kmeans"])
 def test_what_is_about_the_same_topic_is_put_together_and_no_topic_is_lost(
     tmp_path: Path, strategy: str, seed: int

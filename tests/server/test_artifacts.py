@@ -53,7 +53,7 @@ def bucket(server: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     return server
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def opened(request: pytest.FixtureRequest, folder: Path) -> Callable[[Path], ArtifactStore]:
     """Opens the run's store with this folder: the store itself, or where what is in S3 is staged and copied to."""
     if request.param == "local":
@@ -67,6 +67,7 @@ def store(opened: Callable[[Path], ArtifactStore], folder: Path) -> ArtifactStor
     return opened(folder)
 
 
+@pytest.mark.slow
 def test_a_coordinator_elsewhere_finds_what_was_acknowledged_and_nothing_else(bucket: Bucket, tmp_path: Path) -> None:
     first, second = (RemoteArtifacts(bucket.url, tmp_path / name, "r", largest_upload=LARGEST) for name in "ab")
     upload(first)

@@ -136,7 +136,7 @@ def crashed_at(step: int, act: Callable[[], None]) -> bool:
 
 # From Python 3.12 on, forking a process with threads warns; the child does nothing but write files.
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("earlier", [0, 1, 2])
+@pytest.mark.parametrize("earlier", [1, *(pytest.param(number, marks=pytest.mark.slow) for number in (0, 2))])
 def test_a_crash_at_any_step_leaves_a_whole_version_and_the_next_write_repairs_the_rest(
     tmp_path: Path, earlier: int
 ) -> None:

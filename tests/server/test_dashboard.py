@@ -252,6 +252,7 @@ async def test_headers_keep_everything_foreign_out(host: Host, sqlite: Place) ->
         assert (await answer(url, "/", Host="fed.example.org"))[0] == 200
 
 
+@pytest.mark.slow
 def test_what_is_shown_of_a_large_run_is_bounded_and_first_what_matters() -> None:
     state = large(2000, 5000)
     status = status_of(state, Path("none"), limit=200)

@@ -110,5 +110,6 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 def test_a_process_ends_while_an_observer_stands_still() -> None:
     subprocess.run([sys.executable, "-c", _STANDING], check=True, timeout=60)

@@ -171,6 +171,7 @@ def test_help_needs_no_heavy_import() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_on_a_terminal_keys_stop_an_answer_and_end(adapter: Path) -> None:
     master, slave = pty.openpty()
     words = [sys.executable, "-c", ENDLESS, "chat", "--adapter", str(adapter), "--max-new-tokens", "3"]

@@ -705,6 +705,7 @@ def test_arbitrary_bytes_are_a_data_error_and_nothing_else(tmp_path: Path, conte
             Shard.open(_written(tmp_path / file, content), skip_bad_rows=True)
 
 
+@pytest.mark.slow
 def test_the_real_dolly_rows_are_all_read() -> None:
     (path,) = shared("data/dolly").glob("*.jsonl.gz")
     with Shard.open(path) as shard:

@@ -120,6 +120,7 @@ def follow(out: Path) -> None:
     group.close()
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives_and_learn_of_each_others_errors(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

@@ -300,6 +300,7 @@ def test_a_file_that_can_be_neither_read_nor_replaced_is_noted_and_work_goes_on(
     assert ["cannot keep" in note for note in desk.notes] == [False, True]
 
 
+@pytest.mark.slow
 def test_on_a_full_disk_the_features_are_given_and_the_earlier_file_is_kept(tmp_path: Path) -> None:
     """A limit on the size of files stands for the full disk: writing fails midway, as it does there."""
     Desk(tmp_path, SHARD).take_right()
@@ -399,6 +400,7 @@ def test_threads_that_share_a_folder_get_right_features_and_leave_a_sound_file(t
     assert computed.count(0) == 1
 
 
+@pytest.mark.slow
 def test_processes_that_share_a_folder_use_one_secret_and_corrupt_nothing(tmp_path: Path) -> None:
     script = """
 import sys, time

@@ -19,6 +19,8 @@ from fedhds_client.features.clustering import cluster
 from fedhds_client.features.reduction import _KERNEL_ROWS, _neighbors, _perplexity, reduce
 
 METHODS: list[Reduction] = ["tsne", "umap", "pca", "kpca", "none"]
+# t-SNE and UMAP take seconds for many shards, or for a large one.
+SLOWLY = [pytest.param(method, marks=[pytest.mark.slow] * (method in ("tsne", "umap"))) for method in METHODS]
 KINDS = ["random", "identical", "nearly identical", "close", "two values", "one column", "zero"]
 
 
@@ -31,7 +33,7 @@ def planted(rows: int, *, groups: int, seed: int = 0, width: int = 200) -> tuple
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SLOWLY)
 @settings(max_examples=24, deadline=None)
 @given(rows=st.integers(0, 64), kind=st.sampled_from(KINDS))
 @example(rows=0, kind="random")
@@ -92,7 +94,7 @@ def test_nothing_is_left_of_identical_rows_but_the_origin(method: Reduction) -> 
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("rows", [24, 300])
+@pytest.mark.parametrize("rows", [24, pytest.param(300, marks=pytest.mark.slow)])
 def test_planted_groups_are_found_again(method: Reduction, rows: int) -> None:
     """Three groups: two components, linear or not, have no room for more."""
     for seed in range(3):
