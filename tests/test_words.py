@@ -110,7 +110,12 @@ def test_files_are_read() -> None:
 
 
 def test_spelling_is_american() -> None:
-    assert hits(BRITISH) == []
+    # By the distinct words, which are few: the pattern takes seconds for all texts.
+    words = {word for text in texts().values() for word in re.findall(r"\w+", text)}
+    british = sorted(word for word in words if BRITISH.search(word))
+    # What is allowed is among them.
+    assert british
+    assert hits(rf"\b(?:{'|'.join(british)})\b") == []
 
 
 @pytest.mark.parametrize("phrase", PHRASES)

@@ -74,6 +74,7 @@ def test_a_mistake_is_reported_without_heavy_imports(tmp_path: Path, flags: Any,
     assert heavy == []
 
 
+@pytest.mark.slow
 def test_a_missing_file_costs_less_than_a_cpu_second(tmp_path: Path) -> None:
     """CPU time, the best of three: another program slows a start down, but does not speed it up."""
     flags = ("--data", tmp_path / "none.jsonl", "--server", NOBODY)
@@ -100,6 +101,7 @@ async def test_a_name_that_is_refused_costs_no_heavy_imports(tmp_path: Path) -> 
     assert "is another site's" in text
 
 
+@pytest.mark.slow
 def test_a_site_that_waits_imports_meanwhile(tmp_path: Path) -> None:
     flags = ("--data", write_rows(tmp_path / "a.jsonl", {"a": 3}), "--server", NOBODY, "--insecure")
     status, _, heavy, _ = started(tmp_path, *flags, "--reconnect-timeout", 3)

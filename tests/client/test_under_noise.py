@@ -194,6 +194,7 @@ def test_without_noise_everything_is_as_it_was(model: Path, tmp_path: Path) -> N
     assert (entry.release, entry.epsilon, entry.rows) == ("adapter", None, 17)
 
 
+@pytest.mark.slow
 def test_a_finished_update_costs_once_and_a_lost_one_again(model: Path, tmp_path: Path) -> None:
     spec = spec_of(model, **DP)
     with site_of(tmp_path, model, shards(tmp_path)[0], spec) as at:

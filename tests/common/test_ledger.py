@@ -272,6 +272,7 @@ def test_a_large_shard_costs_rows_once_and_releases_a_line(path: Path) -> None:
         assert db.execute("SELECT COUNT(*) FROM spends").fetchone() == (51,)
 
 
+@pytest.mark.slow
 def test_a_kill_between_spend_and_send_never_counts_too_low(path: Path) -> None:
     """The child spends, says so and is killed at once, again and again; or it is killed before it has said so."""
     program = (
@@ -299,6 +300,7 @@ def test_a_kill_between_spend_and_send_never_counts_too_low(path: Path) -> None:
         assert counted <= gaussian_epsilon(noise_multiplier=2.0, delta=DELTA, releases=said + life + 1) * (1 + 1e-12)
 
 
+@pytest.mark.slow
 def test_processes_take_turns_and_lose_nothing(path: Path) -> None:
     program = (
         "import sys, pathlib; sys.path.insert(0, sys.argv[2])\n"

@@ -80,6 +80,7 @@ def saver(place: Place) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_while_it_saves_loses_nothing_that_it_was_told_is_saved(place: Place) -> None:
     place.open()
     for _ in range(3):

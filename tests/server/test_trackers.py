@@ -134,7 +134,9 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Tra
     return lambda name: TRACKERS[name](ObserverContext(tmp_path, SPEC))
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "tensorboard")) for name in TRACKERS]
+)
 def test_a_run_with_a_restart_is_there_once(name: str, make: Callable[[str], Tracker], tmp_path: Path) -> None:
     before = make(name)
     tell(before, 1)
@@ -171,6 +173,7 @@ def test_mlflow_has_the_settings_and_the_end(make: Callable[[str], Tracker], tmp
     assert run.data.params["lora_rank"] == "4"
 
 
+@pytest.mark.slow
 def test_tensorboard_needs_neither_torch_nor_tensorflow(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from fedhds_server.observers import *; from fedhds.spec import RunSpec; "

@@ -269,6 +269,7 @@ def test_tokenizers_of_other_libraries_work(
     _site(folder, rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "package"), [(_sentencepiece, "sentencepiece"), (_tiktoken, "tiktoken")])
 def test_a_tokenizer_whose_library_is_missing_names_it(
     change: Callable[[Path], None], package: str, tmp_path: Path, llama: Path

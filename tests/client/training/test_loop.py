@@ -295,6 +295,7 @@ def test_memory_that_runs_out_says_what_to_lower(llama: Path, shard: Shard, monk
         _train(_adapter(llama, _spec()), shard, range(8), _spec())
 
 
+@pytest.mark.slow
 def test_a_pretrained_model_learns(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(

@@ -65,8 +65,8 @@ def _trained(adapter: AdapterModel, shard: Shard, spec: RunSpec = SPEC, **option
     return [parameter.detach().clone() for parameter in adapter.parameters()]
 
 
-@pytest.mark.parametrize("pad_token", ["<pad>", None])
-@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("pad_token", ["<pad>", pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("padding_side", ["left", pytest.param("right", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "qwen3", "gemma2", "phi"])
 def test_a_round_equals_transformers_and_peft(
     architecture: str, padding_side: str, pad_token: str | None, llama: Path, shard: Shard
