@@ -297,7 +297,8 @@ def wider(manifest: AdapterManifest) -> AdapterManifest:
 def test_an_update_that_cannot_be_right_is_rejected_and_its_site_shut_out_in_the_end(
     federation: Federation, alone: Alone, forgery: Forgery, words: str
 ) -> None:
-    server = federation.server(*FLAGS, "--rounds=3", "--min-sites=3")
+    # What failed is asked again after one heartbeat time-out.
+    server = federation.server(*FLAGS, "--rounds=3", "--min-sites=3", "--heartbeat-timeout=20")
     sites = healthy(federation)
     hostile = Hostile(federation.folder / "run", federation.folder, "z", forgery)
     all_end_well(server, sites)
