@@ -103,3 +103,8 @@ def test_a_damaged_lock_or_session_is_told_without_a_traceback(federation: Secur
     assert c.wait() == 1
     assert "/lock is no file; delete it" in c.text
     assert "Traceback" not in odd.text + c.text
+    # The run's end would wait for it for a minute.
+    with grpc.secure_channel(
+        federation.address(), channel_credentials(federation.certificate("boss", Role.OPERATOR))
+    ) as channel:
+        status_pb2_grpc.OperationsStub(channel).Evict(status_pb2.EvictRequest(site="c", reason="it is killed"))
