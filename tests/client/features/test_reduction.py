@@ -18,9 +18,9 @@ from fedhds.spec import Reduction
 from fedhds_client.features.clustering import cluster
 from fedhds_client.features.reduction import _KERNEL_ROWS, _neighbors, _perplexity, reduce
 
-METHODS: list[Reduction] = ["tsne", "umap", "pca", "kpca", "none"]
-# t-SNE and UMAP take seconds for many shards, or for a large one.
-SLOWLY = [pytest.param(method, marks=[pytest.mark.slow] * (method in ("tsne", "umap"))) for method in METHODS]
+# The first use of UMAP in a process compiles it for some ten seconds.
+UMAP = pytest.param("umap", marks=pytest.mark.slow)
+METHODS = ["tsne", UMAP, "pca", "kpca", "none"]
 KINDS = ["random", "identical", "nearly identical", "close", "two values", "one column", "zero"]
 
 
@@ -33,7 +33,7 @@ def planted(rows: int, *, groups: int, seed: int = 0, width: int = 200) -> tuple
     )
 
 
-@pytest.mark.parametrize("method", SLOWLY)
+@pytest.mark.parametrize("method", [pytest.param("tsne", marks=pytest.mark.slow), *METHODS[1:]])
 @settings(max_examples=24, deadline=None)
 @given(rows=st.integers(0, 64), kind=st.sampled_from(KINDS))
 @example(rows=0, kind="random")
@@ -71,7 +71,7 @@ def test_points_are_finite_and_their_width_is_public(method: Reduction, rows: in
         (np.ones((1, 4)), "tsne", ""),
         (np.ones((0, 4)), "tsne", ""),
         (np.eye(3), "umap", "3 rows are too few for UMAP: PCA instead"),
-        (np.eye(4), "umap", ""),
+        pytest.param(np.eye(4), "umap", "", marks=pytest.mark.slow),
         (np.ones((9, 4)), "umap", "all 9 rows have the same features"),
         (np.eye(2), "kpca", ""),
         (np.ones((9, 4)), "kpca", "all 9 rows have the same features"),
@@ -105,6 +105,7 @@ def test_planted_groups_are_found_again(method: Reduction, rows: int) -> None:
         assert adjusted_rand_score(labels, found.labels) > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [8, 16, 24, 80])
 def test_umap_tells_more_groups_apart_than_two_components_would(rows: int) -> None:
     """With two neighbors only, small shards would come out as pairs."""
@@ -121,6 +122,7 @@ def test_a_small_shard_has_fewer_neighbors_than_rows(rows: int, neighbors: int) 
     assert _neighbors(rows) == neighbors
 
 
+@pytest.mark.slow
 def test_umap_follows_the_seed() -> None:
     values, _ = planted(40, groups=3)
     assert not np.array_equal(reduce(values, "umap", seed=0)[0], reduce(values, "umap", seed=1)[0])
