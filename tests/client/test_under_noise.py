@@ -110,6 +110,7 @@ def whole() -> pb.TrainRequest:
     return pb.TrainRequest(coreset=selection_pb2.Coreset(all=selection_pb2.AllRows()))
 
 
+@pytest.mark.slow
 def test_dp_sgd_tells_nothing_of_the_rows_but_the_noised_adapter(model: Path, tmp_path: Path) -> None:
     sent, rows = [], []
     for number, shard in enumerate(shards(tmp_path)):

@@ -89,6 +89,7 @@ def _flags(stdout: str) -> TlsFiles:
     return files
 
 
+@pytest.mark.slow
 def test_certificates_from_init_to_flags_that_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     made = _fedhds("certs", "init", "--name", "clinics", "--days", "30", cwd=tmp_path)

@@ -114,6 +114,7 @@ def test_who_drops_out_is_left_out_of_later_sums_and_picks(tmp_path: Path, leave
     assert len(outcome.rows) == wanted
 
 
+@pytest.mark.slow
 def test_of_equally_near_rows_the_seed_decides_and_no_name_wins_every_time(tmp_path: Path) -> None:
     row = np.full((1, 16), 0.25, dtype=np.float32)
     shards = {name: np.tile(row, (3, 1)) for name in "cab"}

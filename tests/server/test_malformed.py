@@ -336,10 +336,9 @@ async def test_any_message(method: str, data: st.DataObject) -> None:
             await call(host, method, *(message.SerializeToString() for message in drawn))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "fields",
-    [FULL, *(pytest.param(fields, marks=pytest.mark.slow) for fields in (RANDOM, CLUSTERS, ALIGNED, KMEANS))],
-    ids=lambda fields: str(fields["selection_strategy"]),
+    "fields", [FULL, RANDOM, CLUSTERS, ALIGNED, KMEANS], ids=lambda fields: str(fields["selection_strategy"])
 )
 @PATIENT
 @given(data=st.data())

@@ -682,6 +682,7 @@ def test_a_row_written_as_a_source_is_read_back_the_same(source: dict[str, Any])
     assert normalized(row.as_source("another")) == content | {"category": "another"}
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(SOURCES, min_size=1, max_size=5), st.sampled_from(["rows.jsonl", "rows.jsonl.gz", "rows.json"]))
 def test_rows_come_back_from_a_shard_as_they_were_written(

@@ -106,9 +106,8 @@ def test_a_model_that_can_say_nothing_that_ends_an_answer_is_named_as_such(
     assert not can_say(base.model, len(head))
 
 
-@pytest.mark.parametrize(
-    "model", ["chatml", *(pytest.param(m, marks=pytest.mark.slow) for m in ("chatml-eos", "think"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["chatml", "chatml-eos", "think"])
 def test_the_shared_cases_end_their_answers(tmp_path: Path, model: str) -> None:
     module = runpy.run_path(str(shared("cases") / "make_models.py"))
     tokens, template = ["<|im_start|>", "<|im_end|>"], module["CHATML"]
