@@ -118,6 +118,7 @@ def test_spelling_is_american() -> None:
     assert hits(rf"\b(?:{'|'.join(british)})\b") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phrase", PHRASES)
 def test_phrases_are_plain(phrase: str) -> None:
     # Over the ends of lines, of comments and of parts of a string, too.
@@ -125,6 +126,7 @@ def test_phrases_are_plain(phrase: str) -> None:
     assert hits(re.compile(rf"\b(?:{spaced})\b", re.IGNORECASE)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", RENAMED, ids=lambda pattern: pattern[:30])
 def test_names_that_were_given_up_are_gone(pattern: str) -> None:
     assert hits(pattern) == [], f"say {RENAMED[pattern]}"

@@ -52,10 +52,22 @@ def bad_row(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (lambda folder: ["--data", folder / "none.jsonl", "--server", NOBODY], "there is no such file"),
+        pytest.param(
+            lambda folder: ["--data", folder / "none.jsonl", "--server", NOBODY],
+            "there is no such file",
+            marks=pytest.mark.slow,
+        ),
         (lambda folder: ["--data", bad_row(folder), "--server", NOBODY], "response must be text"),
-        (lambda folder: ["--data", write_rows(folder / "a.jsonl", {"a": 3}), "--server", "hub:99999"], "--server"),
-        (lambda folder: ["--server", NOBODY, "--data", folder, "--lora-rank", "2"], "--lora-rank"),
+        pytest.param(
+            lambda folder: ["--data", write_rows(folder / "a.jsonl", {"a": 3}), "--server", "hub:99999"],
+            "--server",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda folder: ["--server", NOBODY, "--data", folder, "--lora-rank", "2"],
+            "--lora-rank",
+            marks=pytest.mark.slow,
+        ),
         (
             lambda folder: [
                 *("--data", write_rows(folder / "a.jsonl", {"a": 3}), "--server", NOBODY),

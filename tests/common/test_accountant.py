@@ -79,6 +79,7 @@ def test_a_row_in_anothers_place_costs_more_than_one_left_out(cost: Cost, dp_acc
     assert epsilon_of([Cost(2.0, replaced=True)], delta=1e-5) == gaussian_epsilon(noise_multiplier=1.0, delta=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [1.0, pytest.param(8.0, marks=pytest.mark.long)])
 def test_calibrated_noise_keeps_to_epsilon_and_less_does_not(epsilon: float) -> None:
     spent = [Cost(10.0)]

@@ -170,7 +170,14 @@ def test_an_added_command_runs_with_its_own_options(tmp_path: Path, plugins: Pat
 
 
 @pytest.mark.parametrize(
-    "arguments", [("unfit",), ("unfit", "--help"), ("unfit", "--some", "flag", "x"), ("vanished",), ("needy",)]
+    "arguments",
+    [
+        ("unfit",),
+        pytest.param(("unfit", "--help"), marks=pytest.mark.slow),
+        pytest.param(("unfit", "--some", "flag", "x"), marks=pytest.mark.slow),
+        ("vanished",),
+        pytest.param(("needy",), marks=pytest.mark.slow),
+    ],
 )
 def test_a_command_whose_packages_are_missing_says_what_to_install(
     tmp_path: Path, plugins: Path, arguments: tuple[str, ...]

@@ -60,6 +60,9 @@ COMMON = {
     *("llama", "mistral", "mixtral", "mpt", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe"),
 }
 
+# Of these, those that `make test-fast` leaves out.
+SLOW = (COMMON | WHOLE) - {"gemma3_text", "gpt2", "llama", "mamba", "opt", "phi", "qwen3"}
+
 ROWS = [[5, 9, 40, 77, 12, 33, 8, 64, 100, 7], [7, 8, 33, 20], [90, 91, 92, 93, 94, 95, 9]]
 STARTS = (4, 1, 3)
 
@@ -81,7 +84,9 @@ def test_the_exceptions_are_architectures() -> None:
     "architecture",
     [
         pytest.param(
-            name, marks=() if name in COMMON | UNBUILDABLE.keys() | REFUSED.keys() | WHOLE else pytest.mark.long
+            name,
+            marks=[pytest.mark.slow] * (name in SLOW)
+            + [pytest.mark.long] * (name not in COMMON | UNBUILDABLE.keys() | REFUSED.keys() | WHOLE),
         )
         for name in ARCHITECTURES
     ],
