@@ -86,6 +86,7 @@ def test_a_coordinator_elsewhere_finds_what_was_acknowledged_and_nothing_else(bu
     assert bucket.objects() == [f"r/{ARTIFACT.digest}"]
 
 
+@pytest.mark.slow
 def test_an_upload_is_not_acknowledged_before_the_object_store_has_it(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +103,7 @@ def test_an_upload_is_not_acknowledged_before_the_object_store_has_it(
     assert content_of(store) == CONTENT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -122,6 +124,7 @@ def test_an_object_store_that_cannot_be_used_is_a_named_error_without_secrets(
         assert bucket.environment[secret] not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_damaged_copy_of_an_object_is_fetched_anew_and_a_damaged_object_is_an_error(
     bucket: Bucket, tmp_path: Path
 ) -> None:
