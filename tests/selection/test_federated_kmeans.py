@@ -179,6 +179,7 @@ def test_one_row_moves_sums_and_counts_by_no_more_than_the_stated_sensitivity() 
     assert worst > 0.99 * cluster_sensitivity(clip_norm=norm)
 
 
+@pytest.mark.slow
 def test_noise_has_the_stated_deviation_and_is_drawn_again_for_every_site(tmp_path: Path) -> None:
     shards = {f"site-{number}": np.zeros((1, 64), dtype=np.float32) for number in range(30)}
     outcome = select(

@@ -84,7 +84,10 @@ def test_topics_get_their_shares(
         assert abs(counts[topic] - count) <= 2
 
 
-@pytest.mark.parametrize("strategy", GROUPING)
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "federated-kmeans")) for name in GROUPING],
+)
 @pytest.mark.parametrize("settings", [{"selection_groups": 3}, {"selection_pick": "drawn"}])
 def test_budgets_are_met_in_any_order_of_sites(tmp_path: Path, strategy: str, settings: dict[str, Any]) -> None:
     for budget in ("1", "7", "25"):

@@ -194,7 +194,7 @@ def planted(seed: int) -> tuple[Shards, dict[str, npt.NDArray[np.int64]]]:
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
-@pytest.mark.parametrize("strategy", ["fedhds-aligned", "federated-kmeans"])
+@pytest.mark.parametrize("strategy", [pytest.param("fedhds-aligned", marks=pytest.mark.slow), "federated-kmeans"])
 def test_what_is_about_the_same_topic_is_put_together_and_no_topic_is_lost(
     tmp_path: Path, strategy: str, seed: int
 ) -> None:
