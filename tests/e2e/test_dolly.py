@@ -18,7 +18,9 @@ pytestmark = pytest.mark.e2e
 STEP = 50
 
 
-@pytest.mark.parametrize("strategy", ["fedhds", "random", pytest.param("full", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "strategy", ["fedhds", *(pytest.param(name, marks=pytest.mark.long) for name in ("random", "full"))]
+)
 def test_sites_with_parts_of_dolly_tune_a_model_that_was_pretrained(federation: Federation, strategy: str) -> None:
     data = shared("data/dolly/databricks-dolly-15k.jsonl.gz")
     federation.model = shared("models/nano-llama")

@@ -98,6 +98,7 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> No
         time.sleep(0.1)
 
 
+@pytest.mark.long
 def test_one_packet_in_twenty_is_lost(run: Run, undisturbed: bytes) -> None:
     for host in ("hub", *SITES):
         run.network.filter(host, "-m statistic --mode random --probability 0.05 -j DROP")
@@ -139,6 +140,7 @@ def test_a_link_on_which_a_ping_waits_behind_a_transfer_is_not_silent(run: Run) 
     assert "cannot reach" not in sites["a"].text
 
 
+@pytest.mark.long
 def test_connections_are_reset_again_and_again(run: Run, undisturbed: bytes) -> None:
     reset = "-p tcp -m statistic --mode nth --every 150 --packet 149 -j REJECT --reject-with tcp-reset"
     for host in ("hub", *SITES):

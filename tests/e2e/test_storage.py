@@ -131,12 +131,11 @@ def _overwritten(path: Path, offset: int) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda path: _overwritten(path, 0), "not a database"),
-        (lambda path: _overwritten(path, 4096), "malformed"),
-        (lambda path: os.truncate(path, 0), "no state"),
-        (lambda path: path.unlink(), "no state"),
+        pytest.param(lambda path: _overwritten(path, 0), "not a database", id="header"),
+        pytest.param(lambda path: _overwritten(path, 4096), "malformed", id="page", marks=pytest.mark.long),
+        pytest.param(lambda path: os.truncate(path, 0), "no state", id="emptied", marks=pytest.mark.long),
+        pytest.param(lambda path: path.unlink(), "no state", id="gone"),
     ],
-    ids=["header", "page", "emptied", "gone"],
 )
 def test_a_corrupted_database_is_said_and_nothing_is_overwritten(
     federation: Federation, damage: Callable[[Path], None], words: str
