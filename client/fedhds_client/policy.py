@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedhds.errors import PolicyError, SettingsError
-from fedhds.privacy.ledger import Limit
-from fedhds.privacy.mechanisms import gaussian_epsilon
 from fedhds.settings.names import flag, key
 from fedhds.spec import RunSpec
+
+if TYPE_CHECKING:
+    from fedhds.privacy.ledger import Limit
 
 # The run's delta comes from the coordinator, and a large one would make every epsilon small; so the site judges its
 # budget at this delta or at the run's, whichever is smaller.
@@ -93,6 +94,9 @@ class SitePolicy(BaseModel):
         self._check_noise(spec)
 
     def _check_noise(self, spec: RunSpec) -> None:
+        # Here, as it imports numpy, which --help need not wait for.
+        from fedhds.privacy.mechanisms import gaussian_epsilon
+
         selection, training = spec.privacy.selection, spec.privacy.training
         if spec.selection.asks_sites and selection.noise_multiplier < self.min_selection_noise:
             have = f"{selection.noise_multiplier:g} for selection, the site needs {self.min_selection_noise:g}"
@@ -129,6 +133,8 @@ class SitePolicy(BaseModel):
 
     def limits(self, spec: RunSpec, run_id: str) -> tuple[Limit, ...]:
         """What the site's releases in a run may cost."""
+        from fedhds.privacy.ledger import Limit
+
         delta = self.delta(spec)
         limits = []
         if self.selection_max_epsilon is not None:

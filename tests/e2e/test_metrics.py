@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -81,10 +82,12 @@ def test_the_metrics_tell_what_the_status_tells(scraped: Scraped) -> None:
     assert server("fedhds_updates_accepted_total") >= sum(len(line["contributors"]) for line in closed)
     last = status["evaluations"][-1]
     assert server("fedhds_evaluation_round") == last["round_number"] >= 2
-    assert set(last["metrics"]) == {"loss", "rouge_l"}
+    assert set(last["metrics"]) == {"answer_tokens", "loss", "rouge_l", "rouge_l_unique"}
     for name, mean in last["metrics"].items():
         assert server("fedhds_evaluation", metric=name) == pytest.approx(mean)
-    assert server("fedhds_pool_rows") == int(status["pool_rows"]) == client("fedhds_client_rows", use="train") == 40
+    # Under noise the site states the rows of --stated-rows, not its own.
+    assert server("fedhds_pool_rows") == int(status["pool_rows"]) == 1000
+    assert client("fedhds_client_rows", use="train") == 40
     assert server("fedhds_sites", state="enrolled") == 1
     # The client does not count the few bytes in which it asks for transfers.
     sent = client("fedhds_client_sent_bytes_total")
@@ -101,8 +104,8 @@ def test_a_client_tells_its_work_and_what_it_has_spent(scraped: Scraped) -> None
     assert client("fedhds_client_rows", use="evaluate") == 5
     assert client("fedhds_client_task_seconds_count", task="select") == 1
     assert client("fedhds_client_task_seconds_count", task="train") >= 2
-    assert 0 < client("fedhds_client_epsilon", unit="client") < 10
-    assert client("fedhds_client_epsilon", unit="example") == 0
+    # Its selection was noised, its adapters were not.
+    assert client("fedhds_client_epsilon", unit="client") == client("fedhds_client_epsilon", unit="example") == math.inf
 
 
 def test_no_label_names_a_site(scraped: Scraped) -> None:

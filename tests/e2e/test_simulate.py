@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,9 @@ def test_a_run_with_tls_that_fails_is_told_and_kept(tmp_path: Path, rows: Path) 
 def test_ctrl_c_ends_all_and_says_how_to_go_on(tmp_path: Path, model: Path, rows: Path) -> None:
     out = tmp_path / "out"
     flags = (f"--model={model}", f"--data={rows}", "--sites=2", "--alpha=5", "--rounds=500", *SMALL)
-    with subprocess.Popen(command(out, *flags), stdout=subprocess.PIPE, text=True) as simulation:
+    # Of tests that run in a shell's background, the signal is ignored, and so it would be here.
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command(out, *flags), stdout=subprocess.PIPE, text=True, preexec_fn=heeds) as simulation:
         until(lambda: len(processes_of(out / "runs")) > 1, "the daemons run")
         simulation.send_signal(signal.SIGINT)
         text, _ = simulation.communicate(timeout=PATIENCE_S)

@@ -256,7 +256,7 @@ def test_the_metric_is_measured_and_shown(outcome: Outcome) -> None:
     evaluations = outcome.report["evaluations"]
     assert [entry["round_number"] for entry in evaluations] == [*range(ROUNDS + 1)]
     for entry in (*evaluations, *outcome.status["evaluations"]):
-        assert entry["metrics"].keys() == {"loss", "rouge_l", "answer_length"}
+        assert entry["metrics"].keys() == {"answer_length", "answer_tokens", "loss", "rouge_l", "rouge_l_unique"}
         assert entry["metrics"]["answer_length"] >= 0
     assert "answer length (characters)" in (outcome.run / "checkpoint" / "README.md").read_text()
 
@@ -285,7 +285,10 @@ def diary(outcome: Outcome) -> list[str]:
         [
             f"run {outcome.report['run_id']}: median, zero-adagrad",
             *(f"round {number}: a, b" for number in range(1, ROUNDS + 1)),
-            *(f"evaluation {number}: e, answer_length, loss, rouge_l" for number in range(ROUNDS + 1)),
+            *(
+                f"evaluation {number}: e, answer_length, answer_tokens, loss, rouge_l, rouge_l_unique"
+                for number in range(ROUNDS + 1)
+            ),
             f"completed: {outcome.report['message']}",
         ]
     )

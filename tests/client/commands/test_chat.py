@@ -6,6 +6,7 @@ import contextlib
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -182,6 +183,8 @@ def test_on_a_terminal_keys_stop_an_answer_and_end(adapter: Path) -> None:
         import termios
 
         os.setsid()
+        # Of tests that run in a shell's background, the signal is ignored, and so it would be here.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     process = subprocess.Popen(words, stdin=slave, stdout=slave, stderr=slave, env=environment, preexec_fn=own_terminal)
