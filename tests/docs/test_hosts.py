@@ -82,6 +82,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> bytes:
         return adapter
 
 
+@pytest.mark.long
 def test_the_guide_leads_to_an_adapter(undisturbed: bytes) -> None:
     assert undisturbed
 

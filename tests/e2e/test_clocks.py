@@ -23,6 +23,7 @@ def final(federation: Federation, run: str, server: Daemon, sites: list[Daemon])
     return (federation.folder / run / "checkpoint" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.long
 def test_clocks_that_jump_by_a_day_lose_nobody_and_nothing(federation: Federation) -> None:
     shards = [write_rows(federation.folder / f"{name}.jsonl", {name: 8}) for name in "ab"]
     flags = ("--rounds=3", "--selection-strategy=full", "--min-sites=2", "--heartbeat-timeout=20")

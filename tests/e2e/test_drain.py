@@ -49,7 +49,7 @@ def site(federation: Federation, run: str, name: str) -> Daemon:
     return federation.client(name, *flags, server=federation.address(run))
 
 
-@pytest.mark.parametrize("stopped", ["server", "a"])
+@pytest.mark.parametrize("stopped", ["server", pytest.param("a", marks=pytest.mark.long)])
 def test_a_daemon_that_is_told_to_stop_does_so_in_time_and_loses_nothing(federation: Federation, stopped: str) -> None:
     for daemon in start(federation, "plain").values():
         assert daemon.wait() == 0, daemon.text

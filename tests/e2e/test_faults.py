@@ -169,6 +169,7 @@ def test_a_coordinator_that_is_killed_goes_on_and_the_adapter_is_the_same(federa
     assert results[0] == results[1]
 
 
+@pytest.mark.long
 def test_a_site_that_is_killed_is_taken_for_lost_and_comes_back(federation: Federation) -> None:
     folder = federation.folder
     server = federation.server("--rounds=60", "--selection-strategy=full", "--heartbeat-timeout=3", "--min-sites=2")

@@ -102,6 +102,7 @@ def test_a_database_with_tables_of_another_version_makes_not_ready(federation: F
     until(lambda: ready(server))
 
 
+@pytest.mark.long
 def test_liveness_follows_the_event_loop(federation: Federation) -> None:
     """The process is made to stand still in its main thread, where the event loop runs."""
     stall_s = STALLED_S + 2

@@ -202,9 +202,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Callab
 @pytest.mark.parametrize(
     ("name", "points", "least"),
     [
-        pytest.param("federated-kmeans", _COORDINATOR_POINTS, 25, id="federated-kmeans"),
+        pytest.param("federated-kmeans", _COORDINATOR_POINTS, 25, id="federated-kmeans", marks=pytest.mark.long),
         pytest.param("aligned", _CHANGE, 10, id="aligned", marks=pytest.mark.long),
-        pytest.param("random", _CHANGE, 10, id="random", marks=pytest.mark.long),
+        pytest.param("random", _CHANGE, 10, id="random"),
     ],
 )
 def test_a_coordinator_that_is_killed_everywhere(

@@ -56,6 +56,7 @@ def test_a_budget_of_5000_rows(federation: Federation) -> None:
     assert {path.name for path in (run / "artifacts").iterdir()} == needed
 
 
+@pytest.mark.long
 def test_kills_amid_long_messages_change_nothing(tmp_path: Path, model: Path) -> None:
     flags = (*_FLAGS, "--selection-budget=150", "--feature-dimension=512")
 

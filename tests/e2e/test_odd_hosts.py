@@ -73,6 +73,7 @@ def test_a_run_without_home_and_account(homeless: Federation) -> None:
     assert not list(homeless.folder.rglob("*~*"))
 
 
+@pytest.mark.long
 def test_a_site_without_home_says_what_to_give(homeless: Federation) -> None:
     data = rows(homeless)
     ends(homeless.start("a", "fedhds-client", f"--data={data}"), 2, "--state: ", "give a folder, or set HOME [FH11]")

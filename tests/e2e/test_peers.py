@@ -230,6 +230,7 @@ def test_without_tls_a_name_in_use_is_refused_and_the_first_lives_on(federation:
     assert first.process.poll() is None
 
 
+@pytest.mark.long
 def test_a_site_that_is_killed_in_its_upload_goes_on_with_it_when_it_is_started_again(
     federation: Federation, alone: Alone
 ) -> None:

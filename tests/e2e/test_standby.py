@@ -79,6 +79,7 @@ def test_a_standby_takes_over_from_a_leader_that_is_killed_and_the_adapter_is_th
     assert PASSWORD not in "".join(daemon.text for daemon in federation.daemons)
 
 
+@pytest.mark.long
 def test_a_standby_is_not_ready_and_takes_over_at_once_from_a_leader_that_is_stopped(pair: Pair) -> None:
     first = pair.server("one")
     second = pair.server("two")
@@ -114,6 +115,7 @@ def test_a_standby_is_not_ready_and_takes_over_at_once_from_a_leader_that_is_sto
     assert closed(pair.journal()) == ROUNDS
 
 
+@pytest.mark.long
 def test_a_leader_that_stood_still_cannot_write_and_stands_by(pair: Pair) -> None:
     first = pair.server("one")
     second = pair.server("two")

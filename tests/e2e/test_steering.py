@@ -36,6 +36,7 @@ def adapter_of(federation: Federation, name: str) -> bytes:
     return (federation.folder / "out" / name / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.long
 def test_with_tls_an_operator_steers_the_run_and_nobody_else(federation: Federation) -> None:
     folder, run = federation.folder, federation.folder / "run"
     federation.tls = folder / "certs"

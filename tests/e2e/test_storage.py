@@ -86,6 +86,7 @@ def test_a_disk_without_room_for_an_upload(federation: Federation, small_disk: P
     assert outcome(federation, "small/run", server, sites) == undisturbed
 
 
+@pytest.mark.long
 def test_a_run_folder_that_becomes_read_only_and_writable_again(federation: Federation) -> None:
     undisturbed = outcome(federation, "plain", *begin(federation, "plain"))
     server, sites = begin(federation, "run")
@@ -134,7 +135,7 @@ def _overwritten(path: Path, offset: int) -> None:
         pytest.param(lambda path: _overwritten(path, 0), "not a database", id="header"),
         pytest.param(lambda path: _overwritten(path, 4096), "malformed", id="page", marks=pytest.mark.long),
         pytest.param(lambda path: os.truncate(path, 0), "no state", id="emptied", marks=pytest.mark.long),
-        pytest.param(lambda path: path.unlink(), "no state", id="gone"),
+        pytest.param(lambda path: path.unlink(), "no state", id="gone", marks=pytest.mark.long),
     ],
 )
 def test_a_corrupted_database_is_said_and_nothing_is_overwritten(

@@ -76,6 +76,7 @@ def objects(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.long
 def test_on_a_terminal_bars_and_log_lines_leave_each_other_whole(federation: Federation) -> None:
     server = federation.server(*RUN)
     with on_terminal("fedhds-client", *site_flags(federation)) as client:

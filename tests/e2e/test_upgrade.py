@@ -136,7 +136,7 @@ def test_a_run_that_the_last_version_left_in_mid_round_goes_on(tmp_path: Path) -
     check_that_it_goes_on(earlier.unpacked_run(LAST, tmp_path / "run-of-before"), tmp_path / "copy")
 
 
-@pytest.mark.parametrize("version", [earlier.WORK_TREE, LAST])
+@pytest.mark.parametrize("version", [pytest.param(earlier.WORK_TREE, marks=pytest.mark.long), LAST])
 def test_a_run_that_a_version_leaves_in_mid_round_now_goes_on(tmp_path: Path, version: str) -> None:
     """What `make upgrade-fixture` packs, also of the version that is being written."""
     folder = tmp_path / "run-of-before"

@@ -265,6 +265,7 @@ def test_the_observer_writes_its_file(outcome: Outcome) -> None:
     assert sorted((outcome.run / "diary.txt").read_text().splitlines()) == diary(outcome)
 
 
+@pytest.mark.long
 def test_a_run_whose_coordinator_was_killed_ends_with_the_same_bytes(
     carry_out: Callable[..., Outcome], outcome: Outcome
 ) -> None:
