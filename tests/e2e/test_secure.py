@@ -79,4 +79,5 @@ def test_the_result_is_that_of_the_same_run_in_the_clear(tmp_path: Path, model: 
     assert secure.keys() == clear.keys()
     assert all(np.abs(value).max() > 1e-4 for key, value in clear.items() if "lora_B" in key)
     for key, value in clear.items():
-        assert secure[key] == pytest.approx(value, abs=1e-6)
+        # Steps of 5e-9 and shares in millionths, which the second round's training enlarges.
+        assert secure[key] == pytest.approx(value, abs=1e-5)
