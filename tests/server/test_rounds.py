@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedhds.spec import RoundsSpec
 from fedhds.v2.selection_pb2 import KMeansStats
 from fedhds_server.run.activity import activities
 from fedhds_server.run.events import (
@@ -25,7 +26,7 @@ from fedhds_server.run.events import (
     TaskFailed,
     WriteCheckpoint,
 )
-from fedhds_server.run.quorum import cohort_size, draw
+from fedhds_server.run.quorum import draw
 from fedhds_server.run.state import Phase, RunState, SiteState
 from tests.support.machine import (
     ALL_ROWS,
@@ -482,7 +483,7 @@ def test_pending_work_after_a_restart() -> None:
 )
 def test_cohorts_have_the_asked_size_whatever_the_order(sites: set[str], fraction: float, number: int) -> None:
     ordered = sorted(sites)
-    size = cohort_size(len(sites), fraction)
+    size = RoundsSpec(count=1, cohort_fraction=fraction).cohort_of(len(sites))
     cohort = draw(ordered, size, seed=1, round_number=number)
     assert cohort == draw(ordered[::-1], size, seed=1, round_number=number)
     assert len(cohort) == size

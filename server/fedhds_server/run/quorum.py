@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
@@ -101,11 +100,6 @@ def listed(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = len(ordered) - _MAX_NAMES
     return ", ".join(ordered[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "") if ordered else "no site"
-
-
-def cohort_size(count: int, fraction: float) -> int:
-    """Parties in a cohort out of `count` (at least one): max(1, round(fraction * count))."""
-    return min(count, max(1, math.floor(fraction * count + 0.5)))
 
 
 def draw(sites: Iterable[str], size: int, *, seed: int, round_number: int) -> list[str]:

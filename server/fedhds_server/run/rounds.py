@@ -21,7 +21,7 @@ from fedhds_server.run.events import (
 from fedhds_server.run.failures import last_failures
 from fedhds_server.run.messages import VALIDATING, missing
 from fedhds_server.run.parties import parties
-from fedhds_server.run.quorum import CohortProgress, cohort_size, listed
+from fedhds_server.run.quorum import CohortProgress, listed
 from fedhds_server.run.state import ClosedRound, Phase, Reply, RunState, Stage, packed
 from fedhds_server.workflows.evaluation import EvaluationTasks, evaluated_rounds, missing_evaluations
 from fedhds_server.workflows.selection import SelectionWorkflow
@@ -175,7 +175,7 @@ def _fill_round(state: RunState, at: float) -> list[Instruction]:
     state.round_opened_at = at
     stages.open_stage(state, training_kind(state), [], 0)
     eligible = eligible_sites(state)
-    state.round_size = cohort_size(len(parties(eligible)), state.spec.rounds.cohort_fraction)
+    state.round_size = state.spec.rounds.cohort_of(len(parties(eligible)))
     if not eligible:
         return stages.waits(state)
     if not state.spec.selection.one_shot:
